@@ -1,0 +1,450 @@
+//! Messages of the control stream, and the header of a pass stream.
+//!
+//! A message on the wire is a 4-byte length, a type byte and a body. `Hello` and `Close` never change their encoding: they
+//! are how two versions find out that they do not fit.
+
+use crate::codec::{DecodeError, Reader, bounded};
+use crate::name::{NAME_BYTES_MAX, Name};
+use crate::seal::Seal;
+use crate::units::{EpochId, GROUP_VOLUMES_MAX, Generation, Point, VOLUME_BYTES_MAX};
+
+/// The protocol's name in the TLS handshake.
+pub const ALPN: &[u8] = b"twinsite/1";
+/// Oldest version this build speaks.
+pub const VERSION_MIN: u16 = 1;
+/// Newest version this build speaks.
+pub const VERSION_MAX: u16 = 1;
+/// First bytes of a hello.
+pub const HELLO_MAGIC: [u8; 8] = *b"TWINSITE";
+/// Longest control message in bytes, without its length prefix.
+pub const MESSAGE_BYTES_MAX: usize = 16 * 1024;
+/// Longest reason in a close message, in bytes.
+pub const REASON_BYTES_MAX: usize = 512;
+/// First bytes of a pass stream.
+pub const PASS_MAGIC: [u8; 4] = *b"TWP1";
+/// Bytes of a pass stream's header.
+pub const PASS_HEADER_BYTES: usize = 16;
+
+/// Offsets of the fixed structures of this module.
+pub mod layout {
+    /// `(offset, bytes, field)` of the header of a pass stream.
+    pub const PASS: &[(usize, usize, &str)] =
+        &[(0, 4, "magic"), (4, 8, "epoch"), (12, 2, "pass"), (14, 1, "kind"), (15, 1, "reserved")];
+}
+
+/// A volume as the primary describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeHello {
+    /// Its name.
+    pub name: Name,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// First message of a primary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hello {
+    /// Oldest version it speaks.
+    pub version_min: u16,
+    /// Newest version it speaks.
+    pub version_max: u16,
+    /// Block size in bytes; 4096.
+    pub block_bytes: u32,
+    /// Epoch interval in milliseconds, for display at the other side.
+    pub interval_ms: u32,
+    /// The group.
+    pub group: Name,
+    /// Its generation as the primary knows it; 0 if it has no record.
+    pub generation: Generation,
+    /// The newest commit the primary knows of; 0 if none.
+    pub committed: EpochId,
+    /// Its volumes in order.
+    pub volumes: Vec<VolumeHello>,
+}
+
+/// Why a session ends. The numbers are the wire's and the QUIC close code's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum CloseCode {
+    /// The node is stopping; come back later.
+    Stopping = 1,
+    /// The two sides speak no common version.
+    Version = 2,
+    /// The group is not this client's, or is not configured.
+    UnknownGroup = 3,
+    /// Volumes, sizes or block size differ from what the receiver holds.
+    Mismatch = 4,
+    /// Another session of this group took over.
+    Superseded = 5,
+    /// The receiver cannot store: full or failing disk.
+    Storage = 6,
+    /// A message or frame broke the protocol.
+    Misbehaved = 7,
+    /// A generation beyond the receiver's.
+    Ahead = 8,
+    /// A limit of the receiver is reached.
+    Limit = 9,
+}
+
+impl CloseCode {
+    /// The code of a number from the wire.
+    #[must_use]
+    pub fn from_u16(value: u16) -> Option<Self> {
+        use CloseCode as C;
+        [C::Stopping, C::Version, C::UnknownGroup, C::Mismatch, C::Superseded, C::Storage, C::Misbehaved, C::Ahead, C::Limit]
+            .into_iter()
+            .find(|c| *c as u16 == value)
+    }
+
+    /// Whether trying again unchanged can help.
+    #[must_use]
+    pub fn is_transient(self) -> bool {
+        matches!(self, Self::Stopping | Self::Superseded | Self::Storage | Self::Limit)
+    }
+}
+
+/// A message of the control stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Primary to receiver, first.
+    Hello(Hello),
+    /// Receiver to primary: admitted.
+    Welcome {
+        /// The version both speak.
+        version: u16,
+        /// Generation of the session's epochs.
+        generation: Generation,
+        /// Newest commit, if there is any; the next epoch is one more than its epoch (or 1).
+        committed: Option<Point>,
+        /// Epochs the receiver accepts in flight.
+        epochs_in_flight_max: u16,
+    },
+    /// Primary to receiver: the epoch's frames are all sent.
+    Seal(Seal),
+    /// Receiver to primary: the epoch is on stable storage.
+    Committed {
+        /// The point.
+        point: Point,
+    },
+    /// Receiver to primary: another side may write now.
+    Fenced {
+        /// The generation that holds.
+        generation: Generation,
+    },
+    /// Either way, last: why the session ends, for the other side's log.
+    Close {
+        /// Why.
+        code: u16,
+        /// One line for a person.
+        reason: String,
+    },
+}
+
+const HELLO: u8 = 1;
+const WELCOME: u8 = 2;
+const SEAL: u8 = 3;
+const COMMITTED: u8 = 4;
+const FENCED: u8 = 5;
+const CLOSE: u8 = 6;
+
+impl Message {
+    /// A close message; the reason is cut to its limit.
+    #[must_use]
+    pub fn close(code: CloseCode, reason: &str) -> Self {
+        let mut end = reason.len().min(REASON_BYTES_MAX);
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        Self::Close { code: code as u16, reason: reason.get(..end).unwrap_or_default().to_owned() }
+    }
+
+    /// Name of the message for errors.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "hello",
+            Self::Welcome { .. } => "welcome",
+            Self::Seal(_) => "seal",
+            Self::Committed { .. } => "committed",
+            Self::Fenced { .. } => "fenced",
+            Self::Close { .. } => "close",
+        }
+    }
+
+    /// Encodes with the length prefix.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut body = Vec::with_capacity(128);
+        match self {
+            Self::Hello(h) => {
+                body.push(HELLO);
+                body.extend_from_slice(&HELLO_MAGIC);
+                body.extend_from_slice(&h.version_min.to_le_bytes());
+                body.extend_from_slice(&h.version_max.to_le_bytes());
+                body.extend_from_slice(&h.block_bytes.to_le_bytes());
+                body.extend_from_slice(&h.interval_ms.to_le_bytes());
+                put_name(&mut body, &h.group);
+                body.extend_from_slice(&h.generation.0.to_le_bytes());
+                body.extend_from_slice(&h.committed.0.to_le_bytes());
+                body.extend_from_slice(&(h.volumes.len() as u16).to_le_bytes());
+                for volume in &h.volumes {
+                    put_name(&mut body, &volume.name);
+                    body.extend_from_slice(&volume.size_bytes.to_le_bytes());
+                }
+            }
+            Self::Welcome { version, generation, committed, epochs_in_flight_max } => {
+                body.push(WELCOME);
+                body.extend_from_slice(&version.to_le_bytes());
+                body.extend_from_slice(&generation.0.to_le_bytes());
+                body.push(u8::from(committed.is_some()));
+                let point = committed.unwrap_or(Point { generation: Generation(0), epoch: EpochId(0) });
+                body.extend_from_slice(&point.generation.0.to_le_bytes());
+                body.extend_from_slice(&point.epoch.0.to_le_bytes());
+                body.extend_from_slice(&epochs_in_flight_max.to_le_bytes());
+            }
+            Self::Seal(seal) => {
+                body.push(SEAL);
+                body.extend_from_slice(&seal.encode());
+            }
+            Self::Committed { point } => {
+                body.push(COMMITTED);
+                body.extend_from_slice(&point.generation.0.to_le_bytes());
+                body.extend_from_slice(&point.epoch.0.to_le_bytes());
+            }
+            Self::Fenced { generation } => {
+                body.push(FENCED);
+                body.extend_from_slice(&generation.0.to_le_bytes());
+            }
+            Self::Close { code, reason } => {
+                body.push(CLOSE);
+                body.extend_from_slice(&code.to_le_bytes());
+                body.extend_from_slice(&(reason.len() as u16).to_le_bytes());
+                body.extend_from_slice(reason.as_bytes());
+            }
+        }
+        let mut out = (body.len() as u32).to_le_bytes().to_vec();
+        out.append(&mut body);
+        out
+    }
+
+    /// Checks a length prefix before anything is allocated for it.
+    ///
+    /// # Errors
+    /// [`DecodeError::TooLong`].
+    pub fn check_length(prefix: [u8; 4]) -> Result<usize, DecodeError> {
+        bounded("control message bytes", u32::from_le_bytes(prefix).into(), MESSAGE_BYTES_MAX as u64).map(|n| n as usize)
+    }
+
+    /// Decodes a message without its length prefix.
+    ///
+    /// # Errors
+    /// [`DecodeError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut r = Reader::new("control message", bytes);
+        let message = match r.u8()? {
+            HELLO => Self::Hello(decode_hello(&mut r)?),
+            WELCOME => {
+                let (version, generation, some) = (r.u16()?, Generation(r.u64()?), r.u8()?);
+                let point = Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) };
+                let committed = match some {
+                    0 => None,
+                    1 => Some(point),
+                    value => return Err(DecodeError::Unknown { what: "welcome committed", value: value.into() }),
+                };
+                Self::Welcome { version, generation, committed, epochs_in_flight_max: r.u16()? }
+            }
+            SEAL => Self::Seal(Seal::decode(r.bytes(crate::seal::SEAL_BYTES)?)?),
+            COMMITTED => Self::Committed { point: Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) } },
+            FENCED => Self::Fenced { generation: Generation(r.u64()?) },
+            CLOSE => {
+                let code = r.u16()?;
+                let len = bounded("close reason bytes", r.u16()?.into(), REASON_BYTES_MAX as u64)? as usize;
+                // A peer's text goes to a log and a terminal: control characters do not.
+                let reason =
+                    String::from_utf8_lossy(r.bytes(len)?).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+                Self::Close { code, reason }
+            }
+            value => return Err(DecodeError::Unknown { what: "control message type", value: value.into() }),
+        };
+        r.expect_end()?;
+        Ok(message)
+    }
+}
+
+fn put_name(out: &mut Vec<u8>, name: &Name) {
+    out.push(name.as_str().len() as u8);
+    out.extend_from_slice(name.as_str().as_bytes());
+}
+
+fn get_name(r: &mut Reader<'_>) -> Result<Name, DecodeError> {
+    let len = bounded("name bytes", r.u8()?.into(), NAME_BYTES_MAX as u64)? as usize;
+    let bytes = r.bytes(len)?;
+    let rule = DecodeError::Rule { what: "name", rule: "1 to 64 of a-z A-Z 0-9 . _ - starting with a letter or digit" };
+    std::str::from_utf8(bytes).ok().and_then(|s| s.parse().ok()).ok_or(rule)
+}
+
+fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
+    r.magic(HELLO_MAGIC)?;
+    let mut hello = Hello {
+        version_min: r.u16()?,
+        version_max: r.u16()?,
+        block_bytes: r.u32()?,
+        interval_ms: r.u32()?,
+        group: get_name(r)?,
+        generation: Generation(r.u64()?),
+        committed: EpochId(r.u64()?),
+        volumes: Vec::new(),
+    };
+    let count = bounded("volumes of a group", r.u16()?.into(), GROUP_VOLUMES_MAX as u64)?;
+    if count == 0 {
+        return Err(DecodeError::Rule { what: "hello", rule: "a group has at least one volume" });
+    }
+    for _ in 0..count {
+        let volume = VolumeHello { name: get_name(r)?, size_bytes: bounded("volume bytes", r.u64()?, VOLUME_BYTES_MAX)? };
+        if volume.size_bytes == 0 || hello.volumes.iter().any(|v| v.name == volume.name) {
+            return Err(DecodeError::Rule { what: "hello", rule: "volumes are not empty and have names of their own" });
+        }
+        hello.volumes.push(volume);
+    }
+    Ok(hello)
+}
+
+/// How a pass was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PassKind {
+    /// Without freezing: blocks may be of different instants, later passes mend that.
+    Fuzzy,
+    /// Blocks as they were at the cut; the last pass of its epoch.
+    Frozen,
+}
+
+/// Header of a unidirectional stream: which pass of which epoch its frames are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassHeader {
+    /// The epoch.
+    pub epoch: EpochId,
+    /// Number of the pass, from 0.
+    pub pass: u16,
+    /// How it was read.
+    pub kind: PassKind,
+}
+
+impl PassHeader {
+    /// Encodes the header.
+    #[must_use]
+    pub fn encode(&self) -> [u8; PASS_HEADER_BYTES] {
+        let mut out = [0; PASS_HEADER_BYTES];
+        out[..4].copy_from_slice(&PASS_MAGIC);
+        out[4..12].copy_from_slice(&self.epoch.0.to_le_bytes());
+        out[12..14].copy_from_slice(&self.pass.to_le_bytes());
+        out[14] = match self.kind {
+            PassKind::Fuzzy => 1,
+            PassKind::Frozen => 2,
+        };
+        out
+    }
+
+    /// Decodes the header.
+    ///
+    /// # Errors
+    /// [`DecodeError`].
+    pub fn decode(bytes: &[u8; PASS_HEADER_BYTES]) -> Result<Self, DecodeError> {
+        let mut r = Reader::new("pass header", bytes);
+        r.magic(PASS_MAGIC)?;
+        let (epoch, pass) = (EpochId(r.u64()?), r.u16()?);
+        let kind = match r.u8()? {
+            1 => PassKind::Fuzzy,
+            2 => PassKind::Frozen,
+            value => return Err(DecodeError::Unknown { what: "pass kind", value: value.into() }),
+        };
+        r.u8()?;
+        r.expect_end()?;
+        Ok(Self { epoch, pass, kind })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn hello() -> Hello {
+        Hello {
+            version_min: 1,
+            version_max: 1,
+            block_bytes: 4096,
+            interval_ms: 1000,
+            group: "db".parse().unwrap(),
+            generation: Generation(3),
+            committed: EpochId(9),
+            volumes: vec![VolumeHello { name: "root".parse().unwrap(), size_bytes: 1 << 30 }],
+        }
+    }
+
+    /// Hello and close are frozen for ever.
+    #[test]
+    fn golden_hello_and_close() {
+        let hex = |b: &[u8]| b.iter().map(|x| format!("{x:02x}")).collect::<String>();
+        assert_eq!(
+            hex(&Message::Hello(hello()).encode()),
+            "37000000015457494e5349544501000100001000 00e8030000026462030000000000000009000000000000000100\
+             04726f6f740000004000000000"
+                .replace(' ', "")
+        );
+        assert_eq!(hex(&Message::close(CloseCode::Version, "old").encode()), "0800000006020003006f6c64");
+    }
+
+    #[test]
+    fn messages_read_back() {
+        let point = Point { generation: Generation(2), epoch: EpochId(5) };
+        let seal = Seal {
+            passes: 1,
+            epoch: EpochId(1),
+            generation: Generation(1),
+            cut_unix_us: 1,
+            frames: 1,
+            frame_bytes: 1,
+            data_blocks: 1,
+            zero_blocks: 0,
+            first_write_unix_us: 1,
+            digest: [1; 32],
+        };
+        for message in [
+            Message::Hello(hello()),
+            Message::Welcome { version: 1, generation: Generation(1), committed: None, epochs_in_flight_max: 8 },
+            Message::Welcome { version: 1, generation: Generation(1), committed: Some(point), epochs_in_flight_max: 8 },
+            Message::Seal(seal),
+            Message::Committed { point },
+            Message::Fenced { generation: Generation(4) },
+            Message::close(CloseCode::Storage, "disk full"),
+        ] {
+            let bytes = message.encode();
+            assert_eq!(Message::check_length(bytes[..4].try_into().unwrap()).unwrap(), bytes.len() - 4);
+            assert_eq!(Message::decode(&bytes[4..]).unwrap(), message);
+            for cut in 4..bytes.len() {
+                assert!(Message::decode(&bytes[4..cut]).is_err(), "{} cut at {cut}", message.kind());
+            }
+        }
+        assert!(Message::check_length([0xff; 4]).is_err());
+        let pass = PassHeader { epoch: EpochId(7), pass: 3, kind: PassKind::Frozen };
+        assert_eq!(PassHeader::decode(&pass.encode()).unwrap(), pass);
+    }
+
+    #[test]
+    fn close_codes_read_back_and_long_reasons_are_cut() {
+        for code in 0..20 {
+            if let Some(c) = CloseCode::from_u16(code) {
+                assert_eq!(c as u16, code);
+            }
+        }
+        let Message::Close { reason, .. } = Message::close(CloseCode::Limit, &"é".repeat(400)) else { unreachable!() };
+        assert_eq!(reason.len(), 512);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Message::decode(&bytes);
+        }
+    }
+}

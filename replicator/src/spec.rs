@@ -1,0 +1,64 @@
+//! What a group at the primary is made of.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockdev::BlockDevice;
+use proto::{Codec, Fingerprint, Name};
+
+/// Shortest epoch interval.
+pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
+/// Longest epoch interval: a day.
+pub const INTERVAL_MAX: Duration = Duration::from_secs(86_400);
+
+/// A disk to be replicated.
+pub struct VolumeSpec {
+    /// Its name.
+    pub name: Name,
+    /// The disk underneath the tap.
+    pub device: Arc<dyn BlockDevice>,
+}
+
+/// The receiver of a group.
+#[derive(Clone, Debug)]
+pub struct PeerSpec {
+    /// `host:port`.
+    pub address: String,
+    /// Its pinned key.
+    pub key: Fingerprint,
+}
+
+/// What an administrator may tune. Every limit is shown in `status`.
+#[derive(Clone, Debug)]
+pub struct Tuning {
+    /// Time from one cut to the next, 10 ms to a day.
+    pub interval: Duration,
+    /// An epoch with more dirty bytes than this is sent in passes; only its last, small pass is frozen. Also the memory that
+    /// captured frames may take before they are sent; when it is full, the next cut waits and the current epoch grows.
+    pub freeze_budget_bytes: u64,
+    /// Epochs that may be sealed and not yet committed; when reached, the current epoch grows.
+    pub epochs_in_flight: u16,
+    /// How payloads are packed.
+    pub codec: Codec,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self { interval: Duration::from_secs(1), freeze_budget_bytes: 64 << 20, epochs_in_flight: 8, codec: Codec::Lz4 }
+    }
+}
+
+/// A group at its primary.
+pub struct GroupSpec {
+    /// Its name.
+    pub group: Name,
+    /// Its disks; cut together.
+    pub volumes: Vec<VolumeSpec>,
+    /// Where it goes.
+    pub peer: PeerSpec,
+    /// Folder of this group's own durable state (its generation); created with mode 0700.
+    pub state_dir: PathBuf,
+    /// What may be tuned.
+    pub tuning: Tuning,
+}

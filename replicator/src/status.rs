@@ -1,0 +1,133 @@
+//! What a group at the primary tells its user. Plain data: the control socket serialises it, the command line prints it.
+
+use proto::{Fingerprint, Generation, Name, Point};
+use serde::{Deserialize, Serialize};
+
+/// A queue, how full it is, and its limit.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// Name, as in the documentation.
+    pub name: String,
+    /// Unit of the two figures: `bytes`, `epochs`, `requests`.
+    pub unit: String,
+    /// Entries or bytes in it now.
+    pub used: u64,
+    /// Its limit.
+    pub limit: u64,
+}
+
+/// Where the session with the receiver stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LinkState {
+    /// Trying to reach the receiver.
+    Connecting,
+    /// The first full copy is under way.
+    FirstSync,
+    /// A copy exists; everything that may have changed is being sent again.
+    Resync,
+    /// Following, epoch by epoch.
+    Streaming,
+    /// Another side may write now; nothing is replicated.
+    Fenced,
+    /// The receiver refused in a way that trying again unchanged cannot mend.
+    Refused,
+    /// Shut down.
+    Stopped,
+}
+
+/// Progress of the pass that is being sent.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct PassProgress {
+    /// Its epoch.
+    pub epoch: u64,
+    /// Its number within the epoch.
+    pub pass: u16,
+    /// Bytes of the disks it has dealt with (holes included).
+    pub done_bytes: u64,
+    /// Bytes of the disks it has to deal with.
+    pub total_bytes: u64,
+    /// Bytes of the disks per second since it began.
+    pub rate_bytes_per_s: u64,
+    /// Seconds left at that rate; `None` before there is a rate.
+    pub left_s: Option<u64>,
+}
+
+/// Quantiles of the lag, sampled every 10 ms since the first commit of this run.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct LagSummary {
+    /// Samples taken.
+    pub samples: u64,
+    /// Median in ms.
+    pub p50_ms: u64,
+    /// 99th percentile in ms.
+    pub p99_ms: u64,
+    /// Largest in ms.
+    pub max_ms: u64,
+}
+
+/// One volume of the group.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: Name,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Bytes changed and not yet in any epoch.
+    pub dirty_bytes: u64,
+}
+
+/// One group at its primary.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// The group.
+    pub group: Name,
+    /// Address of the receiver as configured.
+    pub peer: String,
+    /// The receiver's pinned key.
+    pub peer_key: Fingerprint,
+    /// Where the session stands.
+    pub state: LinkState,
+    /// The last error, one line; `None` while all is well.
+    pub error: Option<String>,
+    /// Generation of the session.
+    pub generation: Generation,
+    /// Newest committed point.
+    pub committed: Option<Point>,
+    /// Milliseconds since it was committed.
+    pub committed_age_ms: Option<u64>,
+    /// Age of the oldest acknowledged write that is not committed remotely, in ms; 0 if there is none.
+    pub lag_ms: u64,
+    /// The lag over time.
+    pub lag: LagSummary,
+    /// Bytes changed and not yet committed remotely, all maps together.
+    pub dirty_bytes: u64,
+    /// Bytes of dirty blocks captured since start.
+    pub captured_bytes: u64,
+    /// Bytes of zero blocks and holes captured since start; they travel as extents.
+    pub zero_bytes: u64,
+    /// Bytes of frames handed to the network since start.
+    pub sent_bytes: u64,
+    /// UDP payload bytes sent since start, with QUIC's overhead and retransmissions.
+    pub wire_bytes: u64,
+    /// 1 - sent / captured, in percent; 0 before anything was captured.
+    pub saved_percent: f64,
+    /// Blocks copied before a guest write overtook the capture, since start.
+    pub copied_before_write: u64,
+    /// Epochs committed since start.
+    pub epochs_committed: u64,
+    /// Epochs given up and merged since start (session ended, memory limit).
+    pub epochs_merged: u64,
+    /// Sealed and not yet committed.
+    pub epochs_in_flight: u64,
+    /// Epoch interval in ms.
+    pub interval_ms: u64,
+    /// Smoothed round trip in ms, while connected.
+    pub round_trip_ms: Option<f64>,
+    /// The pass being sent.
+    pub pass: Option<PassProgress>,
+    /// The group's volumes.
+    pub volumes: Vec<VolumeStatus>,
+    /// Every queue and its limit.
+    pub queues: Vec<QueueStatus>,
+}
