@@ -1,0 +1,87 @@
+//! Decides whether a buffered write may be made on the io thread itself.
+//!
+//! ext4 refuses `RWF_NOWAIT` for buffered writes, so the kernel cannot be asked for "only if it needs no waiting", and io_uring
+//! hands every buffered write to a worker thread: two context switches that cost more than the write.
+//! A plain `pwrite` of a few pages into the page cache takes microseconds, except when the kernel makes the writer wait:
+//! dirty throttling (`balance_dirty_pages`, up to 200 ms at a time), a journal commit, a full disk queue.
+//!
+//! So the write is made inline and timed. One that took longer than [`STALL`] closes the gate for [`BACKOFF_FACTOR`]
+//! times as long as it took: in that time writes go through io_uring, whose workers wait instead of the io thread.
+//! The io thread thus loses at most one part in `BACKOFF_FACTOR` of its time to stalls, however slow the disk.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// An inline write slower than this waited for something.
+const STALL: Duration = Duration::from_millis(2);
+/// How much longer than the stall the gate stays closed.
+const BACKOFF_FACTOR: u32 = 20;
+/// The longest time that the gate stays closed.
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+pub(super) struct InlineGate {
+    epoch: Instant,
+    /// Nanoseconds since `epoch` until which writes are not made inline; zero when open.
+    closed_until_ns: AtomicU64,
+}
+
+impl InlineGate {
+    pub(super) fn new() -> Self {
+        Self { epoch: Instant::now(), closed_until_ns: AtomicU64::new(0) }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        let until = self.closed_until_ns.load(Ordering::Relaxed);
+        if until == 0 {
+            return true;
+        }
+        let open = self.now_ns() >= until;
+        if open {
+            self.closed_until_ns.store(0, Ordering::Relaxed);
+        }
+        open
+    }
+
+    /// Runs `write` and closes the gate if it stalled.
+    pub(super) fn timed<T>(&self, write: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = write();
+        self.record(start.elapsed());
+        result
+    }
+
+    fn record(&self, took: Duration) {
+        if took > STALL {
+            let closed = (took * BACKOFF_FACTOR).min(BACKOFF_MAX);
+            let until = self.now_ns().saturating_add(nanoseconds(closed));
+            self.closed_until_ns.fetch_max(until, Ordering::Relaxed);
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        nanoseconds(self.epoch.elapsed())
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stall_closes_the_gate_and_a_quick_write_does_not() {
+        let gate = InlineGate::new();
+        gate.record(Duration::from_micros(30));
+        assert!(gate.is_open());
+        gate.record(Duration::from_secs(3600));
+        assert!(!gate.is_open(), "closed after a stall");
+        let until = gate.closed_until_ns.load(Ordering::Relaxed);
+        assert!(until <= gate.now_ns() + nanoseconds(BACKOFF_MAX), "and never for longer than the bound");
+        gate.closed_until_ns.store(1, Ordering::Relaxed);
+        assert!(gate.is_open(), "opens when the time is over");
+    }
+}

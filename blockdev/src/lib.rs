@@ -1,0 +1,16 @@
+//! Block devices in user space: the trait every layer of a disk stack implements, the backends at the
+//! bottom of a stack (file, memory, fault, delay) and the NBD export at the top.
+//!
+//! A stack is a composition of one trait: the primary is `Export(Tap(File))`, an activated copy is
+//! `Export(Tap(Fork(View)))`. This crate knows nothing of epochs, groups or peers.
+
+mod buf;
+mod device;
+mod file;
+pub mod nbd;
+mod uring;
+
+pub use buf::Buf;
+pub use device::{BlockDevice, Extent, ExtentKind, IoFuture, ZeroMode};
+pub use file::{FileDevice, FileError, OpenOptions};
+pub use uring::{IoThreads, SharedFile};
