@@ -5,12 +5,18 @@
 //! `Export(Tap(Fork(View)))`. This crate knows nothing of epochs, groups or peers.
 
 mod buf;
+mod delay;
 mod device;
+mod fault;
 mod file;
+mod memory;
 pub mod nbd;
 mod uring;
 
 pub use buf::Buf;
+pub use delay::DelayDevice;
 pub use device::{BlockDevice, Extent, ExtentKind, IoFuture, ZeroMode};
+pub use fault::{Fault, FaultDevice, Operation};
 pub use file::{FileDevice, FileError, OpenOptions};
+pub use memory::MemoryDevice;
 pub use uring::{IoThreads, SharedFile};
