@@ -1,12 +1,185 @@
 //! The primary's half of Twinsite: a tap on every guest disk, dirty maps, cuts, capture, and the sender.
 //!
-//! It knows nothing of the receiver's store; the two meet in `proto` only.
+//! It knows nothing of the receiver's store; the two meet in `proto` only. A guest request never waits for the network: the
+//! tap waits for the local disk at most, and a full queue makes the current epoch grow.
 
 #![forbid(unsafe_code)]
 #![allow(missing_debug_implementations, reason = "devices and sockets have nothing to show")]
 
+mod capture;
+mod core;
+mod ledger;
+mod link;
+#[cfg(test)]
+mod oracle_tests;
+mod record;
+mod session;
+mod shared;
 mod spec;
 mod status;
+mod tap;
 
-pub use spec::{GroupSpec, INTERVAL_MAX, INTERVAL_MIN, PeerSpec, Tuning, VolumeSpec};
-pub use status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blockdev::{BlockDevice, IoThreads};
+use proto::control::VolumeHello;
+use proto::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
+use proto::{Identity, Name};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::core::{Core, CoreConfig};
+use crate::ledger::Ledger;
+use crate::link::Link;
+use crate::record::Record;
+pub use crate::record::RecordError;
+use crate::session::Driver;
+use crate::shared::{LAG_SAMPLE, Shared};
+pub use crate::spec::{GroupSpec, INTERVAL_MAX, INTERVAL_MIN, PeerSpec, Tuning, VolumeSpec};
+pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
+use crate::tap::Tap;
+
+/// The capture thread yields to the guest: its niceness.
+const CAPTURE_NICE: i32 = 5;
+
+/// Why a group cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicatorError {
+    /// Its durable record is missing or damaged.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// A number of volumes that no group may have.
+    #[error("group {group}: {count} disks, a group has 1 to {GROUP_VOLUMES_MAX}")]
+    VolumeCount {
+        /// The group.
+        group: Name,
+        /// Its disks.
+        count: usize,
+    },
+    /// A size that no volume may have.
+    #[error("group {group}, disk {volume}: {size_bytes} bytes; a disk has 1 byte to 16 TiB")]
+    VolumeSize {
+        /// The group.
+        group: Name,
+        /// The disk.
+        volume: Name,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// An interval outside the limits.
+    #[error("group {group}: epoch interval of {given:?}, allowed are 10 ms to 24 h")]
+    Interval {
+        /// The group.
+        group: Name,
+        /// What was asked for.
+        given: Duration,
+    },
+    /// The capture thread cannot be started.
+    #[error("group {group}: cannot start its capture thread: {source}")]
+    Thread {
+        /// The group.
+        group: Name,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+/// One group at its primary, running.
+pub struct Replicator {
+    shared: Arc<Shared>,
+    taps: Vec<(Name, Arc<dyn BlockDevice>)>,
+    stop: watch::Sender<Option<Instant>>,
+    driver: JoinHandle<()>,
+    sampler: JoinHandle<()>,
+    /// Keeps the capture thread alive.
+    _capture: IoThreads,
+}
+
+impl Replicator {
+    /// Starts replicating. The taps may be exported at once: until the receiver answers, changes are only marked.
+    /// Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`ReplicatorError`].
+    pub fn start(spec: GroupSpec, identity: Identity) -> Result<Self, ReplicatorError> {
+        let GroupSpec { group, volumes, peer, state_dir, tuning } = spec;
+        if volumes.is_empty() || volumes.len() > GROUP_VOLUMES_MAX {
+            return Err(ReplicatorError::VolumeCount { group, count: volumes.len() });
+        }
+        for VolumeSpec { name, device } in &volumes {
+            let size_bytes = device.size();
+            if size_bytes == 0 || size_bytes > VOLUME_BYTES_MAX {
+                return Err(ReplicatorError::VolumeSize { group, volume: name.clone(), size_bytes });
+            }
+        }
+        if !(INTERVAL_MIN..=INTERVAL_MAX).contains(&tuning.interval) {
+            return Err(ReplicatorError::Interval { group, given: tuning.interval });
+        }
+        let (record, generation) = Record::open(&state_dir)?;
+        let capture = IoThreads::new(1).map_err(|source| ReplicatorError::Thread { group: group.clone(), source })?;
+        capture.spawn(|| async {
+            // Zero is this very thread. Without the right to be nicer nothing breaks.
+            if let Err(error) = rustix::process::setpriority_process(None, CAPTURE_NICE) {
+                tracing::debug!(%error, "the capture thread keeps its priority");
+            }
+        });
+        let sizes: Vec<u64> = volumes.iter().map(|v| v.device.size()).collect();
+        let ledger = Arc::new(Ledger::new(sizes.clone(), tuning.freeze_budget_bytes));
+        let devices: Arc<[Arc<dyn BlockDevice>]> = volumes.iter().map(|v| v.device.clone()).collect();
+        let names: Vec<(Name, u64)> = volumes.iter().map(|v| v.name.clone()).zip(sizes).collect();
+        let taps = volumes
+            .into_iter()
+            .enumerate()
+            .map(|(index, v)| (v.name, Arc::new(Tap::new(v.device, ledger.clone(), index)) as Arc<dyn BlockDevice>))
+            .collect();
+        let config = CoreConfig {
+            group: group.clone(),
+            volumes: names.iter().map(|(name, size_bytes)| VolumeHello { name: name.clone(), size_bytes: *size_bytes }).collect(),
+            interval: tuning.interval,
+            freeze_budget_bytes: tuning.freeze_budget_bytes,
+            epochs_in_flight: tuning.epochs_in_flight,
+        };
+        let core = Core::new(config, generation, Instant::now());
+        let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, generation));
+        let (stop, stopping) = watch::channel(None);
+        let driver = Driver::new(shared.clone(), core, Link { peer, identity }, record, capture.clone(), devices, stopping);
+        let sampled = shared.clone();
+        let sampler = tokio::spawn(async move {
+            let mut tick = tokio::time::interval(LAG_SAMPLE);
+            loop {
+                tick.tick().await;
+                sampled.sample_lag();
+            }
+        });
+        Ok(Self { shared, taps, stop, driver: tokio::spawn(driver.run()), sampler, _capture: capture })
+    }
+
+    /// The tapped disk `name`, to be exported to the guest.
+    #[must_use]
+    pub fn volume(&self, name: &Name) -> Option<Arc<dyn BlockDevice>> {
+        self.taps.iter().find(|(n, _)| n == name).map(|(_, tap)| tap.clone())
+    }
+
+    /// What `status` shows.
+    #[must_use]
+    pub fn status(&self) -> GroupStatus {
+        self.shared.status()
+    }
+
+    /// Stops. While connected, everything written so far is sent and committed first, for at most `within`. The exports must
+    /// have stopped before. Returns whether everything is committed.
+    pub async fn shutdown(mut self, within: Duration) -> bool {
+        self.stop.send_replace(Some(Instant::now() + within));
+        let ended = (&mut self.driver).await;
+        self.sampler.abort();
+        ended.is_ok() && self.shared.ledger.summary().uncommitted_bytes == 0
+    }
+}
+
+impl Drop for Replicator {
+    fn drop(&mut self) {
+        self.driver.abort();
+        self.sampler.abort();
+    }
+}

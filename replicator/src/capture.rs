@@ -1,0 +1,426 @@
+//! Capture: turns a set of dirty blocks into frames.
+//!
+//! Runs on an io thread of its own, so that compressing never delays a guest request. It reads ahead, drops blocks that are
+//! zero into zero extents, packs neighbours into frames of up to 128 KiB, and hands frames to the sender through a queue whose
+//! bytes are bounded.
+//!
+//! A frozen pass is validated after reading: a block counts only if no guest write has claimed it meanwhile (those
+//! writes hand in their own copy). So capture holds no lock while it reads, and a guest write never waits for it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use blockdev::{BlockDevice, Buf, ExtentKind};
+use bytes::Bytes;
+use futures_util::stream::{FuturesOrdered, StreamExt};
+use proto::control::{PassHeader, PassKind};
+use proto::frame::{self, FRAME_CONTENT_BYTES_MAX, FRAME_EXTENTS_MAX, FRAME_HEADER_BYTES};
+use proto::seal::Tally;
+use proto::units::BLOCK_BYTES;
+use proto::{BlockExtent, BlockIndex, Codec, DirtyMap, VolumeIndex};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::ledger::{FreezeFailure, Ledger, pick_runs};
+use crate::tap::read_blocks;
+
+/// Blocks in a frame.
+const FRAME_BLOCKS: u32 = (FRAME_CONTENT_BYTES_MAX as u64 / BLOCK_BYTES) as u32;
+/// Frames whose blocks are being read at once.
+const READ_AHEAD_FRAMES: usize = 8;
+/// From this length on a run is asked for holes before it is read.
+const HOLE_QUERY_BLOCKS: u32 = FRAME_BLOCKS;
+
+/// What the sender gets, in order.
+pub(crate) enum Item {
+    /// A pass begins.
+    Begin(PassHeader),
+    /// A frame of it; the permit is its share of the queue's bytes.
+    Frame(Bytes, OwnedSemaphorePermit),
+    /// The pass is complete.
+    End,
+    /// Every pass of the epoch is complete.
+    Seal(Box<proto::Seal>),
+}
+
+/// The queue between capture and sender.
+#[derive(Clone)]
+pub(crate) struct FrameQueue {
+    items: mpsc::UnboundedSender<Item>,
+    budget: Arc<Semaphore>,
+    limit_bytes: usize,
+}
+
+impl FrameQueue {
+    /// A queue of at most `limit_bytes` of frames. When it is full, capture waits; guest writes do not.
+    pub(crate) fn new(limit_bytes: usize) -> (Self, mpsc::UnboundedReceiver<Item>) {
+        let limit_bytes = limit_bytes.clamp(frame::FRAME_BYTES_MAX, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
+        let (items, receiver) = mpsc::unbounded_channel();
+        (Self { items, budget: Arc::new(Semaphore::new(limit_bytes)), limit_bytes }, receiver)
+    }
+
+    pub(crate) fn used_bytes(&self) -> u64 {
+        (self.limit_bytes - self.budget.available_permits()) as u64
+    }
+
+    pub(crate) fn limit_bytes(&self) -> u64 {
+        self.limit_bytes as u64
+    }
+
+    /// Sends a mark between frames.
+    ///
+    /// # Errors
+    /// [`CaptureError::Stopped`] if the session is gone.
+    pub(crate) fn mark(&self, item: Item) -> Result<(), CaptureError> {
+        self.items.send(item).map_err(|_| CaptureError::Stopped)
+    }
+
+    async fn frame(&self, bytes: Vec<u8>) -> Result<(), CaptureError> {
+        let permit = tokio::select! {
+            permit = self.budget.clone().acquire_many_owned(bytes.len() as u32) => permit.map_err(|_| CaptureError::Stopped)?,
+            () = self.items.closed() => return Err(CaptureError::Stopped),
+        };
+        self.mark(Item::Frame(Bytes::from(bytes), permit))
+    }
+}
+
+/// Why a pass did not complete.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CaptureError {
+    /// The session ended.
+    #[error("the session ended")]
+    Stopped,
+    /// The disk could not be read.
+    #[error("volume {volume}: cannot read {bytes} bytes at {offset}: {source}")]
+    Read { volume: usize, offset: u64, bytes: u64, source: std::io::Error },
+    /// The frozen epoch could not be completed.
+    #[error("the epoch is given up and merged into the next: {0}")]
+    Freeze(#[from] FreezeFailure),
+}
+
+impl std::fmt::Display for FreezeFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Read => "a block could not be read before it was overwritten",
+            Self::Memory => "copies made before guest writes exceed freeze_budget",
+        })
+    }
+}
+
+impl std::error::Error for FreezeFailure {}
+
+/// Counters of a group's captures since start.
+#[derive(Default)]
+pub(crate) struct CaptureCounters {
+    /// Bytes of data blocks put into frames.
+    pub(crate) data_bytes: AtomicU64,
+    /// Bytes of zero blocks and holes put into zero extents.
+    pub(crate) zero_bytes: AtomicU64,
+    /// Bytes of frames.
+    pub(crate) frame_bytes: AtomicU64,
+    /// Bytes of the pass under way, dealt with and in all.
+    pub(crate) pass_done_bytes: AtomicU64,
+    pub(crate) pass_total_bytes: AtomicU64,
+}
+
+/// A pass, and what it needs.
+pub(crate) struct Pass<'a> {
+    pub(crate) ledger: &'a Ledger,
+    pub(crate) devices: &'a [Arc<dyn BlockDevice>],
+    pub(crate) queue: &'a FrameQueue,
+    pub(crate) counters: &'a CaptureCounters,
+    pub(crate) header: PassHeader,
+    pub(crate) codec: Codec,
+    /// Counts the frames of all passes of the epoch.
+    pub(crate) tally: &'a mut Tally,
+}
+
+/// Reads of one frame's blocks.
+struct Batch {
+    volume: usize,
+    runs: Vec<BlockExtent>,
+    contents: Vec<Buf>,
+    /// Runs known to be holes, not read.
+    holes: Vec<BlockExtent>,
+}
+
+/// Where the blocks of a pass come from.
+enum Source {
+    /// A snapshot of the maps; nothing is frozen.
+    Fuzzy(Vec<DirtyMap>),
+    /// The ledger's frozen epoch.
+    Frozen,
+}
+
+impl Source {
+    fn runs(&self, ledger: &Ledger, volume: usize, from: u64) -> Vec<BlockExtent> {
+        match self {
+            Self::Fuzzy(maps) => pick_runs(&maps[volume], from, FRAME_BLOCKS),
+            Self::Frozen => ledger.frozen_runs(volume, from, FRAME_BLOCKS),
+        }
+    }
+
+    /// One long run from `from` on, where a hole may save the reading.
+    fn long_run(&self, ledger: &Ledger, volume: usize, from: u64) -> Option<BlockExtent> {
+        let run = match self {
+            Self::Fuzzy(maps) => maps[volume].next_run(from, u32::MAX),
+            Self::Frozen => ledger.frozen_runs(volume, from, proto::region::REGION_BLOCKS as u32).into_iter().next(),
+        };
+        run.filter(|r| r.blocks >= HOLE_QUERY_BLOCKS)
+    }
+}
+
+impl Pass<'_> {
+    /// Runs the pass from its cut to its last frame. Returns the instant of the cut, microseconds since 1970.
+    ///
+    /// # Errors
+    /// [`CaptureError`]; the caller gives the epoch up.
+    pub(crate) async fn run(mut self, now_unix_us: impl Fn() -> u64) -> Result<u64, CaptureError> {
+        self.queue.mark(Item::Begin(self.header))?;
+        let (tag, source, cut_unix_us) = match self.header.kind {
+            PassKind::Fuzzy => {
+                let (tag, maps) = self.ledger.take_fuzzy(self.header.epoch);
+                (tag, Source::Fuzzy(maps), now_unix_us())
+            }
+            PassKind::Frozen => (self.ledger.freeze(self.header.epoch), Source::Frozen, now_unix_us()),
+        };
+        self.ledger.drained(tag).await;
+        let total: u64 = match &source {
+            Source::Fuzzy(maps) => maps.iter().map(DirtyMap::bytes).sum(),
+            Source::Frozen => self.ledger.frozen_left_bytes(),
+        };
+        self.counters.pass_done_bytes.store(0, Ordering::Relaxed);
+        self.counters.pass_total_bytes.store(total, Ordering::Relaxed);
+        for volume in 0..self.devices.len() {
+            self.volume(volume, &source).await?;
+        }
+        if self.header.kind == PassKind::Frozen {
+            let copied = self.ledger.thaw().await?;
+            self.send_copied(copied).await?;
+        }
+        self.queue.mark(Item::End)?;
+        Ok(cut_unix_us)
+    }
+
+    async fn volume(&mut self, volume: usize, source: &Source) -> Result<(), CaptureError> {
+        let devices = self.devices;
+        let mut packer = Packer::new(volume);
+        let mut reads = FuturesOrdered::new();
+        let (mut at, mut ended) = (0, false);
+        loop {
+            while !ended && reads.len() < READ_AHEAD_FRAMES {
+                let runs = source.runs(self.ledger, volume, at);
+                let Some(last) = runs.last() else {
+                    ended = true;
+                    break;
+                };
+                let first = runs[0];
+                // A frame of one unbroken run is probably part of a long one: a first copy, a big write.
+                if first.blocks == FRAME_BLOCKS
+                    && let Some(long) = source.long_run(self.ledger, volume, first.start.0)
+                    && let Some(hole) = hole_at(&*devices[volume], long).await
+                {
+                    at = hole.end();
+                    reads.push_back(futures_util::future::Either::Left(std::future::ready(Ok(Batch {
+                        volume,
+                        runs: Vec::new(),
+                        contents: Vec::new(),
+                        holes: vec![hole],
+                    }))));
+                    continue;
+                }
+                at = last.end();
+                reads.push_back(futures_util::future::Either::Right(read_batch(&*devices[volume], volume, runs)));
+            }
+            let Some(batch) = reads.next().await else { break };
+            self.pack(batch?, source, &mut packer).await?;
+            if matches!(source, Source::Frozen) {
+                if let Some(failure) = self.ledger.freeze_failure() {
+                    return Err(failure.into());
+                }
+                let copied = self.ledger.take_copied();
+                self.send_copied(copied).await?;
+            }
+        }
+        self.flush(&mut packer).await
+    }
+
+    /// Adds what was read to the frame being packed: for a frozen pass only the blocks that nobody has overtaken.
+    async fn pack(&mut self, batch: Batch, source: &Source, packer: &mut Packer) -> Result<(), CaptureError> {
+        let runs = batch.runs.iter().chain(&batch.holes);
+        self.counters.pass_done_bytes.fetch_add(runs.map(|r| u64::from(r.blocks) * BLOCK_BYTES).sum(), Ordering::Relaxed);
+        let (mut kept, mut holes) = (Kept::All, batch.holes);
+        if matches!(source, Source::Frozen) {
+            let (mut blocks, mut untouched) = (Vec::new(), Vec::new());
+            self.ledger.claim_captured(batch.volume, &batch.runs, |block| blocks.push(block));
+            self.ledger.claim_captured(batch.volume, &holes, |block| push_block(&mut untouched, block));
+            (kept, holes) = (Kept::Only(blocks), untouched);
+        }
+        for hole in holes {
+            packer.zero(hole);
+        }
+        for (run, content) in batch.runs.iter().zip(&batch.contents) {
+            for (block, bytes) in (run.start.0..run.end()).zip(content.chunks_exact(BLOCK_BYTES as usize)) {
+                if !kept.contains(block) {
+                    continue;
+                }
+                if is_zero(bytes) {
+                    packer.zero(BlockExtent { start: BlockIndex(block), blocks: 1 });
+                } else {
+                    packer.data(block, bytes);
+                    if packer.content.len() >= FRAME_CONTENT_BYTES_MAX {
+                        self.flush_data(packer).await?;
+                    }
+                }
+            }
+        }
+        if packer.zeroes.len() >= FRAME_EXTENTS_MAX {
+            self.flush_zeroes(packer).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_copied(&mut self, copied: Vec<crate::ledger::CopiedRun>) -> Result<(), CaptureError> {
+        let mut copied = copied;
+        copied.sort_by_key(|c| (c.volume, c.extent.start));
+        let mut packer: Option<Packer> = None;
+        for run in copied {
+            if packer.as_ref().is_some_and(|p| p.volume != run.volume)
+                && let Some(mut full) = packer.take()
+            {
+                self.flush(&mut full).await?;
+            }
+            let packer = packer.get_or_insert_with(|| Packer::new(run.volume));
+            let batch = Batch { volume: run.volume, runs: vec![run.extent], contents: vec![run.content], holes: Vec::new() };
+            // Already claimed: taken as it is.
+            self.pack(batch, &Source::Fuzzy(Vec::new()), packer).await?;
+        }
+        match packer {
+            Some(mut packer) => self.flush(&mut packer).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn flush(&mut self, packer: &mut Packer) -> Result<(), CaptureError> {
+        self.flush_data(packer).await?;
+        self.flush_zeroes(packer).await
+    }
+
+    async fn flush_data(&mut self, packer: &mut Packer) -> Result<(), CaptureError> {
+        if packer.content.is_empty() {
+            return Ok(());
+        }
+        let bytes = frame::encode_data(
+            VolumeIndex(packer.volume as u16),
+            self.header.epoch,
+            self.header.pass,
+            &packer.extents,
+            &packer.content,
+            self.codec,
+        );
+        let blocks = packer.content.len() as u64 / BLOCK_BYTES;
+        packer.extents.clear();
+        packer.content.clear();
+        self.counters.data_bytes.fetch_add(blocks * BLOCK_BYTES, Ordering::Relaxed);
+        self.send(bytes, blocks, 0).await
+    }
+
+    async fn flush_zeroes(&mut self, packer: &mut Packer) -> Result<(), CaptureError> {
+        let zeroes = std::mem::take(&mut packer.zeroes);
+        for extents in zeroes.chunks(FRAME_EXTENTS_MAX) {
+            let blocks = extents.iter().map(|e| u64::from(e.blocks)).sum::<u64>();
+            let bytes = frame::encode_zero(VolumeIndex(packer.volume as u16), self.header.epoch, self.header.pass, extents);
+            self.counters.zero_bytes.fetch_add(blocks * BLOCK_BYTES, Ordering::Relaxed);
+            self.send(bytes, 0, blocks).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, bytes: Vec<u8>, data_blocks: u64, zero_blocks: u64) -> Result<(), CaptureError> {
+        if let Some(head) = bytes.first_chunk::<FRAME_HEADER_BYTES>() {
+            self.tally.add(head, bytes.len(), data_blocks, zero_blocks);
+        }
+        self.counters.frame_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.queue.frame(bytes).await
+    }
+}
+
+async fn read_batch(device: &dyn BlockDevice, volume: usize, runs: Vec<BlockExtent>) -> Result<Batch, CaptureError> {
+    let mut contents = Vec::with_capacity(runs.len());
+    for run in &runs {
+        let content = read_blocks(device, *run).await.map_err(|source| CaptureError::Read {
+            volume,
+            offset: run.start.0 * BLOCK_BYTES,
+            bytes: u64::from(run.blocks) * BLOCK_BYTES,
+            source,
+        })?;
+        contents.push(content);
+    }
+    Ok(Batch { volume, runs, contents, holes: Vec::new() })
+}
+
+/// The whole blocks at the start of `run` that are a hole; `None` if it starts with data or the device cannot tell.
+async fn hole_at(device: &dyn BlockDevice, run: BlockExtent) -> Option<BlockExtent> {
+    let offset = run.start.0 * BLOCK_BYTES;
+    let length = (u64::from(run.blocks) * BLOCK_BYTES).min(device.size().saturating_sub(offset));
+    let extents = device.extents(offset, length, 1).await.ok()?;
+    let first = extents.first().filter(|e| e.kind != ExtentKind::Data)?;
+    let whole = if first.length >= length { u64::from(run.blocks) } else { first.length / BLOCK_BYTES };
+    (whole > 0).then_some(BlockExtent { start: run.start, blocks: whole as u32 })
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // Most blocks differ from zero in their first bytes; the rest is compared as the compiler vectorises best.
+    bytes.iter().take(16).all(|b| *b == 0) && bytes.chunks(64).all(|c| c.iter().fold(0, |a, b| a | b) == 0)
+}
+
+/// Appends `block` to runs that are kept in rising order.
+fn push_block(runs: &mut Vec<BlockExtent>, block: u64) {
+    push_run(runs, BlockExtent { start: BlockIndex(block), blocks: 1 });
+}
+
+fn push_run(runs: &mut Vec<BlockExtent>, run: BlockExtent) {
+    match runs.last_mut() {
+        Some(last) if last.end() == run.start.0 && last.blocks.checked_add(run.blocks).is_some() => last.blocks += run.blocks,
+        _ => runs.push(run),
+    }
+}
+
+/// The frame being packed, and the zero runs that wait for theirs.
+struct Packer {
+    volume: usize,
+    extents: Vec<BlockExtent>,
+    content: Vec<u8>,
+    zeroes: Vec<BlockExtent>,
+}
+
+impl Packer {
+    fn new(volume: usize) -> Self {
+        Self { volume, extents: Vec::new(), content: Vec::with_capacity(FRAME_CONTENT_BYTES_MAX), zeroes: Vec::new() }
+    }
+
+    fn data(&mut self, block: u64, bytes: &[u8]) {
+        push_block(&mut self.extents, block);
+        self.content.extend_from_slice(bytes);
+    }
+
+    fn zero(&mut self, run: BlockExtent) {
+        push_run(&mut self.zeroes, run);
+    }
+}
+
+/// Which blocks of a batch go into the frame.
+enum Kept {
+    /// All: the pass is fuzzy, or the blocks are claimed already.
+    All,
+    /// These, in rising order; a batch has at most [`FRAME_BLOCKS`].
+    Only(Vec<u64>),
+}
+
+impl Kept {
+    fn contains(&self, block: u64) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(blocks) => blocks.binary_search(&block).is_ok(),
+        }
+    }
+}

@@ -1,0 +1,595 @@
+//! What a primary does next, for one group: decides, never does.
+//!
+//! Events go in with the time, actions come out; sockets, disks and clocks live in the driver (`session`), so that the same
+//! core runs in a simulator. States move by value; an event that its state does not permit ends the session with an error that
+//! names both.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use proto::control::{CloseCode, Hello, Message, PassKind, VERSION_MAX, VERSION_MIN, VolumeHello};
+use proto::{BLOCK_BYTES, EpochId, Generation, Name, Point};
+
+/// Passes of one epoch at most. The last is frozen whatever its size, so an epoch always ends.
+pub(crate) const PASSES_MAX: u16 = 12;
+/// A fuzzy pass that leaves more than this share of its own size dirty has stopped converging.
+const CONVERGENCE_PERCENT: u64 = 75;
+/// No new cut while more frames than this wait for the network: what waits here cannot merge with later writes to the same
+/// blocks, what stays in the dirty map can.
+pub(crate) const QUEUE_LOW_BYTES: u64 = 4 << 20;
+/// How soon to look again when a cut has to wait for the queue or for a commit.
+const RETRY_CUT: Duration = Duration::from_millis(5);
+/// First and longest wait before connecting again.
+const BACKOFF_MIN: Duration = Duration::from_millis(200);
+const BACKOFF_MAX: Duration = Duration::from_secs(15);
+/// How long a receiver may take to answer the hello: it may be finishing an older session.
+pub(crate) const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+/// After a refusal that waiting does not mend, the receiver's administrator may still mend it.
+const REFUSED_RETRY: Duration = Duration::from_secs(30);
+
+/// What happened.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// Nothing: time passed. With the group's state as of now.
+    Tick(Load),
+    /// As a tick, and the node is stopping: cut at once rather than at the end of the interval.
+    Hurry(Load),
+    /// The connection stands.
+    Connected,
+    /// A message on the control stream.
+    Message(Message),
+    /// The pass that was begun is captured; its frames are queued.
+    PassDone(Load),
+    /// The connection is gone or could not be made. `jitter` is uniform in 0..1.
+    Lost { jitter: f64, refused: bool },
+}
+
+/// How much waits at the primary.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Load {
+    /// Bytes marked and not in any epoch.
+    pub(crate) open_bytes: u64,
+    /// Bytes of frames captured and not yet handed to the network.
+    pub(crate) queued_bytes: u64,
+}
+
+/// What to do, in order.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Open a connection.
+    Connect,
+    /// Send on the control stream.
+    Send(Message),
+    /// Record the generation durably before anything else.
+    Record(Generation),
+    /// Everything up to this epoch is committed.
+    Committed(EpochId),
+    /// Return all uncommitted marks to the open map.
+    Merge,
+    /// Mark everything dirty.
+    MarkAll,
+    /// Capture a pass.
+    BeginPass { epoch: EpochId, pass: u16, kind: PassKind },
+    /// The epoch's passes are queued: queue its seal.
+    Seal { epoch: EpochId, generation: Generation, passes: u32 },
+    /// Drop the connection.
+    Disconnect,
+}
+
+/// Why a session cannot go on, in words for a person.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum SessionError {
+    #[error("the receiver sent {message} while this side was {state}")]
+    Unexpected { state: &'static str, message: &'static str },
+    #[error("the receiver committed {got}, expected {expected}")]
+    WrongCommit { got: Point, expected: Point },
+    #[error("the receiver speaks version {theirs}, this side {VERSION_MIN} to {VERSION_MAX}: upgrade the older one")]
+    Version { theirs: u16 },
+    #[error(
+        "generation {generation} holds at the receiver: this group was failed over there and may only be written there; nothing \
+         is replicated from here"
+    )]
+    Fenced { generation: Generation },
+    #[error("receiver: {reason}")]
+    Closed { code: u16, reason: String },
+    #[error("the receiver did not answer the hello in {} s", WELCOME_TIMEOUT.as_secs())]
+    Silent,
+}
+
+impl SessionError {
+    /// Whether trying again unchanged cannot help.
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Closed { code, .. } => !CloseCode::from_u16(*code).is_some_and(CloseCode::is_transient),
+            Self::Version { .. } | Self::Fenced { .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// A session that follows the guest.
+#[derive(Debug)]
+pub(crate) struct Streaming {
+    generation: Generation,
+    in_flight_max: usize,
+    in_flight: VecDeque<EpochId>,
+    building: Option<Building>,
+    next_epoch: EpochId,
+    next_cut: Instant,
+    /// Everything known to be needed for a first complete copy has been committed once.
+    complete: bool,
+    had_copy: bool,
+}
+
+#[derive(Debug)]
+struct Building {
+    epoch: EpochId,
+    pass: u16,
+    kind: PassKind,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+pub(crate) enum Phase {
+    Waiting { until: Instant, refused: bool },
+    Connecting,
+    Greeting { deadline: Instant },
+    Streaming(Box<Streaming>),
+    Fenced,
+}
+
+impl Phase {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Waiting { .. } => "waiting to connect",
+            Self::Connecting => "connecting",
+            Self::Greeting { .. } => "waiting for its welcome",
+            Self::Streaming(_) => "streaming",
+            Self::Fenced => "fenced",
+        }
+    }
+}
+
+/// Fixed facts of a group.
+#[derive(Clone, Debug)]
+pub(crate) struct CoreConfig {
+    pub(crate) group: Name,
+    pub(crate) volumes: Vec<VolumeHello>,
+    pub(crate) interval: Duration,
+    pub(crate) freeze_budget_bytes: u64,
+    pub(crate) epochs_in_flight: u16,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Core {
+    config: CoreConfig,
+    phase: Phase,
+    attempt: u32,
+    generation: Generation,
+    /// Newest commit this run of the process knows of.
+    committed: Option<Point>,
+    /// First and newest epoch sealed in the last session.
+    sealed: Option<(EpochId, EpochId)>,
+}
+
+impl Core {
+    pub(crate) fn new(config: CoreConfig, generation: Generation, now: Instant) -> Self {
+        let phase = Phase::Waiting { until: now, refused: false };
+        Self { config, phase, attempt: 0, generation, committed: None, sealed: None }
+    }
+
+    pub(crate) fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    pub(crate) fn committed(&self) -> Option<Point> {
+        self.committed
+    }
+
+    pub(crate) fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        if let Phase::Streaming(s) = &self.phase { s.in_flight.len() } else { 0 }
+    }
+
+    /// Whether the first copy (or the one after a restart) is still being made, and whether the receiver had one before.
+    pub(crate) fn syncing(&self) -> Option<bool> {
+        match &self.phase {
+            Phase::Streaming(s) if !s.complete => Some(s.had_copy),
+            _ => None,
+        }
+    }
+
+    /// When a tick is due at the latest.
+    pub(crate) fn deadline(&self, now: Instant) -> Instant {
+        match &self.phase {
+            Phase::Waiting { until, .. } => *until,
+            Phase::Greeting { deadline } => *deadline,
+            // A cut that has to wait is looked at again soon; one that is being captured ends with an event of its own.
+            Phase::Streaming(s) if s.building.is_none() => s.next_cut.max(now + Duration::from_millis(1)),
+            Phase::Connecting | Phase::Streaming(_) | Phase::Fenced => now + Duration::from_secs(3600),
+        }
+    }
+
+    /// Takes an event.
+    ///
+    /// # Errors
+    /// The session must be dropped; the driver then reports [`Event::Lost`].
+    pub(crate) fn handle(&mut self, now: Instant, event: Event, out: &mut Vec<Action>) -> Result<(), SessionError> {
+        let phase = std::mem::replace(&mut self.phase, Phase::Connecting);
+        let (phase, result) = self.next(phase, now, event, out);
+        self.phase = phase;
+        result
+    }
+
+    fn next(&mut self, phase: Phase, now: Instant, event: Event, out: &mut Vec<Action>) -> (Phase, Result<(), SessionError>) {
+        match (phase, event) {
+            (Phase::Fenced, _) => (Phase::Fenced, Ok(())),
+            (_, Event::Lost { jitter, refused }) => (self.lost(now, jitter, refused, out), Ok(())),
+            (Phase::Waiting { until, .. }, Event::Tick(_)) if now >= until => {
+                out.push(Action::Connect);
+                (Phase::Connecting, Ok(()))
+            }
+            (Phase::Connecting, Event::Connected) => {
+                out.push(Action::Send(Message::Hello(self.hello())));
+                (Phase::Greeting { deadline: now + WELCOME_TIMEOUT }, Ok(()))
+            }
+            (Phase::Greeting { deadline }, Event::Tick(_)) if now >= deadline => {
+                (Phase::Greeting { deadline }, Err(SessionError::Silent))
+            }
+            (phase, Event::Message(Message::Fenced { generation })) => {
+                out.extend([Action::Merge, Action::Disconnect]);
+                drop(phase);
+                (Phase::Fenced, Err(SessionError::Fenced { generation }))
+            }
+            (phase, Event::Message(Message::Close { code, reason })) => (phase, Err(SessionError::Closed { code, reason })),
+            (
+                phase @ Phase::Greeting { .. },
+                Event::Message(Message::Welcome { version, generation, committed, epochs_in_flight_max }),
+            ) => {
+                if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
+                    return (phase, Err(SessionError::Version { theirs: version }));
+                }
+                let streaming = self.welcome(now, generation, committed, epochs_in_flight_max, out);
+                (Phase::Streaming(Box::new(streaming)), Ok(()))
+            }
+            (Phase::Streaming(mut s), event) => {
+                let result = self.stream(&mut s, now, event, out);
+                (Phase::Streaming(s), result)
+            }
+            (phase, Event::Message(message)) => {
+                let error = SessionError::Unexpected { state: phase.name(), message: message.kind() };
+                (phase, Err(error))
+            }
+            // A tick that comes early, or the end of a capture whose session is gone.
+            (phase, Event::Tick(_) | Event::Hurry(_) | Event::PassDone(_) | Event::Connected) => (phase, Ok(())),
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            version_min: VERSION_MIN,
+            version_max: VERSION_MAX,
+            block_bytes: BLOCK_BYTES as u32,
+            interval_ms: u32::try_from(self.config.interval.as_millis()).unwrap_or(u32::MAX),
+            group: self.config.group.clone(),
+            generation: self.generation,
+            committed: self.committed.map_or(EpochId(0), |p| p.epoch),
+            volumes: self.config.volumes.clone(),
+        }
+    }
+
+    /// The receiver's newest commit decides which marks are still needed. What it claims must lie between what it told us last
+    /// and what we sealed last; anything else is another history, and the copy is then made anew.
+    fn welcome(
+        &mut self,
+        now: Instant,
+        generation: Generation,
+        theirs: Option<Point>,
+        in_flight_max: u16,
+        out: &mut Vec<Action>,
+    ) -> Streaming {
+        if generation != self.generation {
+            self.generation = generation;
+            out.push(Action::Record(generation));
+        }
+        let newest = self.sealed.map(|(_, newest)| newest);
+        let known = match (self.committed, theirs) {
+            (Some(ours), Some(theirs)) => {
+                theirs.generation == ours.generation && theirs >= ours && theirs.epoch <= newest.unwrap_or(ours.epoch)
+            }
+            (Some(_), None) => false,
+            (None, Some(theirs)) => newest.is_none_or(|newest| theirs.epoch <= newest),
+            (None, None) => true,
+        };
+        // A commit of an earlier run of this process says nothing about our marks: no epoch of theirs is in the ledger.
+        let acknowledged =
+            theirs.filter(|t| known && (self.committed.is_some() || self.sealed.is_some_and(|(first, _)| t.epoch >= first)));
+        out.extend(acknowledged.map(|point| Action::Committed(point.epoch)));
+        out.push(Action::Merge);
+        if !known {
+            out.push(Action::MarkAll);
+        }
+        self.committed = acknowledged;
+        let complete = acknowledged.is_some();
+        self.sealed = None;
+        Streaming {
+            generation,
+            in_flight_max: usize::from(in_flight_max.min(self.config.epochs_in_flight).max(1)),
+            in_flight: VecDeque::new(),
+            building: None,
+            next_epoch: theirs.map_or(EpochId(1), |p| p.epoch.next()),
+            next_cut: now,
+            complete,
+            had_copy: theirs.is_some(),
+        }
+    }
+
+    fn stream(&mut self, s: &mut Streaming, now: Instant, event: Event, out: &mut Vec<Action>) -> Result<(), SessionError> {
+        match event {
+            Event::Tick(load) => {
+                if s.building.is_none() && now >= s.next_cut {
+                    self.cut_if_due(s, now, load, out);
+                }
+                Ok(())
+            }
+            Event::Hurry(load) => {
+                if s.building.is_none() {
+                    self.cut_if_due(s, now, load, out);
+                }
+                Ok(())
+            }
+            Event::PassDone(load) => {
+                self.pass_done(s, now, load, out);
+                Ok(())
+            }
+            Event::Message(Message::Committed { point }) => {
+                let expected = Point { generation: s.generation, epoch: s.in_flight.front().copied().unwrap_or(s.next_epoch) };
+                if point != expected || s.in_flight.is_empty() {
+                    return Err(SessionError::WrongCommit { got: point, expected });
+                }
+                s.in_flight.pop_front();
+                s.complete = true;
+                self.attempt = 0;
+                self.committed = Some(point);
+                out.push(Action::Committed(point.epoch));
+                Ok(())
+            }
+            Event::Message(message) => Err(SessionError::Unexpected { state: "streaming", message: message.kind() }),
+            Event::Connected | Event::Lost { .. } => Ok(()),
+        }
+    }
+
+    fn cut_if_due(&self, s: &mut Streaming, now: Instant, load: Load, out: &mut Vec<Action>) {
+        if load.open_bytes == 0 {
+            s.next_cut = now + self.config.interval;
+            return;
+        }
+        if s.in_flight.len() >= s.in_flight_max || load.queued_bytes > QUEUE_LOW_BYTES {
+            s.next_cut = now + RETRY_CUT;
+            return;
+        }
+        // The grid of cuts is kept while we keep up with it, and restarted when we do not.
+        s.next_cut = (s.next_cut + self.config.interval).max(now);
+        let kind = if load.open_bytes <= self.config.freeze_budget_bytes { PassKind::Frozen } else { PassKind::Fuzzy };
+        let epoch = s.next_epoch;
+        s.building = Some(Building { epoch, pass: 0, kind, bytes: load.open_bytes });
+        out.push(Action::BeginPass { epoch, pass: 0, kind });
+    }
+
+    fn pass_done(&mut self, s: &mut Streaming, now: Instant, load: Load, out: &mut Vec<Action>) {
+        let Some(done) = s.building.take() else { return };
+        if done.kind == PassKind::Frozen {
+            s.in_flight.push_back(done.epoch);
+            s.next_epoch = done.epoch.next();
+            s.next_cut = s.next_cut.max(now);
+            self.sealed = Some((self.sealed.map_or(done.epoch, |(first, _)| first), done.epoch));
+            out.push(Action::Seal { epoch: done.epoch, generation: s.generation, passes: u32::from(done.pass) + 1 });
+            return;
+        }
+        let pass = done.pass + 1;
+        let converging = load.open_bytes * 100 <= done.bytes * CONVERGENCE_PERCENT;
+        let small = load.open_bytes <= self.config.freeze_budget_bytes;
+        let last = pass + 1 >= PASSES_MAX;
+        let kind = if small || last || !converging { PassKind::Frozen } else { PassKind::Fuzzy };
+        s.building = Some(Building { epoch: done.epoch, pass, kind, bytes: load.open_bytes });
+        out.push(Action::BeginPass { epoch: done.epoch, pass, kind });
+    }
+
+    fn lost(&mut self, now: Instant, jitter: f64, refused: bool, out: &mut Vec<Action>) -> Phase {
+        out.push(Action::Disconnect);
+        let base = BACKOFF_MIN.saturating_mul(1 << self.attempt.min(10)).min(BACKOFF_MAX);
+        self.attempt = self.attempt.saturating_add(1);
+        let wait = if refused { REFUSED_RETRY } else { base };
+        // Half fixed, half random: many groups that lost one receiver do not come back in step.
+        Phase::Waiting { until: now + wait.mul_f64(0.5 + 0.5 * jitter.clamp(0.0, 1.0)), refused }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: u64 = 1000;
+
+    struct Fixture {
+        core: Core,
+        now: Instant,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let config = CoreConfig {
+                group: "g".parse().unwrap(),
+                volumes: vec![VolumeHello { name: "v".parse().unwrap(), size_bytes: 4096 }],
+                interval: Duration::from_secs(1),
+                freeze_budget_bytes: BUDGET,
+                epochs_in_flight: 2,
+            };
+            let now = Instant::now();
+            Self { core: Core::new(config, Generation(0), now), now }
+        }
+
+        fn on(&mut self, event: Event) -> Vec<Action> {
+            self.try_on(event).expect("permitted")
+        }
+
+        fn try_on(&mut self, event: Event) -> Result<Vec<Action>, SessionError> {
+            let mut out = Vec::new();
+            self.core.handle(self.now, event, &mut out).map(|()| out)
+        }
+
+        fn tick(&mut self, open_bytes: u64) -> Vec<Action> {
+            self.now += Duration::from_secs(1);
+            self.on(Event::Tick(Load { open_bytes, queued_bytes: 0 }))
+        }
+
+        fn greet(&mut self, committed: Option<Point>) -> Vec<Action> {
+            self.now += Duration::from_secs(60);
+            assert_eq!(self.on(Event::Tick(Load::default())), [Action::Connect]);
+            assert!(matches!(self.on(Event::Connected)[..], [Action::Send(Message::Hello(_))]));
+            self.on(Event::Message(welcome(1, committed)))
+        }
+
+        fn epoch(&mut self, epoch: u64) {
+            assert_eq!(self.tick(10), [begin(epoch, 0, PassKind::Frozen)]);
+            let sealed = self.on(Event::PassDone(Load::default()));
+            assert!(matches!(sealed[..], [Action::Seal { epoch: EpochId(e), passes: 1, .. }] if e == epoch));
+        }
+    }
+
+    fn point(generation: u64, epoch: u64) -> Point {
+        Point { generation: Generation(generation), epoch: EpochId(epoch) }
+    }
+
+    fn welcome(generation: u64, committed: Option<Point>) -> Message {
+        Message::Welcome { version: 1, generation: Generation(generation), committed, epochs_in_flight_max: 8 }
+    }
+
+    fn begin(epoch: u64, pass: u16, kind: PassKind) -> Action {
+        Action::BeginPass { epoch: EpochId(epoch), pass, kind }
+    }
+
+    fn lost() -> Event {
+        Event::Lost { jitter: 0.5, refused: false }
+    }
+
+    #[test]
+    fn a_first_sync_goes_in_passes_until_it_fits_the_budget() {
+        let mut f = Fixture::new();
+        assert_eq!(f.greet(None), [Action::Record(Generation(1)), Action::Merge]);
+        assert_eq!(f.core.syncing(), Some(false));
+        assert_eq!(f.tick(100 * BUDGET), [begin(1, 0, PassKind::Fuzzy)]);
+        let load = |open_bytes| Load { open_bytes, queued_bytes: 0 };
+        assert_eq!(f.on(Event::PassDone(load(10 * BUDGET))), [begin(1, 1, PassKind::Fuzzy)]);
+        assert_eq!(f.on(Event::PassDone(load(BUDGET))), [begin(1, 2, PassKind::Frozen)]);
+        assert!(matches!(f.on(Event::PassDone(load(0)))[..], [Action::Seal { passes: 3, .. }]));
+        assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(EpochId(1))]);
+        assert_eq!(f.core.syncing(), None);
+    }
+
+    #[test]
+    fn passes_that_do_not_converge_end_in_a_frozen_one() {
+        let mut f = Fixture::new();
+        f.greet(None);
+        f.tick(100 * BUDGET);
+        let load = Load { open_bytes: 99 * BUDGET, queued_bytes: 0 };
+        assert_eq!(f.on(Event::PassDone(load)), [begin(1, 1, PassKind::Frozen)]);
+    }
+
+    #[test]
+    fn the_current_epoch_grows_while_the_pipe_is_full() {
+        let mut f = Fixture::new();
+        f.greet(None);
+        f.epoch(1);
+        f.epoch(2);
+        assert_eq!(f.tick(10), [], "two epochs are in flight");
+        assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(EpochId(1))]);
+        f.epoch(3);
+        let queued = Load { open_bytes: 10, queued_bytes: QUEUE_LOW_BYTES + 1 };
+        f.on(Event::Message(Message::Committed { point: point(1, 2) }));
+        f.now += Duration::from_secs(1);
+        assert_eq!(f.on(Event::Tick(queued)), [], "frames wait for the network");
+    }
+
+    #[test]
+    fn after_a_lost_session_the_receivers_word_releases_what_got_through() {
+        let mut f = Fixture::new();
+        f.greet(None);
+        f.epoch(1);
+        f.on(Event::Message(Message::Committed { point: point(1, 1) }));
+        f.epoch(2);
+        assert_eq!(f.on(lost()), [Action::Disconnect]);
+        assert_eq!(f.greet(Some(point(1, 2))), [Action::Committed(EpochId(2)), Action::Merge]);
+        f.epoch(3);
+    }
+
+    /// A first copy whose acknowledgement was lost is not sent again.
+    #[test]
+    fn a_first_commit_that_was_not_heard_of_counts() {
+        let mut f = Fixture::new();
+        f.greet(None);
+        f.epoch(1);
+        f.on(lost());
+        assert_eq!(f.greet(Some(point(1, 1))), [Action::Committed(EpochId(1)), Action::Merge]);
+        assert_eq!(f.core.syncing(), None);
+    }
+
+    #[test]
+    fn another_history_at_the_receiver_means_that_everything_is_sent() {
+        for theirs in [None, Some(point(1, 1)), Some(point(1, 9)), Some(point(2, 2))] {
+            let mut f = Fixture::new();
+            f.greet(None);
+            f.epoch(1);
+            f.on(Event::Message(Message::Committed { point: point(1, 1) }));
+            f.epoch(2);
+            f.on(Event::Message(Message::Committed { point: point(1, 2) }));
+            f.on(lost());
+            assert_eq!(f.greet(theirs), [Action::Merge, Action::MarkAll], "{theirs:?}");
+        }
+    }
+
+    #[test]
+    fn a_fenced_primary_never_connects_again() {
+        let mut f = Fixture::new();
+        f.greet(None);
+        let error = f.try_on(Event::Message(Message::Fenced { generation: Generation(2) })).unwrap_err();
+        assert!(error.is_refusal());
+        f.on(lost());
+        f.now += Duration::from_secs(1000);
+        assert_eq!(f.on(Event::Tick(Load::default())), []);
+        assert!(matches!(f.core.phase(), Phase::Fenced));
+    }
+
+    #[test]
+    fn a_commit_out_of_order_ends_the_session() {
+        let mut f = Fixture::new();
+        f.greet(None);
+        f.epoch(1);
+        f.epoch(2);
+        for bad in [point(1, 2), point(2, 1), point(1, 3)] {
+            let error = f.try_on(Event::Message(Message::Committed { point: bad })).unwrap_err();
+            assert!(matches!(error, SessionError::WrongCommit { .. }));
+        }
+        let error = f.try_on(Event::Message(welcome(1, None))).unwrap_err();
+        assert_eq!(error.to_string(), "the receiver sent welcome while this side was streaming");
+    }
+
+    #[test]
+    fn backoff_grows_to_its_limit_and_a_refusal_waits_longest() {
+        let mut f = Fixture::new();
+        let mut waits = Vec::new();
+        for _ in 0..12 {
+            f.on(lost());
+            let Phase::Waiting { until, .. } = f.core.phase() else { panic!("waits") };
+            waits.push(*until - f.now);
+        }
+        assert!(waits.is_sorted() && waits[0] < Duration::from_millis(200) && *waits.last().unwrap() < BACKOFF_MAX);
+        f.on(Event::Lost { jitter: 1.0, refused: true });
+        let Phase::Waiting { until, refused } = f.core.phase() else { panic!("waits") };
+        assert!(*refused && *until - f.now == REFUSED_RETRY);
+    }
+}

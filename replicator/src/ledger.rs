@@ -1,0 +1,511 @@
+//! The group's admission ledger: which tag a write carries, which blocks each uncommitted epoch changed, which blocks a
+//! capture still needs.
+//!
+//! What must always hold:
+//! - a block is marked before its write is issued, and its mark leaves the ledger only when an epoch that holds the block's
+//!   content is committed remotely;
+//! - a write that carries a tag later than a frozen epoch never reaches a block that the epoch's capture still needs;
+//! - whatever ends a session early, the marks of all epochs that are not committed return to the open map.
+//!
+//! One mutex a group. Its critical sections are bounded by the size of one request; a cut swaps the open maps for empty ones,
+//! so it costs O(volumes) whatever the disks' sizes, and pauses nobody. It knows no device, no socket and no clock: time is
+//! passed in.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use blockdev::Buf;
+use parking_lot::Mutex;
+use proto::units::BLOCK_BYTES;
+use proto::{BlockExtent, DirtyMap, EpochId};
+use tokio::sync::Notify;
+
+/// Most bytes that one copy-before-write step reads at once.
+const COPY_STEP_BLOCKS: u64 = 256;
+
+/// A block run of one volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Range {
+    pub(crate) volume: usize,
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+}
+
+impl Range {
+    /// The blocks that the byte range touches; `length` is not zero.
+    pub(crate) fn of_bytes(volume: usize, offset: u64, length: u64) -> Self {
+        let first = offset / BLOCK_BYTES;
+        Self { volume, first, count: (offset + length).div_ceil(BLOCK_BYTES) - first }
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        self.volume == other.volume && self.first < other.first + other.count && other.first < self.first + self.count
+    }
+}
+
+/// Blocks as they were at the cut, read because a guest write was about to overtake the capture.
+pub(crate) struct CopiedRun {
+    pub(crate) volume: usize,
+    pub(crate) extent: BlockExtent,
+    pub(crate) content: Buf,
+}
+
+struct InFlight {
+    tag: u64,
+    writes: u64,
+}
+
+/// An epoch that is cut and whose capture still needs blocks.
+struct Frozen {
+    /// Writes with this tag or a lower one belong to the epoch.
+    tag: u64,
+    /// Blocks that nobody has read yet.
+    left: Vec<DirtyMap>,
+    /// Runs that a guest write is reading now, with the id of its claim.
+    copying: Vec<(u64, Range)>,
+    copied: Vec<CopiedRun>,
+    copied_bytes: u64,
+    /// A copy that could not be read or did not fit: the epoch cannot be completed.
+    failed: Option<FreezeFailure>,
+}
+
+/// Why a frozen epoch cannot be completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FreezeFailure {
+    /// The old content of a block could not be read.
+    Read,
+    /// The copies made before guest writes exceed their limit.
+    Memory,
+}
+
+/// The changes of an epoch that is not committed.
+struct Changes {
+    epoch: EpochId,
+    maps: Vec<DirtyMap>,
+    first_write: Option<Instant>,
+}
+
+struct State {
+    tag: u64,
+    open: Vec<DirtyMap>,
+    open_first_write: Option<Instant>,
+    in_flight: VecDeque<InFlight>,
+    frozen: Option<Frozen>,
+    building: Option<Changes>,
+    sealed: VecDeque<Changes>,
+    next_claim: u64,
+    copied_before_write: u64,
+}
+
+/// See the module.
+pub(crate) struct Ledger {
+    state: Mutex<State>,
+    sizes: Vec<u64>,
+    copy_limit_bytes: u64,
+    /// Signalled when writes of an old tag have drained, a copy is done, or a freeze ends.
+    changed: Notify,
+}
+
+/// A write that was admitted; dropping it says that the write has ended, well or not.
+pub(crate) struct Ticket<'a> {
+    ledger: &'a Ledger,
+    tag: u64,
+}
+
+impl Drop for Ticket<'_> {
+    fn drop(&mut self) {
+        self.ledger.release(self.tag);
+    }
+}
+
+/// What a write has to do before it may be issued.
+pub(crate) enum Step {
+    /// Issue it.
+    Issue,
+    /// Wait for [`Ledger::changed`], then ask again.
+    Wait,
+    /// Read these runs and hand them to [`Ledger::copied`] under this claim, then ask again.
+    Copy { claim: u64, runs: Vec<BlockExtent> },
+}
+
+/// Dirty bytes and ages for `status` and for the core.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Summary {
+    pub(crate) open_bytes: Vec<u64>,
+    pub(crate) uncommitted_bytes: u64,
+    pub(crate) oldest_write: Option<Instant>,
+    pub(crate) copied_before_write: u64,
+    pub(crate) copied_bytes: u64,
+}
+
+impl Ledger {
+    /// A ledger in which everything is dirty: nothing is known of the copy yet.
+    pub(crate) fn new(sizes: Vec<u64>, copy_limit_bytes: u64) -> Self {
+        let state = State {
+            tag: 1,
+            open: sizes.iter().map(|s| DirtyMap::full(*s)).collect(),
+            open_first_write: None,
+            in_flight: VecDeque::new(),
+            frozen: None,
+            building: None,
+            sealed: VecDeque::new(),
+            next_claim: 0,
+            copied_before_write: 0,
+        };
+        Self { state: Mutex::new(state), sizes, copy_limit_bytes, changed: Notify::new() }
+    }
+
+    /// Signalled whenever a [`Step::Wait`] may have become something else.
+    pub(crate) fn changed(&self) -> &Notify {
+        &self.changed
+    }
+
+    /// Counts a write in flight and marks its blocks. `now` is called for the first write of an epoch only.
+    pub(crate) fn admit(&self, range: Range, now: impl FnOnce() -> Instant) -> Ticket<'_> {
+        let mut state = self.state.lock();
+        Ticket { ledger: self, tag: state.admit(range, now) }
+    }
+
+    /// As [`Self::admit`], if the write may be issued without any further step.
+    pub(crate) fn try_admit(&self, range: Range, now: impl FnOnce() -> Instant) -> Option<Ticket<'_>> {
+        let mut state = self.state.lock();
+        if let Some(frozen) = &state.frozen
+            && (frozen.needs(&range) || frozen.copying(&range))
+        {
+            return None;
+        }
+        Some(Ticket { ledger: self, tag: state.admit(range, now) })
+    }
+
+    /// What an admitted write of `range` has to do next.
+    pub(crate) fn step(&self, ticket: &Ticket<'_>, range: &Range) -> Step {
+        let state = &mut *self.state.lock();
+        let Some(frozen) = state.frozen.as_mut().filter(|f| f.tag < ticket.tag) else { return Step::Issue };
+        if frozen.copying(range) {
+            return Step::Wait;
+        }
+        if frozen.failed.is_some() || !frozen.needs(range) {
+            return Step::Issue;
+        }
+        // A straddling write of the old epoch may still be on its way to these very blocks: the copy comes after it.
+        if state.in_flight.iter().any(|w| w.tag <= frozen.tag) {
+            return Step::Wait;
+        }
+        let map = &mut frozen.left[range.volume];
+        let (mut runs, mut at, mut blocks) = (Vec::new(), range.first, 0);
+        let end = range.first + range.count;
+        while blocks < COPY_STEP_BLOCKS
+            && let Some(run) = map.next_run(at, u32::try_from(end - at).unwrap_or(u32::MAX)).filter(|r| r.start.0 < end)
+        {
+            let take = (run.end().min(end) - run.start.0).min(COPY_STEP_BLOCKS - blocks);
+            runs.push(BlockExtent { start: run.start, blocks: take as u32 });
+            blocks += take;
+            at = run.start.0 + take;
+            if at >= end {
+                break;
+            }
+        }
+        let claim = state.next_claim;
+        state.next_claim += 1;
+        for run in &runs {
+            map.clear(run.start.0, run.blocks.into());
+            frozen.copying.push((claim, Range { volume: range.volume, first: run.start.0, count: run.blocks.into() }));
+        }
+        state.copied_before_write += blocks;
+        Step::Copy { claim, runs }
+    }
+
+    /// Ends a claim: the runs as they were at the cut, or `None` if they could not be read.
+    pub(crate) fn copied(&self, claim: u64, runs: Option<Vec<CopiedRun>>) {
+        let mut state = self.state.lock();
+        if let Some(frozen) = &mut state.frozen {
+            let before = frozen.copying.len();
+            frozen.copying.retain(|(id, _)| *id != claim);
+            // A claim of an earlier freeze that ended meanwhile is nobody's any more.
+            if frozen.copying.len() < before {
+                match runs {
+                    Some(runs) => {
+                        frozen.copied_bytes += runs.iter().map(|r| r.content.len() as u64).sum::<u64>();
+                        frozen.copied.extend(runs);
+                        if frozen.copied_bytes > self.copy_limit_bytes {
+                            frozen.fail(FreezeFailure::Memory);
+                        }
+                    }
+                    None => frozen.fail(FreezeFailure::Read),
+                }
+            }
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    fn release(&self, tag: u64) {
+        let mut state = self.state.lock();
+        let current = state.tag;
+        let mut drained = false;
+        if let Some(at) = state.in_flight.iter().position(|w| w.tag == tag) {
+            let entry = &mut state.in_flight[at];
+            entry.writes -= 1;
+            if entry.writes == 0 && tag < current {
+                state.in_flight.remove(at);
+                drained = true;
+            }
+        }
+        drop(state);
+        if drained {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// Starts a pass of `epoch` without freezing: takes the open maps. Returns them and the tag whose writes must have
+    /// drained before the pass reads anything (a marked write that was not yet issued would otherwise be lost).
+    pub(crate) fn take_fuzzy(&self, epoch: EpochId) -> (u64, Vec<DirtyMap>) {
+        let mut state = self.state.lock();
+        state.cut(epoch, &self.sizes)
+    }
+
+    /// Cuts `epoch`: everything marked so far belongs to it, everything admitted later to the next. Returns the tag that must
+    /// have drained before capture.
+    pub(crate) fn freeze(&self, epoch: EpochId) -> u64 {
+        let mut state = self.state.lock();
+        assert!(state.frozen.is_none(), "one epoch is captured at a time");
+        let (tag, left) = state.cut(epoch, &self.sizes);
+        state.frozen = Some(Frozen { tag, left, copying: Vec::new(), copied: Vec::new(), copied_bytes: 0, failed: None });
+        tag
+    }
+
+    /// Waits until no write with `tag` or a lower one is in flight.
+    pub(crate) async fn drained(&self, tag: u64) {
+        self.wait_until(|state| state.in_flight.iter().all(|w| w.tag > tag || w.writes == 0)).await;
+    }
+
+    async fn wait_until(&self, ready: impl Fn(&State) -> bool) {
+        let notified = self.changed.notified();
+        tokio::pin!(notified);
+        loop {
+            notified.as_mut().enable();
+            if ready(&self.state.lock()) {
+                return;
+            }
+            notified.as_mut().await;
+            notified.set(self.changed.notified());
+        }
+    }
+
+    /// The next runs at or after `from` that the frozen epoch still needs of `volume`: at most `blocks_max` blocks.
+    pub(crate) fn frozen_runs(&self, volume: usize, from: u64, blocks_max: u32) -> Vec<BlockExtent> {
+        let state = self.state.lock();
+        state.frozen.as_ref().map_or_else(Vec::new, |f| pick_runs(&f.left[volume], from, blocks_max))
+    }
+
+    /// Bytes that the frozen epoch still needs.
+    pub(crate) fn frozen_left_bytes(&self) -> u64 {
+        self.state.lock().frozen.as_ref().map_or(0, |f| f.left.iter().map(DirtyMap::bytes).sum())
+    }
+
+    /// Keeps of `runs`, which the capture has just read, those blocks that no guest write has overtaken, and counts them as
+    /// captured. A block still needed now was untouched while it was read: writers take it out before they write.
+    pub(crate) fn claim_captured(&self, volume: usize, runs: &[BlockExtent], mut keep: impl FnMut(u64)) {
+        let mut state = self.state.lock();
+        let Some(frozen) = &mut state.frozen else { return };
+        let map = &mut frozen.left[volume];
+        for run in runs {
+            for block in run.start.0..run.end() {
+                if map.contains(block) {
+                    keep(block);
+                }
+            }
+            map.clear(run.start.0, run.blocks.into());
+        }
+    }
+
+    /// Takes the copies that guest writes have made so far.
+    pub(crate) fn take_copied(&self) -> Vec<CopiedRun> {
+        let mut state = self.state.lock();
+        state.frozen.as_mut().map_or_else(Vec::new, |f| {
+            f.copied_bytes = 0;
+            std::mem::take(&mut f.copied)
+        })
+    }
+
+    /// Whether the freeze was found impossible to complete.
+    pub(crate) fn freeze_failure(&self) -> Option<FreezeFailure> {
+        self.state.lock().frozen.as_ref().and_then(|f| f.failed)
+    }
+
+    /// Waits until no guest write is copying, then ends the freeze and returns the last copies.
+    ///
+    /// # Errors
+    /// The reason why the epoch is not complete.
+    pub(crate) async fn thaw(&self) -> Result<Vec<CopiedRun>, FreezeFailure> {
+        self.wait_until(|state| state.frozen.as_ref().is_none_or(|f| f.copying.is_empty())).await;
+        let frozen = self.state.lock().frozen.take();
+        self.changed.notify_waiters();
+        match frozen {
+            Some(Frozen { failed: Some(failure), .. }) => Err(failure),
+            Some(frozen) => {
+                assert!(frozen.left.iter().all(DirtyMap::is_empty), "a thawed epoch has captured all its blocks");
+                Ok(frozen.copied)
+            }
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// The epoch's frames are complete: it waits for its commit.
+    pub(crate) fn seal(&self, epoch: EpochId) {
+        let mut state = self.state.lock();
+        if let Some(changes) = state.building.take_if(|b| b.epoch == epoch) {
+            state.sealed.push_back(changes);
+        }
+    }
+
+    /// First write of the epoch being built.
+    pub(crate) fn building_first_write(&self) -> Option<Instant> {
+        self.state.lock().building.as_ref().and_then(|b| b.first_write)
+    }
+
+    /// Everything up to `epoch` is on stable storage at the receiver.
+    pub(crate) fn committed(&self, epoch: EpochId) {
+        let mut state = self.state.lock();
+        while state.sealed.front().is_some_and(|c| c.epoch <= epoch) {
+            state.sealed.pop_front();
+        }
+    }
+
+    /// Gives up the epoch that is being built (also a freeze that is under way): its marks return to the open maps.
+    /// Returns whether there was one.
+    pub(crate) fn give_up_building(&self) -> bool {
+        let mut state = self.state.lock();
+        state.frozen = None;
+        let building = state.building.take();
+        let given_up = building.is_some();
+        if let Some(changes) = building {
+            state.reopen(changes);
+        }
+        drop(state);
+        self.changed.notify_waiters();
+        given_up
+    }
+
+    /// Returns the marks of every epoch that is sealed and not committed to the open maps. Returns how many there were.
+    pub(crate) fn merge_sealed(&self) -> usize {
+        let mut state = self.state.lock();
+        let sealed = std::mem::take(&mut state.sealed);
+        let count = sealed.len();
+        for changes in sealed {
+            state.reopen(changes);
+        }
+        count
+    }
+
+    /// Everything is dirty: the copy is not what we thought it was.
+    pub(crate) fn mark_all(&self) {
+        let mut state = self.state.lock();
+        state.sealed.clear();
+        state.open = self.sizes.iter().map(|s| DirtyMap::full(*s)).collect();
+    }
+
+    /// When the oldest write that is not committed was admitted.
+    pub(crate) fn oldest_write(&self) -> Option<Instant> {
+        self.state.lock().oldest_write()
+    }
+
+    /// Bytes marked and not in any epoch yet.
+    pub(crate) fn open_bytes(&self) -> u64 {
+        self.state.lock().open.iter().map(DirtyMap::bytes).sum()
+    }
+
+    /// Figures for `status`.
+    pub(crate) fn summary(&self) -> Summary {
+        let state = self.state.lock();
+        let open_bytes: Vec<u64> = state.open.iter().map(DirtyMap::bytes).collect();
+        let held: u64 = state.sealed.iter().chain(&state.building).flat_map(|c| &c.maps).map(DirtyMap::bytes).sum();
+        Summary {
+            uncommitted_bytes: open_bytes.iter().sum::<u64>() + held,
+            open_bytes,
+            oldest_write: state.oldest_write(),
+            copied_before_write: state.copied_before_write,
+            copied_bytes: state.frozen.as_ref().map_or(0, |f| f.copied_bytes),
+        }
+    }
+
+    /// Limit of the copies made before guest writes, in bytes. Beyond it the epoch is given up and merged.
+    pub(crate) fn copy_limit_bytes(&self) -> u64 {
+        self.copy_limit_bytes
+    }
+}
+
+impl State {
+    fn admit(&mut self, range: Range, now: impl FnOnce() -> Instant) -> u64 {
+        let tag = self.tag;
+        match self.in_flight.back_mut() {
+            Some(entry) if entry.tag == tag => entry.writes += 1,
+            _ => self.in_flight.push_back(InFlight { tag, writes: 1 }),
+        }
+        self.open[range.volume].mark(range.first, range.count);
+        self.open_first_write.get_or_insert_with(now);
+        tag
+    }
+
+    /// Moves the open maps into the epoch being built and raises the tag. Returns the old tag and the maps.
+    fn cut(&mut self, epoch: EpochId, sizes: &[u64]) -> (u64, Vec<DirtyMap>) {
+        let empty = sizes.iter().map(|s| DirtyMap::new(*s)).collect();
+        let maps = std::mem::replace(&mut self.open, empty);
+        let first_write = self.open_first_write.take();
+        match &mut self.building {
+            Some(changes) => {
+                assert!(changes.epoch == epoch, "one epoch is built at a time");
+                for (held, map) in changes.maps.iter_mut().zip(&maps) {
+                    held.merge(map);
+                }
+                changes.first_write = changes.first_write.into_iter().chain(first_write).min();
+            }
+            none => *none = Some(Changes { epoch, maps: maps.clone(), first_write }),
+        }
+        let tag = self.tag;
+        self.tag += 1;
+        self.in_flight.retain(|w| w.writes > 0);
+        (tag, maps)
+    }
+
+    fn oldest_write(&self) -> Option<Instant> {
+        self.sealed.iter().chain(&self.building).filter_map(|c| c.first_write).chain(self.open_first_write).min()
+    }
+
+    fn reopen(&mut self, changes: Changes) {
+        for (open, map) in self.open.iter_mut().zip(&changes.maps) {
+            open.merge(map);
+        }
+        self.open_first_write = self.open_first_write.into_iter().chain(changes.first_write).min();
+    }
+}
+
+impl Frozen {
+    fn needs(&self, range: &Range) -> bool {
+        self.failed.is_none() && self.left[range.volume].intersects(range.first, range.count)
+    }
+
+    fn copying(&self, range: &Range) -> bool {
+        self.copying.iter().any(|(_, r)| r.overlaps(range))
+    }
+
+    /// Nothing more is kept of an epoch that cannot be completed; its marks stay in `building` and are merged.
+    fn fail(&mut self, failure: FreezeFailure) {
+        self.failed = Some(failure);
+        self.copied = Vec::new();
+        self.copied_bytes = 0;
+    }
+}
+
+/// Runs of `map` at or after `from`, together at most `blocks_max` blocks.
+pub(crate) fn pick_runs(map: &DirtyMap, from: u64, blocks_max: u32) -> Vec<BlockExtent> {
+    let (mut runs, mut at, mut left) = (Vec::new(), from, blocks_max);
+    while left > 0
+        && let Some(run) = map.next_run(at, left)
+    {
+        left -= run.blocks;
+        at = run.end();
+        runs.push(run);
+    }
+    runs
+}

@@ -1,0 +1,437 @@
+//! The driver of one group: performs what the core decides, and tells the core what came of it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use blockdev::{BlockDevice, IoThreads};
+use proto::control::{CloseCode, Message, PassHeader, PassKind};
+use proto::seal::Tally;
+use proto::{EpochId, Generation, Seal};
+use quinn::{Connection, Endpoint, SendStream};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use crate::capture::{CaptureError, FrameQueue, Item, Pass};
+use crate::core::{Action, Core, Event, Load, SessionError};
+use crate::link::{self, ControlError, Link, LinkError, read_message};
+use crate::record::{Record, RecordError};
+use crate::shared::Shared;
+
+/// Why a session ended, for the log and for `status`.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EndError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+}
+
+impl EndError {
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Link(e) => e.is_refusal(),
+            Self::Session(e) => e.is_refusal(),
+            _ => false,
+        }
+    }
+}
+
+/// A pass under way on the capture thread.
+struct Capturing {
+    done: oneshot::Receiver<(Result<u64, CaptureError>, Box<Tally>)>,
+    kind: PassKind,
+}
+
+/// One connection and what belongs to it.
+struct Live {
+    _endpoint: Endpoint,
+    connection: Connection,
+    control: Option<SendStream>,
+    messages: mpsc::Receiver<Result<Message, ControlError>>,
+    queue: FrameQueue,
+    items: Option<mpsc::UnboundedReceiver<Item>>,
+    sender: Option<JoinHandle<()>>,
+}
+
+/// The task of one group.
+pub(crate) struct Driver {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) core: Core,
+    pub(crate) link: Arc<Link>,
+    pub(crate) record: Record,
+    pub(crate) capture: IoThreads,
+    pub(crate) devices: Arc<[Arc<dyn BlockDevice>]>,
+    pub(crate) stop: watch::Receiver<Option<Instant>>,
+    live: Option<Live>,
+    connecting: Option<JoinHandle<Result<(Endpoint, Connection), LinkError>>>,
+    capturing: Option<Capturing>,
+    tally: Option<Box<Tally>>,
+    cut_unix_us: u64,
+    pass: Option<PassHeader>,
+}
+
+impl Driver {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        core: Core,
+        link: Link,
+        record: Record,
+        capture: IoThreads,
+        devices: Arc<[Arc<dyn BlockDevice>]>,
+        stop: watch::Receiver<Option<Instant>>,
+    ) -> Self {
+        let link = Arc::new(link);
+        Self {
+            shared,
+            core,
+            link,
+            record,
+            capture,
+            devices,
+            stop,
+            live: None,
+            connecting: None,
+            capturing: None,
+            tally: None,
+            cut_unix_us: 0,
+            pass: None,
+        }
+    }
+
+    /// Runs until told to stop.
+    pub(crate) async fn run(mut self) {
+        loop {
+            let event = self.next_event().await;
+            let event = match event {
+                Ok(Some(event)) => event,
+                Ok(None) => break,
+                Err(error) => self.lost(error).await,
+            };
+            let mut actions = Vec::new();
+            let handled = self.core.handle(Instant::now(), event, &mut actions);
+            let mut failed = handled.err().map(EndError::from);
+            for action in actions {
+                if let Err(error) = self.perform(action).await {
+                    failed.get_or_insert(error);
+                }
+            }
+            if let Some(error) = failed {
+                let event = self.lost(error).await;
+                let mut actions = Vec::new();
+                if let Err(error) = self.core.handle(Instant::now(), event, &mut actions) {
+                    tracing::error!(%error, "unexpected after the end of a session");
+                }
+                for action in actions {
+                    if let Err(error) = self.perform(action).await {
+                        tracing::error!(%error, "cannot end a session cleanly");
+                    }
+                }
+            }
+            self.shared.publish(&self.core, self.live.as_ref().map(|l| (&l.connection, &l.queue)), self.pass);
+        }
+        self.end("this node is stopping").await;
+        self.shared.stopped();
+    }
+
+    async fn next_event(&mut self) -> Result<Option<Event>, EndError> {
+        let now = Instant::now();
+        let mut deadline = self.core.deadline(now);
+        let stop_at = *self.stop.borrow();
+        if let Some(stop_at) = stop_at {
+            let idle = self.shared.ledger.summary().uncommitted_bytes == 0;
+            if idle || now >= stop_at || self.live.is_none() {
+                return Ok(None);
+            }
+            deadline = deadline.min(now + STOP_LOOK);
+        }
+        let load = self.load();
+        let (messages, connection) = match &mut self.live {
+            Some(live) => (Some(&mut live.messages), Some(live.connection.clone())),
+            None => (None, None),
+        };
+        tokio::select! {
+            biased;
+            message = async { messages.expect("guarded").recv().await }, if messages.is_some() => match message {
+                Some(Ok(message)) => Ok(Some(Event::Message(message))),
+                Some(Err(error)) => Err(self.why_ended(error)),
+                None => Err(self.why_ended(ControlError::Ended)),
+            },
+            done = async { (&mut self.capturing.as_mut().expect("guarded").done).await }, if self.capturing.is_some() => {
+                let kind = self.capturing.take().map(|c| c.kind);
+                self.pass_ended(done, kind)
+            }
+            connected = async { self.connecting.as_mut().expect("guarded").await }, if self.connecting.is_some() => {
+                self.connecting = None;
+                match connected {
+                    Ok(Ok((endpoint, connection))) => { self.open(endpoint, connection).await?; Ok(Some(Event::Connected)) }
+                    Ok(Err(error)) => Err(error.into()),
+                    Err(_) => Err(ControlError::Ended.into()),
+                }
+            }
+            error = async { connection.as_ref().expect("guarded").closed().await }, if connection.is_some() => {
+                // What the receiver said last counts more than that it hung up.
+                if let Some(live) = &mut self.live
+                    && let Some(Ok(message)) = live.messages.recv().await
+                {
+                    return Ok(Some(Event::Message(message)));
+                }
+                Err(self.link.explain(error).into())
+            }
+            changed = self.stop.changed(), if stop_at.is_none() => {
+                if changed.is_err() { return Ok(None) }
+                Ok(Some(Event::Tick(load)))
+            }
+            () = tokio::time::sleep_until(deadline.into()) => {
+                let load = self.load();
+                Ok(Some(if stop_at.is_some() { Event::Hurry(load) } else { Event::Tick(load) }))
+            }
+        }
+    }
+
+    fn why_ended(&self, error: ControlError) -> EndError {
+        match (&self.live, error) {
+            (Some(live), ControlError::Ended) => match live.connection.close_reason() {
+                Some(reason) => self.link.explain(reason).into(),
+                None => ControlError::Ended.into(),
+            },
+            (_, error) => error.into(),
+        }
+    }
+
+    fn pass_ended(
+        &mut self,
+        done: Result<(Result<u64, CaptureError>, Box<Tally>), oneshot::error::RecvError>,
+        kind: Option<PassKind>,
+    ) -> Result<Option<Event>, EndError> {
+        match done {
+            Ok((Ok(cut_unix_us), tally)) => {
+                self.tally = Some(tally);
+                if kind == Some(PassKind::Frozen) {
+                    self.cut_unix_us = cut_unix_us;
+                }
+                Ok(Some(Event::PassDone(self.load())))
+            }
+            Ok((Err(error), _)) => Err(error.into()),
+            Err(_) => Err(CaptureError::Stopped.into()),
+        }
+    }
+
+    fn load(&self) -> Load {
+        Load { open_bytes: self.shared.ledger.open_bytes(), queued_bytes: self.live.as_ref().map_or(0, |l| l.queue.used_bytes()) }
+    }
+
+    async fn perform(&mut self, action: Action) -> Result<(), EndError> {
+        match action {
+            Action::Connect => {
+                let link = self.link.clone();
+                self.connecting = Some(tokio::spawn(async move { link.connect().await }));
+            }
+            Action::Send(message) => self.send(&message).await?,
+            Action::Record(generation) => self.record.store(generation)?,
+            Action::Committed(epoch) => {
+                self.shared.ledger.committed(epoch);
+                self.shared.committed_now();
+            }
+            Action::Merge => {
+                self.stop_capture().await;
+                let merged = self.shared.ledger.merge_sealed() as u64;
+                self.shared.epochs_merged.fetch_add(merged, Ordering::Relaxed);
+            }
+            Action::MarkAll => {
+                tracing::warn!(group = %self.shared.group, "the copy is not the one this node knew; everything is sent again");
+                self.shared.ledger.mark_all();
+            }
+            Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
+            Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes)?,
+            Action::Disconnect => self.end("the session is over").await,
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, message: &Message) -> Result<(), EndError> {
+        let Some(live) = &mut self.live else { return Ok(()) };
+        if let Some(control) = &mut live.control
+            && control.write_all(&message.encode()).await.is_err()
+        {
+            return Err(self.why_ended(ControlError::Ended));
+        }
+        // The hello is the last message that this task sends itself; from here on the sender owns the stream.
+        if let Some(live) = &mut self.live
+            && let (Some(control), Some(items)) = (live.control.take(), live.items.take())
+        {
+            let connection = live.connection.clone();
+            live.sender = Some(tokio::spawn(send_items(connection, control, items, self.shared.clone())));
+        }
+        Ok(())
+    }
+
+    /// Opens the control stream of a new connection.
+    async fn open(&mut self, endpoint: Endpoint, connection: Connection) -> Result<(), EndError> {
+        let (control, mut incoming) = connection.open_bi().await.map_err(|e| self.link.explain(e))?;
+        // As many commits as epochs can be in flight; a receiver that sends more than it was asked for waits.
+        let (sender, messages) = mpsc::channel(64);
+        tokio::spawn(async move {
+            loop {
+                let message = read_message(&mut incoming).await;
+                let ended = message.is_err();
+                if sender.send(message).await.is_err() || ended {
+                    return;
+                }
+            }
+        });
+        let limit = usize::try_from(self.shared.tuning.freeze_budget_bytes).unwrap_or(usize::MAX);
+        let (queue, items) = FrameQueue::new(limit);
+        self.live = Some(Live {
+            _endpoint: endpoint,
+            connection,
+            control: Some(control),
+            messages,
+            queue,
+            items: Some(items),
+            sender: None,
+        });
+        Ok(())
+    }
+
+    fn begin_pass(&mut self, header: PassHeader) {
+        let Some(live) = &self.live else { return };
+        let mut tally = match self.tally.take() {
+            Some(tally) if header.pass > 0 => tally,
+            _ => Box::default(),
+        };
+        let (done, receiver) = oneshot::channel();
+        let (shared, devices, queue) = (self.shared.clone(), self.devices.clone(), live.queue.clone());
+        self.pass = Some(header);
+        self.shared.pass_begins();
+        self.capture.spawn(move || async move {
+            let pass = Pass {
+                ledger: &shared.ledger,
+                devices: &devices,
+                queue: &queue,
+                counters: &shared.counters,
+                header,
+                codec: shared.tuning.codec,
+                tally: &mut tally,
+            };
+            let result = pass.run(now_unix_us).await;
+            // The driver may be gone: then nobody needs the result.
+            let _ = done.send((result, tally));
+        });
+        self.capturing = Some(Capturing { done: receiver, kind: header.kind });
+    }
+
+    fn seal(&mut self, epoch: EpochId, generation: Generation, passes: u32) -> Result<(), EndError> {
+        let (Some(live), Some(tally)) = (&self.live, self.tally.take()) else { return Ok(()) };
+        let first_write_unix_us = self
+            .shared
+            .ledger
+            .building_first_write()
+            .map_or(0, |first| now_unix_us().saturating_sub(u64::try_from(first.elapsed().as_micros()).unwrap_or(u64::MAX)));
+        self.shared.ledger.seal(epoch);
+        self.pass = None;
+        let seal = Seal {
+            passes,
+            epoch,
+            generation,
+            cut_unix_us: self.cut_unix_us,
+            frames: tally.frames,
+            frame_bytes: tally.frame_bytes,
+            data_blocks: tally.data_blocks,
+            zero_blocks: tally.zero_blocks,
+            first_write_unix_us,
+            digest: tally.digest(),
+        };
+        Ok(live.queue.mark(Item::Seal(Box::new(seal)))?)
+    }
+
+    /// Reports the end of a session and returns what the core is to hear.
+    async fn lost(&mut self, error: EndError) -> Event {
+        self.shared.report(&error.to_string());
+        self.end("the session failed").await;
+        Event::Lost { jitter: rand::random::<f64>(), refused: error.is_refusal() }
+    }
+
+    async fn end(&mut self, reason: &str) {
+        if let Some(connecting) = self.connecting.take() {
+            connecting.abort();
+        }
+        if let Some(live) = self.live.take() {
+            if let Some(sender) = &live.sender {
+                sender.abort();
+            }
+            link::close(&live.connection, CloseCode::Stopping, reason);
+        }
+        self.stop_capture().await;
+    }
+
+    /// Waits for a pass whose queue is gone to notice, then gives its epoch up.
+    async fn stop_capture(&mut self) {
+        if let Some(capturing) = self.capturing.take() {
+            if let Some(live) = &mut self.live {
+                live.items = None;
+                if let Some(sender) = live.sender.take() {
+                    sender.abort();
+                }
+            }
+            // An error means that the capture thread is gone, and the pass with it.
+            let _ = capturing.done.await;
+        }
+        self.tally = None;
+        self.pass = None;
+        if self.shared.ledger.give_up_building() {
+            self.shared.epochs_merged.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Sends what capture queues, in order: passes on streams of their own, seals on the control stream. Ends with the connection,
+/// which the driver notices by itself.
+async fn send_items(
+    connection: Connection,
+    mut control: SendStream,
+    mut items: mpsc::UnboundedReceiver<Item>,
+    shared: Arc<Shared>,
+) {
+    let mut stream: Option<SendStream> = None;
+    while let Some(item) = items.recv().await {
+        let sent = match item {
+            Item::Begin(header) => match connection.open_uni().await {
+                Ok(mut opened) => {
+                    let written = opened.write_all(&header.encode()).await.is_ok();
+                    stream = Some(opened);
+                    written
+                }
+                Err(_) => false,
+            },
+            Item::Frame(bytes, permit) => {
+                let Some(stream) = &mut stream else { return };
+                let length = bytes.len() as u64;
+                let written = stream.write_chunk(bytes).await.is_ok();
+                drop(permit);
+                shared.sent_bytes.fetch_add(length, Ordering::Relaxed);
+                written
+            }
+            Item::End => stream.take().is_some_and(|mut s| s.finish().is_ok()),
+            Item::Seal(seal) => control.write_all(&Message::Seal(*seal).encode()).await.is_ok(),
+        };
+        if !sent {
+            return;
+        }
+    }
+    // The control stream stays open as long as the session: dropping it here would end it for the receiver.
+    connection.closed().await;
+}
+
+fn now_unix_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// While stopping, how often to look whether everything is committed.
+const STOP_LOOK: Duration = Duration::from_millis(10);

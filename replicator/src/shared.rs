@@ -1,0 +1,240 @@
+//! What a group's driver, its taps and `status` share.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use parking_lot::Mutex;
+use proto::control::PassHeader;
+use proto::{Generation, Name, Point};
+use quinn::Connection;
+
+use crate::capture::{CaptureCounters, FrameQueue};
+use crate::core::{Core, Phase};
+use crate::ledger::Ledger;
+use crate::spec::{PeerSpec, Tuning};
+use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
+
+/// How often the lag is sampled.
+pub(crate) const LAG_SAMPLE: Duration = Duration::from_millis(10);
+/// Largest lag that the histogram tells apart: a day.
+const LAG_MS_MAX: u64 = 86_400_000;
+
+/// What the driver last said of itself.
+struct Published {
+    state: LinkState,
+    generation: Generation,
+    committed: Option<Point>,
+    committed_at: Option<Instant>,
+    error: Option<String>,
+    in_flight: u64,
+    round_trip: Option<Duration>,
+    /// UDP bytes of connections that are gone, and of the one that stands.
+    wire_bytes_before: u64,
+    wire_bytes_now: u64,
+    connection: Option<usize>,
+    queue: Option<FrameQueue>,
+    pass: Option<PassHeader>,
+    pass_since: Instant,
+}
+
+/// See the module.
+pub(crate) struct Shared {
+    pub(crate) group: Name,
+    pub(crate) peer: PeerSpec,
+    pub(crate) tuning: Tuning,
+    pub(crate) ledger: std::sync::Arc<Ledger>,
+    pub(crate) counters: CaptureCounters,
+    pub(crate) sent_bytes: AtomicU64,
+    pub(crate) epochs_merged: AtomicU64,
+    volumes: Vec<(Name, u64)>,
+    epochs_committed: AtomicU64,
+    sampling: AtomicBool,
+    lag_ms: Mutex<Histogram<u64>>,
+    published: Mutex<Published>,
+}
+
+impl Shared {
+    pub(crate) fn new(
+        group: Name,
+        peer: PeerSpec,
+        tuning: Tuning,
+        volumes: Vec<(Name, u64)>,
+        ledger: std::sync::Arc<Ledger>,
+        generation: Generation,
+    ) -> Self {
+        let histogram = Histogram::new_with_bounds(1, LAG_MS_MAX, 3).expect("the bounds are constants that fit");
+        Self {
+            group,
+            peer,
+            tuning,
+            ledger,
+            counters: CaptureCounters::default(),
+            sent_bytes: AtomicU64::new(0),
+            epochs_merged: AtomicU64::new(0),
+            volumes,
+            epochs_committed: AtomicU64::new(0),
+            sampling: AtomicBool::new(false),
+            lag_ms: Mutex::new(histogram),
+            published: Mutex::new(Published {
+                state: LinkState::Connecting,
+                generation,
+                committed: None,
+                committed_at: None,
+                error: None,
+                in_flight: 0,
+                round_trip: None,
+                wire_bytes_before: 0,
+                wire_bytes_now: 0,
+                connection: None,
+                queue: None,
+                pass: None,
+                pass_since: Instant::now(),
+            }),
+        }
+    }
+
+    /// Takes over the driver's state for `status`.
+    pub(crate) fn publish(&self, core: &Core, live: Option<(&Connection, &FrameQueue)>, pass: Option<PassHeader>) {
+        let state = match (core.phase(), core.syncing()) {
+            (Phase::Waiting { refused: true, .. }, _) => LinkState::Refused,
+            (Phase::Fenced, _) => LinkState::Fenced,
+            (_, Some(false)) => LinkState::FirstSync,
+            (_, Some(true)) => LinkState::Resync,
+            (Phase::Streaming(_), None) => LinkState::Streaming,
+            _ => LinkState::Connecting,
+        };
+        let mut p = self.published.lock();
+        if p.state != state {
+            tracing::info!(group = %self.group, peer = %self.peer.address, ?state, "link");
+        }
+        if state == LinkState::Streaming {
+            p.error = None;
+        }
+        p.state = state;
+        p.generation = core.generation();
+        // After a restart of the session the point may not be known to belong to this run; the last one known still stands.
+        p.committed = core.committed().or(p.committed);
+        p.in_flight = core.in_flight() as u64;
+        p.pass = pass;
+        p.round_trip = live.map(|(c, _)| c.rtt());
+        p.queue = live.map(|(_, q)| q.clone());
+        let id = live.map(|(c, _)| c.stable_id());
+        if id != p.connection {
+            p.wire_bytes_before += std::mem::take(&mut p.wire_bytes_now);
+            p.connection = id;
+        }
+        if let Some((connection, _)) = live {
+            p.wire_bytes_now = connection.stats().udp_tx.bytes;
+        }
+    }
+
+    pub(crate) fn report(&self, error: &str) {
+        let mut p = self.published.lock();
+        if p.error.as_deref() != Some(error) {
+            tracing::warn!(group = %self.group, peer = %self.peer.address, "{error}");
+        }
+        p.error = Some(error.to_owned());
+    }
+
+    pub(crate) fn committed_now(&self) {
+        self.epochs_committed.fetch_add(1, Ordering::Relaxed);
+        self.sampling.store(true, Ordering::Relaxed);
+        self.published.lock().committed_at = Some(Instant::now());
+    }
+
+    pub(crate) fn pass_begins(&self) {
+        self.published.lock().pass_since = Instant::now();
+    }
+
+    pub(crate) fn stopped(&self) {
+        self.published.lock().state = LinkState::Stopped;
+    }
+
+    /// Takes one sample of the lag.
+    pub(crate) fn sample_lag(&self) {
+        if self.sampling.load(Ordering::Relaxed) {
+            let lag = self.ledger.oldest_write().map_or(0, |since| since.elapsed().as_millis());
+            self.lag_ms.lock().saturating_record(u64::try_from(lag).unwrap_or(LAG_MS_MAX));
+        }
+    }
+
+    pub(crate) fn status(&self) -> GroupStatus {
+        let summary = self.ledger.summary();
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (data, sent) = (load(&self.counters.data_bytes), load(&self.counters.frame_bytes));
+        let p = self.published.lock();
+        let lag = self.lag_ms.lock();
+        GroupStatus {
+            group: self.group.clone(),
+            peer: self.peer.address.clone(),
+            peer_key: self.peer.key,
+            state: p.state,
+            error: p.error.clone(),
+            generation: p.generation,
+            committed: p.committed,
+            committed_age_ms: p.committed_at.map(|t| millis(t.elapsed())),
+            lag_ms: summary.oldest_write.map_or(0, |since| millis(since.elapsed())),
+            lag: LagSummary {
+                samples: lag.len(),
+                p50_ms: lag.value_at_quantile(0.5),
+                p99_ms: lag.value_at_quantile(0.99),
+                max_ms: lag.max(),
+            },
+            dirty_bytes: summary.uncommitted_bytes,
+            captured_bytes: data,
+            zero_bytes: load(&self.counters.zero_bytes),
+            sent_bytes: load(&self.sent_bytes),
+            wire_bytes: p.wire_bytes_before + p.wire_bytes_now,
+            saved_percent: if data == 0 { 0.0 } else { 100.0 * (1.0 - sent as f64 / data as f64) },
+            copied_before_write: summary.copied_before_write,
+            epochs_committed: load(&self.epochs_committed),
+            epochs_merged: load(&self.epochs_merged),
+            epochs_in_flight: p.in_flight,
+            interval_ms: millis(self.tuning.interval),
+            round_trip_ms: p.round_trip.map(|d| d.as_secs_f64() * 1000.0),
+            pass: p.pass.map(|header| self.progress(header, p.pass_since.elapsed())),
+            volumes: self
+                .volumes
+                .iter()
+                .zip(&summary.open_bytes)
+                .map(|((name, size_bytes), dirty_bytes)| VolumeStatus {
+                    name: name.clone(),
+                    size_bytes: *size_bytes,
+                    dirty_bytes: *dirty_bytes,
+                })
+                .collect(),
+            queues: vec![
+                queue("frames-to-send", "bytes", p.queue.as_ref().map_or(0, FrameQueue::used_bytes), self.frames_limit(&p)),
+                queue("copied-before-write", "bytes", summary.copied_bytes, self.ledger.copy_limit_bytes()),
+                queue("epochs-in-flight", "epochs", p.in_flight, self.tuning.epochs_in_flight.into()),
+            ],
+        }
+    }
+
+    fn frames_limit(&self, p: &Published) -> u64 {
+        p.queue.as_ref().map_or(self.tuning.freeze_budget_bytes, FrameQueue::limit_bytes)
+    }
+
+    fn progress(&self, header: PassHeader, since: Duration) -> PassProgress {
+        let done = self.counters.pass_done_bytes.load(Ordering::Relaxed);
+        let total = self.counters.pass_total_bytes.load(Ordering::Relaxed);
+        let rate = (done as f64 / since.as_secs_f64().max(0.001)) as u64;
+        PassProgress {
+            epoch: header.epoch.0,
+            pass: header.pass,
+            done_bytes: done.min(total),
+            total_bytes: total,
+            rate_bytes_per_s: rate,
+            left_s: total.saturating_sub(done).checked_div(rate),
+        }
+    }
+}
+
+fn queue(name: &str, unit: &str, used: u64, limit: u64) -> QueueStatus {
+    QueueStatus { name: name.to_owned(), unit: unit.to_owned(), used, limit }
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}

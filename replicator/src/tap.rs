@@ -1,0 +1,161 @@
+//! The tap: the layer between an export and a disk that knows which blocks change.
+//!
+//! It never waits for the network. It waits for the local disk only: to copy a block that a capture still needs before the
+//! guest overwrites it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use blockdev::{BlockDevice, Buf, Extent, IoFuture, ZeroMode};
+use proto::BlockExtent;
+use proto::units::BLOCK_BYTES;
+
+use crate::ledger::{CopiedRun, Ledger, Range, Step, Ticket};
+
+/// A disk whose changes are tracked.
+pub(crate) struct Tap {
+    device: Arc<dyn BlockDevice>,
+    ledger: Arc<Ledger>,
+    volume: usize,
+}
+
+impl Tap {
+    pub(crate) fn new(device: Arc<dyn BlockDevice>, ledger: Arc<Ledger>, volume: usize) -> Self {
+        Self { device, ledger, volume }
+    }
+
+    /// Admission of a change of `length` bytes at `offset`: marks it, then copies what a capture still needs of it.
+    async fn admit(&self, offset: u64, length: u64) -> Ticket<'_> {
+        let range = Range::of_bytes(self.volume, offset, length);
+        let ticket = self.ledger.admit(range, Instant::now);
+        loop {
+            let changed = self.ledger.changed().notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            match self.ledger.step(&ticket, &range) {
+                Step::Issue => return ticket,
+                Step::Wait => changed.await,
+                Step::Copy { claim, runs } => {
+                    let guard = ClaimGuard { ledger: &self.ledger, claim, done: false };
+                    guard.finish(self.copy(&runs).await);
+                }
+            }
+        }
+    }
+
+    async fn copy(&self, runs: &[BlockExtent]) -> Option<Vec<CopiedRun>> {
+        let mut copies = Vec::with_capacity(runs.len());
+        for run in runs {
+            match read_blocks(&*self.device, *run).await {
+                Ok(content) => copies.push(CopiedRun { volume: self.volume, extent: *run, content }),
+                Err(error) => {
+                    tracing::error!(block = run.start.0, %error, "cannot read a block before it is overwritten; the epoch is given up and merged");
+                    return None;
+                }
+            }
+        }
+        Some(copies)
+    }
+}
+
+/// Ends a claim also when the write that made it is dropped half way: others wait for it.
+struct ClaimGuard<'a> {
+    ledger: &'a Ledger,
+    claim: u64,
+    done: bool,
+}
+
+impl ClaimGuard<'_> {
+    fn finish(mut self, runs: Option<Vec<CopiedRun>>) {
+        self.done = true;
+        self.ledger.copied(self.claim, runs);
+    }
+}
+
+impl Drop for ClaimGuard<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.ledger.copied(self.claim, None);
+        }
+    }
+}
+
+/// Reads whole blocks; a partial last block is padded with zeroes.
+pub(crate) async fn read_blocks(device: &dyn BlockDevice, run: BlockExtent) -> io::Result<Buf> {
+    let offset = run.start.0 * BLOCK_BYTES;
+    let whole = u64::from(run.blocks) * BLOCK_BYTES;
+    let inside = whole.min(device.size().saturating_sub(offset));
+    let mut buf = Buf::zeroed(inside as usize);
+    let mut buf = match device.try_read(offset, &mut buf) {
+        Some(result) => result.map(|()| buf)?,
+        None => device.read(offset, buf).await?,
+    };
+    buf.set_len(whole as usize);
+    // The allocation is reused nowhere else, so what lies beyond `inside` is still zero.
+    Ok(buf)
+}
+
+impl BlockDevice for Tap {
+    fn size(&self) -> u64 {
+        self.device.size()
+    }
+
+    fn read_only(&self) -> bool {
+        self.device.read_only()
+    }
+
+    fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a, Buf> {
+        self.device.read(offset, buf)
+    }
+
+    fn write<'a>(&'a self, offset: u64, data: Buf) -> IoFuture<'a, Buf> {
+        Box::pin(async move {
+            if data.is_empty() {
+                return Ok(data);
+            }
+            let _ticket = self.admit(offset, data.len() as u64).await;
+            self.device.write(offset, data).await
+        })
+    }
+
+    fn flush<'a>(&'a self) -> IoFuture<'a, ()> {
+        self.device.flush()
+    }
+
+    fn write_zeroes<'a>(&'a self, offset: u64, length: u64, mode: ZeroMode) -> IoFuture<'a, ()> {
+        Box::pin(async move {
+            if length == 0 {
+                return Ok(());
+            }
+            let _ticket = self.admit(offset, length).await;
+            self.device.write_zeroes(offset, length, mode).await
+        })
+    }
+
+    /// A trimmed range reads as zeroes afterwards: what a trim leaves would otherwise be the device's whim, and the two sites
+    /// could not agree on it.
+    fn trim<'a>(&'a self, offset: u64, length: u64) -> IoFuture<'a, ()> {
+        self.write_zeroes(offset, length, ZeroMode { may_unmap: true, fast_only: false })
+    }
+
+    fn extents<'a>(&'a self, offset: u64, length: u64, extents_max: usize) -> IoFuture<'a, Vec<Extent>> {
+        self.device.extents(offset, length, extents_max)
+    }
+
+    fn cache<'a>(&'a self, offset: u64, length: u64) -> IoFuture<'a, ()> {
+        self.device.cache(offset, length)
+    }
+
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
+        self.device.try_read(offset, buf)
+    }
+
+    fn try_write(&self, offset: u64, data: &[u8]) -> Option<io::Result<()>> {
+        if data.is_empty() {
+            return Some(Ok(()));
+        }
+        let _ticket = self.ledger.try_admit(Range::of_bytes(self.volume, offset, data.len() as u64), Instant::now)?;
+        self.device.try_write(offset, data)
+    }
+}
