@@ -20,7 +20,7 @@ use proto::units::BLOCK_BYTES;
 use proto::{BlockExtent, BlockIndex, Codec, DirtyMap, VolumeIndex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use crate::ledger::{FreezeFailure, Ledger, pick_runs};
+use crate::ledger::{Copy, FreezeFailure, Ledger, pick_runs};
 use crate::tap::read_blocks;
 
 /// Blocks in a frame.
@@ -92,6 +92,9 @@ pub(crate) enum CaptureError {
     /// The disk could not be read.
     #[error("volume {volume}: cannot read {bytes} bytes at {offset}: {source}")]
     Read { volume: usize, offset: u64, bytes: u64, source: std::io::Error },
+    /// The spill file could not be read back.
+    #[error("spill file: cannot read {bytes} bytes at {offset}: {source}")]
+    Spill { offset: u64, bytes: u64, source: std::io::Error },
     /// The frozen epoch could not be completed.
     #[error("the epoch is given up and merged into the next: {0}")]
     Freeze(#[from] FreezeFailure),
@@ -100,8 +103,8 @@ pub(crate) enum CaptureError {
 impl std::fmt::Display for FreezeFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Read => "a block could not be read before it was overwritten",
-            Self::Memory => "copies made before guest writes exceed freeze_budget",
+            Self::Copy => "a block could not be kept before it was overwritten",
+            Self::Full => "copies made before guest writes exceed freeze_budget and spill_limit",
         })
     }
 }
@@ -126,6 +129,8 @@ pub(crate) struct CaptureCounters {
 pub(crate) struct Pass<'a> {
     pub(crate) ledger: &'a Ledger,
     pub(crate) devices: &'a [Arc<dyn BlockDevice>],
+    /// Where copies are that did not fit memory.
+    pub(crate) spill: &'a dyn BlockDevice,
     pub(crate) queue: &'a FrameQueue,
     pub(crate) counters: &'a CaptureCounters,
     pub(crate) header: PassHeader,
@@ -196,6 +201,7 @@ impl Pass<'_> {
         if self.header.kind == PassKind::Frozen {
             let copied = self.ledger.thaw().await?;
             self.send_copied(copied).await?;
+            self.release_spill().await;
         }
         self.queue.mark(Item::End)?;
         Ok(cut_unix_us)
@@ -290,7 +296,11 @@ impl Pass<'_> {
                 self.flush(&mut full).await?;
             }
             let packer = packer.get_or_insert_with(|| Packer::new(run.volume));
-            let batch = Batch { volume: run.volume, runs: vec![run.extent], contents: vec![run.content], holes: Vec::new() };
+            let content = match run.content {
+                Copy::Memory(content) => content,
+                Copy::Spilled(offset) => self.read_spilled(offset, run.extent).await?,
+            };
+            let batch = Batch { volume: run.volume, runs: vec![run.extent], contents: vec![content], holes: Vec::new() };
             // Already claimed: taken as it is.
             self.pack(batch, &Source::Fuzzy(Vec::new()), packer).await?;
         }
@@ -298,6 +308,22 @@ impl Pass<'_> {
             Some(mut packer) => self.flush(&mut packer).await,
             None => Ok(()),
         }
+    }
+
+    /// Gives the spill file's space back. Failing to do so costs space only.
+    async fn release_spill(&self) {
+        let used = self.ledger.summary().spilled_bytes;
+        if used > 0
+            && let Err(error) = self.spill.trim(0, used).await
+        {
+            tracing::warn!(%error, "the spill file keeps its space");
+        }
+    }
+
+    async fn read_spilled(&self, offset: u64, run: BlockExtent) -> Result<Buf, CaptureError> {
+        let bytes = u64::from(run.blocks) * BLOCK_BYTES;
+        let read = self.spill.read(offset, Buf::zeroed(bytes as usize)).await;
+        read.map_err(|source| CaptureError::Spill { offset, bytes, source })
     }
 
     async fn flush(&mut self, packer: &mut Packer) -> Result<(), CaptureError> {

@@ -47,7 +47,32 @@ impl Range {
 pub(crate) struct CopiedRun {
     pub(crate) volume: usize,
     pub(crate) extent: BlockExtent,
-    pub(crate) content: Buf,
+    pub(crate) content: Copy,
+}
+
+/// Where a copy is kept until it is sent.
+pub(crate) enum Copy {
+    Memory(Buf),
+    /// In the spill file, from this offset on.
+    Spilled(u64),
+}
+
+/// Where a copy may be put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Memory,
+    Spill(u64),
+    /// Nowhere: the epoch is given up.
+    Nowhere,
+}
+
+/// Limits of the copies made before guest writes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CopyLimits {
+    /// Bytes in memory; further copies go to the spill file.
+    pub(crate) memory_bytes: u64,
+    /// Bytes in the spill file; beyond them the epoch is given up and merged.
+    pub(crate) spill_bytes: u64,
 }
 
 struct InFlight {
@@ -72,10 +97,10 @@ struct Frozen {
 /// Why a frozen epoch cannot be completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FreezeFailure {
-    /// The old content of a block could not be read.
-    Read,
-    /// The copies made before guest writes exceed their limit.
-    Memory,
+    /// The old content of a block could not be read, or not be kept.
+    Copy,
+    /// The copies made before guest writes exceed memory and spill file.
+    Full,
 }
 
 /// The changes of an epoch that is not committed.
@@ -94,6 +119,10 @@ struct State {
     building: Option<Changes>,
     sealed: VecDeque<Changes>,
     next_claim: u64,
+    /// Claims whose copy is still being made, also those of freezes that have ended.
+    claims_open: u64,
+    /// Bytes of the spill file in use. Reused from the start once no claim is open: a late copy must not hit a newer one.
+    spilled_bytes: u64,
     copied_before_write: u64,
 }
 
@@ -101,7 +130,7 @@ struct State {
 pub(crate) struct Ledger {
     state: Mutex<State>,
     sizes: Vec<u64>,
-    copy_limit_bytes: u64,
+    limits: CopyLimits,
     /// Signalled when writes of an old tag have drained, a copy is done, or a freeze ends.
     changed: Notify,
 }
@@ -136,11 +165,12 @@ pub(crate) struct Summary {
     pub(crate) oldest_write: Option<Instant>,
     pub(crate) copied_before_write: u64,
     pub(crate) copied_bytes: u64,
+    pub(crate) spilled_bytes: u64,
 }
 
 impl Ledger {
     /// A ledger in which everything is dirty: nothing is known of the copy yet.
-    pub(crate) fn new(sizes: Vec<u64>, copy_limit_bytes: u64) -> Self {
+    pub(crate) fn new(sizes: Vec<u64>, limits: CopyLimits) -> Self {
         let state = State {
             tag: 1,
             open: sizes.iter().map(|s| DirtyMap::full(*s)).collect(),
@@ -150,9 +180,11 @@ impl Ledger {
             building: None,
             sealed: VecDeque::new(),
             next_claim: 0,
+            claims_open: 0,
+            spilled_bytes: 0,
             copied_before_write: 0,
         };
-        Self { state: Mutex::new(state), sizes, copy_limit_bytes, changed: Notify::new() }
+        Self { state: Mutex::new(state), sizes, limits, changed: Notify::new() }
     }
 
     /// Signalled whenever a [`Step::Wait`] may have become something else.
@@ -207,6 +239,7 @@ impl Ledger {
         }
         let claim = state.next_claim;
         state.next_claim += 1;
+        state.claims_open += 1;
         for run in &runs {
             map.clear(run.start.0, run.blocks.into());
             frozen.copying.push((claim, Range { volume: range.volume, first: run.start.0, count: run.blocks.into() }));
@@ -218,25 +251,39 @@ impl Ledger {
     /// Ends a claim: the runs as they were at the cut, or `None` if they could not be read.
     pub(crate) fn copied(&self, claim: u64, runs: Option<Vec<CopiedRun>>) {
         let mut state = self.state.lock();
+        state.claims_open -= 1;
         if let Some(frozen) = &mut state.frozen {
             let before = frozen.copying.len();
             frozen.copying.retain(|(id, _)| *id != claim);
             // A claim of an earlier freeze that ended meanwhile is nobody's any more.
             if frozen.copying.len() < before {
                 match runs {
-                    Some(runs) => {
-                        frozen.copied_bytes += runs.iter().map(|r| r.content.len() as u64).sum::<u64>();
-                        frozen.copied.extend(runs);
-                        if frozen.copied_bytes > self.copy_limit_bytes {
-                            frozen.fail(FreezeFailure::Memory);
-                        }
-                    }
-                    None => frozen.fail(FreezeFailure::Read),
+                    Some(_) if frozen.failed.is_some() => {}
+                    Some(runs) => frozen.copied.extend(runs),
+                    None => frozen.fail(FreezeFailure::Copy),
                 }
             }
         }
         drop(state);
         self.changed.notify_waiters();
+    }
+
+    /// Reserves room for a copy of `bytes`.
+    pub(crate) fn place_copy(&self, bytes: u64) -> Place {
+        let state = &mut *self.state.lock();
+        // Of a freeze that has ended nothing is kept; where it would have gone does not matter.
+        let Some(frozen) = state.frozen.as_mut().filter(|f| f.failed.is_none()) else { return Place::Memory };
+        if frozen.copied_bytes + bytes <= self.limits.memory_bytes {
+            frozen.copied_bytes += bytes;
+            Place::Memory
+        } else if state.spilled_bytes + bytes <= self.limits.spill_bytes {
+            let offset = state.spilled_bytes;
+            state.spilled_bytes += bytes;
+            Place::Spill(offset)
+        } else {
+            frozen.fail(FreezeFailure::Full);
+            Place::Nowhere
+        }
     }
 
     fn release(&self, tag: u64) {
@@ -269,6 +316,9 @@ impl Ledger {
     pub(crate) fn freeze(&self, epoch: EpochId) -> u64 {
         let mut state = self.state.lock();
         assert!(state.frozen.is_none(), "one epoch is captured at a time");
+        if state.claims_open == 0 {
+            state.spilled_bytes = 0;
+        }
         let (tag, left) = state.cut(epoch, &self.sizes);
         state.frozen = Some(Frozen { tag, left, copying: Vec::new(), copied: Vec::new(), copied_bytes: 0, failed: None });
         tag
@@ -426,12 +476,13 @@ impl Ledger {
             oldest_write: state.oldest_write(),
             copied_before_write: state.copied_before_write,
             copied_bytes: state.frozen.as_ref().map_or(0, |f| f.copied_bytes),
+            spilled_bytes: state.spilled_bytes,
         }
     }
 
-    /// Limit of the copies made before guest writes, in bytes. Beyond it the epoch is given up and merged.
-    pub(crate) fn copy_limit_bytes(&self) -> u64 {
-        self.copy_limit_bytes
+    /// Limits of the copies made before guest writes.
+    pub(crate) fn copy_limits(&self) -> CopyLimits {
+        self.limits
     }
 }
 

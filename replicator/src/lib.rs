@@ -19,10 +19,11 @@ mod spec;
 mod status;
 mod tap;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockdev::{BlockDevice, IoThreads};
+use blockdev::{BlockDevice, FileDevice, FileError, IoThreads, OpenOptions};
 use proto::control::VolumeHello;
 use proto::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
 use proto::{Identity, Name};
@@ -30,7 +31,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::core::{Core, CoreConfig};
-use crate::ledger::Ledger;
+use crate::ledger::{CopyLimits, Ledger};
 use crate::link::Link;
 use crate::record::Record;
 pub use crate::record::RecordError;
@@ -75,6 +76,22 @@ pub enum ReplicatorError {
         /// What was asked for.
         given: Duration,
     },
+    /// The spill file cannot be made.
+    #[error("spill file {}: {source}", path.display())]
+    Spill {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: FileError,
+    },
+    /// An old spill file cannot be removed.
+    #[error("spill file {}: cannot remove it: {source}", path.display())]
+    SpillRemove {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
     /// The capture thread cannot be started.
     #[error("group {group}: cannot start its capture thread: {source}")]
     Thread {
@@ -83,6 +100,21 @@ pub enum ReplicatorError {
         /// The system's reason.
         source: std::io::Error,
     },
+}
+
+/// The spill file: sparse, and nameless once it is open, so that nothing of it outlives the process.
+fn open_spill(dir: &Path, limit_bytes: u64) -> Result<Arc<dyn BlockDevice>, ReplicatorError> {
+    let path = dir.join("spill");
+    let remove = |path: &Path| match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    };
+    let failed = |source| ReplicatorError::SpillRemove { path: path.clone(), source };
+    remove(&path).map_err(failed)?;
+    let options = OpenOptions { create_size: Some(limit_bytes.max(1)), ..OpenOptions::default() };
+    let device = FileDevice::open(&path, options).map_err(|source| ReplicatorError::Spill { path: path.clone(), source })?;
+    remove(&path).map_err(failed)?;
+    Ok(Arc::new(device))
 }
 
 /// One group at its primary, running.
@@ -125,13 +157,17 @@ impl Replicator {
             }
         });
         let sizes: Vec<u64> = volumes.iter().map(|v| v.device.size()).collect();
-        let ledger = Arc::new(Ledger::new(sizes.clone(), tuning.freeze_budget_bytes));
+        let limits = CopyLimits { memory_bytes: tuning.freeze_budget_bytes, spill_bytes: tuning.spill_limit_bytes };
+        let ledger = Arc::new(Ledger::new(sizes.clone(), limits));
+        let spill = open_spill(&state_dir, tuning.spill_limit_bytes)?;
         let devices: Arc<[Arc<dyn BlockDevice>]> = volumes.iter().map(|v| v.device.clone()).collect();
         let names: Vec<(Name, u64)> = volumes.iter().map(|v| v.name.clone()).zip(sizes).collect();
         let taps = volumes
             .into_iter()
             .enumerate()
-            .map(|(index, v)| (v.name, Arc::new(Tap::new(v.device, ledger.clone(), index)) as Arc<dyn BlockDevice>))
+            .map(|(index, v)| {
+                (v.name, Arc::new(Tap::new(v.device, ledger.clone(), spill.clone(), index)) as Arc<dyn BlockDevice>)
+            })
             .collect();
         let config = CoreConfig {
             group: group.clone(),
@@ -143,7 +179,8 @@ impl Replicator {
         let core = Core::new(config, generation, Instant::now());
         let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, generation));
         let (stop, stopping) = watch::channel(None);
-        let driver = Driver::new(shared.clone(), core, Link { peer, identity }, record, capture.clone(), devices, stopping);
+        let driver =
+            Driver::new(shared.clone(), core, Link { peer, identity }, record, capture.clone(), devices, spill, stopping);
         let sampled = shared.clone();
         let sampler = tokio::spawn(async move {
             let mut tick = tokio::time::interval(LAG_SAMPLE);

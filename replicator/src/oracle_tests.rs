@@ -12,7 +12,7 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, ZeroMode};
+use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, MemoryDevice, ZeroMode};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 use proto::control::{PassHeader, PassKind};
@@ -23,7 +23,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
-use crate::ledger::Ledger;
+use crate::ledger::{CopyLimits, Ledger};
 use crate::tap::Tap;
 
 const VOLUMES: usize = 2;
@@ -160,6 +160,7 @@ async fn tagged<T>(tag: u64, operation: impl Future<Output = T>) -> T {
 struct World {
     taps: Vec<Arc<Tap>>,
     devices: Vec<Arc<dyn BlockDevice>>,
+    spill: Arc<dyn BlockDevice>,
     ledger: Arc<Ledger>,
     log: Arc<Log>,
     cuts: Cell<u64>,
@@ -239,6 +240,7 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
             let job = Pass {
                 ledger: &world.ledger,
                 devices: &world.devices,
+                spill: &*world.spill,
                 queue: &queue,
                 counters: &counters,
                 header: PassHeader { epoch, pass, kind },
@@ -303,9 +305,12 @@ fn run(seed: u64) {
                     as Arc<dyn BlockDevice>
             })
             .collect();
-        let ledger = Arc::new(Ledger::new(vec![SIZE; VOLUMES], 1 << 30));
-        let taps = devices.iter().enumerate().map(|(i, d)| Arc::new(Tap::new(d.clone(), ledger.clone(), i))).collect();
-        let world = Rc::new(World { taps, devices, ledger, log, cuts: Cell::new(0) });
+        let ledger =
+            Arc::new(Ledger::new(vec![SIZE; VOLUMES], CopyLimits { memory_bytes: 8 * BLOCK_BYTES, spill_bytes: SIZE * 2 }));
+        let spill: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(SIZE * 2));
+        let taps =
+            devices.iter().enumerate().map(|(i, d)| Arc::new(Tap::new(d.clone(), ledger.clone(), spill.clone(), i))).collect();
+        let world = Rc::new(World { taps, devices, spill, ledger, log, cuts: Cell::new(0) });
         let guests: Vec<_> =
             (0..6).map(|g| tokio::task::spawn_local(guest(world.clone(), seed.wrapping_mul(31) + g, 60))).collect();
         let sealed = epochs(world.clone(), seed, 12).await;
@@ -330,6 +335,7 @@ async fn epochs_quiet(world: &World, last: &RefCell<u64>) {
     let job = Pass {
         ledger: &world.ledger,
         devices: &world.devices,
+        spill: &*world.spill,
         queue: &queue,
         counters: &counters,
         header,

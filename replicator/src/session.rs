@@ -68,6 +68,7 @@ pub(crate) struct Driver {
     pub(crate) record: Record,
     pub(crate) capture: IoThreads,
     pub(crate) devices: Arc<[Arc<dyn BlockDevice>]>,
+    pub(crate) spill: Arc<dyn BlockDevice>,
     pub(crate) stop: watch::Receiver<Option<Instant>>,
     live: Option<Live>,
     connecting: Option<JoinHandle<Result<(Endpoint, Connection), LinkError>>>,
@@ -85,6 +86,7 @@ impl Driver {
         record: Record,
         capture: IoThreads,
         devices: Arc<[Arc<dyn BlockDevice>]>,
+        spill: Arc<dyn BlockDevice>,
         stop: watch::Receiver<Option<Instant>>,
     ) -> Self {
         let link = Arc::new(link);
@@ -95,6 +97,7 @@ impl Driver {
             record,
             capture,
             devices,
+            spill,
             stop,
             live: None,
             connecting: None,
@@ -307,13 +310,15 @@ impl Driver {
             _ => Box::default(),
         };
         let (done, receiver) = oneshot::channel();
-        let (shared, devices, queue) = (self.shared.clone(), self.devices.clone(), live.queue.clone());
+        let (shared, queue) = (self.shared.clone(), live.queue.clone());
+        let (devices, spill) = (self.devices.clone(), self.spill.clone());
         self.pass = Some(header);
         self.shared.pass_begins();
         self.capture.spawn(move || async move {
             let pass = Pass {
                 ledger: &shared.ledger,
                 devices: &devices,
+                spill: &*spill,
                 queue: &queue,
                 counters: &shared.counters,
                 header,

@@ -206,7 +206,8 @@ impl Shared {
                 .collect(),
             queues: vec![
                 queue("frames-to-send", "bytes", p.queue.as_ref().map_or(0, FrameQueue::used_bytes), self.frames_limit(&p)),
-                queue("copied-before-write", "bytes", summary.copied_bytes, self.ledger.copy_limit_bytes()),
+                queue("copied-before-write", "bytes", summary.copied_bytes, self.ledger.copy_limits().memory_bytes),
+                queue("spilled-before-write", "bytes", summary.spilled_bytes, self.ledger.copy_limits().spill_bytes),
                 queue("epochs-in-flight", "epochs", p.in_flight, self.tuning.epochs_in_flight.into()),
             ],
         }

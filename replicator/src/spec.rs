@@ -37,6 +37,9 @@ pub struct Tuning {
     /// An epoch with more dirty bytes than this is sent in passes; only its last, small pass is frozen. Also the memory that
     /// captured frames may take before they are sent; when it is full, the next cut waits and the current epoch grows.
     pub freeze_budget_bytes: u64,
+    /// Bytes of blocks that a guest overwrites while their epoch is captured and that do not fit `freeze_budget_bytes`; they go
+    /// to an unnamed file in `state_dir`. When it is full, the epoch is given up and merged into the next.
+    pub spill_limit_bytes: u64,
     /// Epochs that may be sealed and not yet committed; when reached, the current epoch grows.
     pub epochs_in_flight: u16,
     /// How payloads are packed.
@@ -45,7 +48,13 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(1), freeze_budget_bytes: 64 << 20, epochs_in_flight: 8, codec: Codec::Lz4 }
+        Self {
+            interval: Duration::from_secs(1),
+            freeze_budget_bytes: 64 << 20,
+            spill_limit_bytes: 4 << 30,
+            epochs_in_flight: 8,
+            codec: Codec::Lz4,
+        }
     }
 }
 

@@ -11,18 +11,20 @@ use blockdev::{BlockDevice, Buf, Extent, IoFuture, ZeroMode};
 use proto::BlockExtent;
 use proto::units::BLOCK_BYTES;
 
-use crate::ledger::{CopiedRun, Ledger, Range, Step, Ticket};
+use crate::ledger::{CopiedRun, Copy, Ledger, Place, Range, Step, Ticket};
 
 /// A disk whose changes are tracked.
 pub(crate) struct Tap {
     device: Arc<dyn BlockDevice>,
     ledger: Arc<Ledger>,
+    /// Takes the copies that do not fit memory.
+    spill: Arc<dyn BlockDevice>,
     volume: usize,
 }
 
 impl Tap {
-    pub(crate) fn new(device: Arc<dyn BlockDevice>, ledger: Arc<Ledger>, volume: usize) -> Self {
-        Self { device, ledger, volume }
+    pub(crate) fn new(device: Arc<dyn BlockDevice>, ledger: Arc<Ledger>, spill: Arc<dyn BlockDevice>, volume: usize) -> Self {
+        Self { device, ledger, spill, volume }
     }
 
     /// Admission of a change of `length` bytes at `offset`: marks it, then copies what a capture still needs of it.
@@ -47,15 +49,31 @@ impl Tap {
     async fn copy(&self, runs: &[BlockExtent]) -> Option<Vec<CopiedRun>> {
         let mut copies = Vec::with_capacity(runs.len());
         for run in runs {
-            match read_blocks(&*self.device, *run).await {
-                Ok(content) => copies.push(CopiedRun { volume: self.volume, extent: *run, content }),
+            match self.copy_run(*run).await {
+                Ok(content) => copies.push(CopiedRun { volume: self.volume, extent: *run, content: content? }),
                 Err(error) => {
-                    tracing::error!(block = run.start.0, %error, "cannot read a block before it is overwritten; the epoch is given up and merged");
+                    let block = run.start.0;
+                    tracing::error!(block, %error, "cannot keep a block before it is overwritten; the epoch is given up and merged");
                     return None;
                 }
             }
         }
         Some(copies)
+    }
+}
+
+impl Tap {
+    /// `None` if there is no room for the copy.
+    async fn copy_run(&self, run: BlockExtent) -> io::Result<Option<Copy>> {
+        let content = read_blocks(&*self.device, run).await?;
+        Ok(match self.ledger.place_copy(content.len() as u64) {
+            Place::Memory => Some(Copy::Memory(content)),
+            Place::Spill(offset) => {
+                self.spill.write(offset, content).await?;
+                Some(Copy::Spilled(offset))
+            }
+            Place::Nowhere => None,
+        })
     }
 }
 
