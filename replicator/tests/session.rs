@@ -1,0 +1,346 @@
+//! The replicator over real QUIC against a small receiver in memory: what the guest wrote arrives, whole epochs only, through
+//! lost connections, refusals and fencing.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use blockdev::{BlockDevice, Buf, IoThreads, MemoryDevice, ZeroMode};
+use parking_lot::Mutex;
+use proto::control::{CloseCode, Hello, Message, PASS_HEADER_BYTES, PassHeader, PassKind};
+use proto::frame::{FRAME_HEADER_BYTES, FrameKind};
+use proto::seal::Tally;
+use proto::{BLOCK_BYTES, EpochId, Fingerprint, Frame, FrameHeader, Generation, Identity, Point, transport};
+use quinn::{Connection, Endpoint, RecvStream, SendStream};
+use replicator::{GroupSpec, GroupStatus, LinkState, PeerSpec, Replicator, Tuning, VolumeSpec};
+
+const SIZE: u64 = 20 * 1024 * 1024 + 512;
+const DEADLINE: Duration = Duration::from_secs(20);
+
+/// What the small receiver does beside committing.
+#[derive(Default)]
+struct Behaviour {
+    /// Hang up instead of committing this epoch, once.
+    drop_at: Option<u64>,
+    /// Commit this epoch but hang up before saying so, once.
+    drop_after: Option<u64>,
+    /// Answer the hello with this.
+    answer: Option<Message>,
+}
+
+#[derive(Default)]
+struct Store {
+    image: Vec<Vec<u8>>,
+    committed: Option<Point>,
+    hellos: Vec<Hello>,
+    passes: Vec<PassHeader>,
+    data_blocks: u64,
+}
+
+struct SmallReceiver {
+    address: SocketAddr,
+    identity: Identity,
+    store: Arc<Mutex<Store>>,
+    behaviour: Arc<Mutex<Behaviour>>,
+    _endpoint: Endpoint,
+}
+
+fn identity() -> Identity {
+    Identity::from_pem(&Identity::generate_pem().unwrap()).unwrap()
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+impl SmallReceiver {
+    fn start(client: &Identity) -> Self {
+        let identity = identity();
+        let crypto = identity.quic_server(BTreeSet::from([client.fingerprint()])).unwrap();
+        let mut config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+        config.transport_config(Arc::new(transport::settings(true)));
+        let endpoint = Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = endpoint.local_addr().unwrap();
+        let (store, behaviour) = (Arc::new(Mutex::new(Store::default())), Arc::new(Mutex::new(Behaviour::default())));
+        let (accepting, s, b) = (endpoint.clone(), store.clone(), behaviour.clone());
+        tokio::spawn(async move {
+            while let Some(incoming) = accepting.accept().await {
+                if let Ok(connection) = incoming.await {
+                    let (s, b) = (s.clone(), b.clone());
+                    tokio::spawn(async move {
+                        if let Err(reason) = serve(connection.clone(), s, b).await {
+                            connection.close(0_u32.into(), reason.as_bytes());
+                        }
+                    });
+                }
+            }
+        });
+        Self { address, identity, store, behaviour, _endpoint: endpoint }
+    }
+}
+
+async fn message(stream: &mut RecvStream) -> Result<Message, String> {
+    let mut prefix = [0; 4];
+    stream.read_exact(&mut prefix).await.map_err(text)?;
+    let mut body = vec![0; Message::check_length(prefix).map_err(text)?];
+    stream.read_exact(&mut body).await.map_err(text)?;
+    Message::decode(&body).map_err(text)
+}
+
+async fn send(stream: &mut SendStream, message: &Message) -> Result<(), String> {
+    stream.write_all(&message.encode()).await.map_err(text)
+}
+
+async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<Mutex<Behaviour>>) -> Result<(), String> {
+    let (mut out, mut incoming) = connection.accept_bi().await.map_err(text)?;
+    let Message::Hello(hello) = message(&mut incoming).await? else { return Err("no hello".into()) };
+    let answer = behaviour.lock().answer.clone();
+    store.lock().hellos.push(hello.clone());
+    if let Some(answer) = answer {
+        send(&mut out, &answer).await?;
+        connection.closed().await;
+        return Ok(());
+    }
+    let committed = {
+        let mut store = store.lock();
+        if store.image.is_empty() {
+            store.image = hello.volumes.iter().map(|v| vec![0; v.size_bytes as usize]).collect();
+        }
+        store.committed
+    };
+    let generation = Generation(hello.generation.0.max(1));
+    send(&mut out, &Message::Welcome { version: 1, generation, committed, epochs_in_flight_max: 8 }).await?;
+    let mut epoch = committed.map_or(1, |p| p.epoch.0 + 1);
+    loop {
+        let mut staged = store.lock().image.clone();
+        let mut tally = Tally::default();
+        for pass in 0.. {
+            let mut stream = connection.accept_uni().await.map_err(text)?;
+            let mut head = [0; PASS_HEADER_BYTES];
+            stream.read_exact(&mut head).await.map_err(text)?;
+            let header = PassHeader::decode(&head).map_err(text)?;
+            assert_eq!((header.epoch, header.pass), (EpochId(epoch), pass));
+            store.lock().passes.push(header);
+            frames(&mut stream, &mut staged, &mut tally, &store).await?;
+            if header.kind == PassKind::Frozen {
+                break;
+            }
+        }
+        let Message::Seal(seal) = message(&mut incoming).await? else { return Err("no seal".into()) };
+        assert_eq!(seal.epoch, EpochId(epoch));
+        assert!(tally.matches(&seal), "digest and totals");
+        if behaviour.lock().drop_at.take_if(|e| *e == epoch).is_some() {
+            return Err("dropped before the commit".into());
+        }
+        {
+            let mut store = store.lock();
+            store.image = staged;
+            store.committed = Some(seal.point());
+        }
+        if behaviour.lock().drop_after.take_if(|e| *e == epoch).is_some() {
+            return Err("dropped after the commit".into());
+        }
+        send(&mut out, &Message::Committed { point: seal.point() }).await?;
+        epoch += 1;
+    }
+}
+
+async fn frames(stream: &mut RecvStream, image: &mut [Vec<u8>], tally: &mut Tally, store: &Mutex<Store>) -> Result<(), String> {
+    loop {
+        let mut head = [0; FRAME_HEADER_BYTES];
+        match stream.read_exact(&mut head).await {
+            Ok(()) => {}
+            Err(quinn::ReadExactError::FinishedEarly(0)) => return Ok(()),
+            Err(error) => return Err(error.to_string()),
+        }
+        let header = FrameHeader::decode(&head).map_err(text)?;
+        let mut body = vec![0; header.body_bytes()];
+        stream.read_exact(&mut body).await.map_err(text)?;
+        let volume = &mut image[usize::from(header.volume.0)];
+        let frame = Frame::decode_body(header, &body, (volume.len() as u64).div_ceil(BLOCK_BYTES)).map_err(text)?;
+        let blocks: u64 = frame.extents.iter().map(|e| u64::from(e.blocks)).sum();
+        let data = header.kind == FrameKind::Data;
+        tally.add(&head, header.frame_bytes(), if data { blocks } else { 0 }, if data { 0 } else { blocks });
+        let content = frame.content().map_err(text)?;
+        let mut at = 0;
+        for extent in &frame.extents {
+            let start = (extent.start.0 * BLOCK_BYTES) as usize;
+            let end = ((extent.end() * BLOCK_BYTES) as usize).min(volume.len());
+            if data {
+                volume[start..end].copy_from_slice(&content[at..at + end - start]);
+                at += extent.blocks as usize * BLOCK_BYTES as usize;
+            } else {
+                volume[start..end].fill(0);
+            }
+        }
+        store.lock().data_blocks += if data { blocks } else { 0 };
+    }
+}
+
+struct Primary {
+    replicator: Replicator,
+    disks: Vec<Arc<MemoryDevice>>,
+    io: IoThreads,
+    _dir: tempfile::TempDir,
+}
+
+impl Primary {
+    fn start(identity: &Identity, receiver: &SmallReceiver, tuning: Tuning) -> Self {
+        Self::start_with(identity, receiver.address, receiver.identity.fingerprint(), tuning)
+    }
+
+    fn start_with(identity: &Identity, address: SocketAddr, key: Fingerprint, tuning: Tuning) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let disks: Vec<_> = (0..2).map(|_| Arc::new(MemoryDevice::new(SIZE))).collect();
+        let volumes = disks
+            .iter()
+            .enumerate()
+            .map(|(i, d)| VolumeSpec { name: format!("disk{i}").parse().unwrap(), device: d.clone() as Arc<dyn BlockDevice> })
+            .collect();
+        let peer = PeerSpec { address: address.to_string(), key };
+        let spec = GroupSpec { group: "db".parse().unwrap(), volumes, peer, state_dir: dir.path().join("db"), tuning };
+        Self { replicator: Replicator::start(spec, identity.clone()).unwrap(), disks, io: IoThreads::new(1).unwrap(), _dir: dir }
+    }
+
+    async fn write(&self, disk: usize, offset: u64, data: Vec<u8>) {
+        let tap = self.replicator.volume(&format!("disk{disk}").parse().unwrap()).unwrap();
+        self.io.call(move || async move { tap.write(offset, Buf::copy_of(&data)).await.map(drop) }).await.unwrap().unwrap();
+    }
+
+    async fn zero(&self, disk: usize, offset: u64, length: u64) {
+        let tap = self.replicator.volume(&format!("disk{disk}").parse().unwrap()).unwrap();
+        self.io.call(move || async move { tap.write_zeroes(offset, length, ZeroMode::default()).await }).await.unwrap().unwrap();
+    }
+
+    /// Waits until `status` fits.
+    async fn until(&self, what: &str, fits: impl Fn(&GroupStatus) -> bool) -> GroupStatus {
+        let start = Instant::now();
+        loop {
+            let status = self.replicator.status();
+            if fits(&status) {
+                return status;
+            }
+            assert!(start.elapsed() < DEADLINE, "waited for {what}: {status:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn settled(&self) -> GroupStatus {
+        self.until("everything committed", |s| s.dirty_bytes == 0 && s.state == LinkState::Streaming).await
+    }
+
+    fn images(&self) -> Vec<Vec<u8>> {
+        self.disks.iter().map(|d| d.snapshot()).collect()
+    }
+}
+
+fn fast() -> Tuning {
+    Tuning { interval: Duration::from_millis(10), ..Tuning::default() }
+}
+
+fn pattern(seed: u8, length: usize) -> Vec<u8> {
+    (0..length).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed) | 1).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_guest_writes_arrives() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let primary = Primary::start(&identity, &receiver, fast());
+    primary.settled().await;
+    assert_eq!(receiver.store.lock().data_blocks, 0, "an empty disk sends no data");
+    for round in 0..20_u8 {
+        primary.write(0, u64::from(round) * 70_000 + 13, pattern(round, 9000)).await;
+        primary.write(1, SIZE - 5000 - u64::from(round), pattern(round, 5000)).await;
+        primary.zero(0, u64::from(round) * 35_000, 5000).await;
+    }
+    let status = primary.settled().await;
+    assert!(receiver.store.lock().image == primary.images());
+    assert!(status.saved_percent > 0.0 && status.epochs_committed > 1, "{status:?}");
+    assert!(status.lag_ms == 0 && status.error.is_none(), "{status:?}");
+    assert_eq!(status.committed.map(|p| p.generation), Some(Generation(1)));
+}
+
+/// A dirty set beyond the budget goes in fuzzy passes; the epoch is still one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_epoch_is_sent_in_passes() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let tuning = Tuning { freeze_budget_bytes: 1 << 20, ..fast() };
+    let primary = Primary::start(&identity, &receiver, tuning);
+    primary.settled().await;
+    primary.write(0, 0, pattern(3, 12 << 20)).await;
+    for i in 0..50 {
+        primary.write(1, i * 40_000, pattern(i as u8, 4096)).await;
+    }
+    primary.settled().await;
+    assert!(receiver.store.lock().image == primary.images());
+    assert!(receiver.store.lock().passes.iter().any(|p| p.kind == PassKind::Fuzzy));
+}
+
+/// Before a commit, after a commit that was not heard of: the session breaks, nothing is lost, nothing is doubled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_session_loses_nothing() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    *receiver.behaviour.lock() = Behaviour { drop_at: Some(4), drop_after: Some(7), answer: None };
+    let primary = Primary::start(&identity, &receiver, fast());
+    primary.settled().await;
+    let mut round = 0;
+    while round < 120 || receiver.store.lock().hellos.len() < 3 {
+        primary.write((round % 2) as usize, (round * 50_001) % (SIZE - 6000), pattern(round as u8, 6000)).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        round += 1;
+    }
+    let status = primary.settled().await;
+    assert!(receiver.store.lock().image == primary.images());
+    assert_eq!(receiver.store.lock().hellos.len(), 3, "two reconnections");
+    assert!(status.epochs_merged >= 1);
+    // Three blocks a write; a full copy of both disks would be 10,240.
+    assert!(receiver.store.lock().data_blocks < round * 3 * 2, "only what was not committed is sent again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stopping_commits_what_is_left() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let tuning = Tuning { interval: Duration::from_secs(3600), ..fast() };
+    let primary = Primary::start(&identity, &receiver, tuning);
+    primary.settled().await;
+    primary.write(0, 5, pattern(9, 100_000)).await;
+    let images = primary.images();
+    assert!(primary.replicator.shutdown(DEADLINE).await);
+    assert!(receiver.store.lock().image == images);
+}
+
+/// Each refusal is one line that says what and what to do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn refusals_are_told_in_one_line() {
+    let (identity, stranger) = (identity(), identity());
+    let receiver = SmallReceiver::start(&identity);
+    let error = |status: &GroupStatus| status.error.clone().unwrap_or_default();
+
+    let unknown = Primary::start(&stranger, &receiver, fast());
+    let status = unknown.until("a refusal", |s| s.error.is_some()).await;
+    assert!(
+        error(&status).contains("does not know our key SHA256:") && error(&status).contains("[[receiver.client]]"),
+        "{status:?}"
+    );
+    assert_eq!(receiver.store.lock().hellos.len(), 0, "no further than the handshake");
+
+    let misdirected = Primary::start_with(&identity, receiver.address, stranger.fingerprint(), fast());
+    let status = misdirected.until("a refusal", |s| s.error.is_some()).await;
+    assert!(error(&status).contains("shows another key than the pinned"), "{status:?}");
+
+    receiver.behaviour.lock().answer = Some(Message::close(CloseCode::UnknownGroup, "no group db for client x"));
+    let refused = Primary::start(&identity, &receiver, fast());
+    let status = refused.until("a refusal", |s| s.state == LinkState::Refused).await;
+    assert!(error(&status).contains("no group db for client x"), "{status:?}");
+
+    receiver.behaviour.lock().answer = Some(Message::Fenced { generation: Generation(5) });
+    let fenced = Primary::start(&identity, &receiver, fast());
+    fenced.write(0, 0, pattern(1, 10)).await;
+    let status = fenced.until("fencing", |s| s.state == LinkState::Fenced).await;
+    assert!(error(&status).contains("generation 5 holds") && status.dirty_bytes > 0, "{status:?}");
+}
