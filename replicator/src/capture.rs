@@ -181,12 +181,15 @@ impl Pass<'_> {
     /// [`CaptureError`]; the caller gives the epoch up.
     pub(crate) async fn run(mut self, now_unix_us: impl Fn() -> u64) -> Result<u64, CaptureError> {
         self.queue.mark(Item::Begin(self.header))?;
-        let (tag, source, cut_unix_us) = match self.header.kind {
+        // Read before the cut: whatever was acknowledged before the stated time is then in the epoch. Read after it, a write could
+        // be tagged with the next epoch and be acknowledged before the clock is read.
+        let cut_unix_us = now_unix_us();
+        let (tag, source) = match self.header.kind {
             PassKind::Fuzzy => {
                 let (tag, maps) = self.ledger.take_fuzzy(self.header.epoch);
-                (tag, Source::Fuzzy(maps), now_unix_us())
+                (tag, Source::Fuzzy(maps))
             }
-            PassKind::Frozen => (self.ledger.freeze(self.header.epoch), Source::Frozen, now_unix_us()),
+            PassKind::Frozen => (self.ledger.freeze(self.header.epoch), Source::Frozen),
         };
         self.ledger.drained(tag).await;
         let total: u64 = match &source {
