@@ -389,7 +389,7 @@ impl Ledger {
     /// The reason why the epoch is not complete.
     pub(crate) async fn thaw(&self) -> Result<Vec<CopiedRun>, FreezeFailure> {
         self.wait_until(|state| state.frozen.as_ref().is_none_or(|f| f.copying.is_empty())).await;
-        let frozen = self.state.lock().frozen.take();
+        let frozen = { self.state.lock().frozen.take() };
         self.changed.notify_waiters();
         match frozen {
             Some(Frozen { failed: Some(failure), .. }) => Err(failure),
@@ -417,9 +417,11 @@ impl Ledger {
     /// Everything up to `epoch` is on stable storage at the receiver.
     pub(crate) fn committed(&self, epoch: EpochId) {
         let mut state = self.state.lock();
-        while state.sealed.front().is_some_and(|c| c.epoch <= epoch) {
-            state.sealed.pop_front();
-        }
+        let done = state.sealed.iter().take_while(|c| c.epoch <= epoch).count();
+        let released: Vec<Changes> = state.sealed.drain(..done).collect();
+        // Freeing the maps of a large disk takes milliseconds, which no guest write is to wait for.
+        drop(state);
+        drop(released);
     }
 
     /// Gives up the epoch that is being built (also a freeze that is under way): its marks return to the open maps.
