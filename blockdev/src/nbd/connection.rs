@@ -13,14 +13,17 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use futures_util::StreamExt;
+use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::error::{ConnectionError, Errno, ProtocolError};
 use super::execute::{Outcome, execute};
 use super::inbox::Inbox;
+use super::linger::Linger;
 use super::outbox::{IOVECS_MAX, Outbox};
 use super::pool::Pool;
 use super::reply;
@@ -41,6 +44,9 @@ const REQUESTS_PER_TURN: u32 = 128;
 const REPLIES_PER_SEND: u32 = 16;
 /// Payloads up to this many bytes are taken from the receive buffer, longer ones are received into their own buffer.
 const INLINE_PAYLOAD_BYTES_MAX: usize = 64 << 10;
+
+/// How long a client may take to accept its last replies when its connection is ended from this side.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 type Running = Pin<Box<dyn Future<Output = Finished>>>;
 
@@ -85,8 +91,11 @@ pub(super) struct Connection {
     replies_unsent: u32,
     pool: Rc<Pool>,
     counters: Arc<Counters>,
+    linger: Linger,
     /// No further requests are taken; the connection ends when all is answered.
     draining: bool,
+    /// Replies are dropped: the socket failed.
+    unreachable: bool,
     failure: Option<ConnectionError>,
 }
 
@@ -104,28 +113,40 @@ impl Connection {
             replies_unsent: 0,
             pool: Rc::new(Pool::default()),
             counters,
+            linger: Linger::new(),
             draining: false,
+            unreachable: false,
             failure: None,
         }
     }
 
     /// Serves until the client disconnects, `stop` resolves, or something fails.
     pub(super) async fn serve(mut self, stop: impl Future<Output = ()>) -> Result<(), ConnectionError> {
-        let mut stop = std::pin::pin!(stop);
-        let mut stopped = false;
-        let result = std::future::poll_fn(|cx| {
-            let polled = self.poll_serve(cx);
-            self.publish();
-            if polled.is_pending() && !stopped && stop.as_mut().poll(cx).is_ready() {
-                stopped = true;
-                self.drain();
-                return self.poll_serve(cx);
+        let result = {
+            let serving = std::future::poll_fn(|cx| {
+                let polled = self.poll_serve(cx);
+                self.publish();
+                polled
+            });
+            match select(serving, std::pin::pin!(stop)).await {
+                Either::Left((result, _)) => result,
+                Either::Right(((), _)) => self.finish().await,
             }
-            polled
-        })
-        .await;
-        let _ = std::future::poll_fn(|cx| Pin::new(&mut self.stream).poll_shutdown(cx)).await;
+        };
+        // A client that does not take the last bytes is not waited for.
+        let closing = std::future::poll_fn(|cx| Pin::new(&mut self.stream).poll_shutdown(cx));
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, closing).await;
         result
+    }
+
+    /// Takes no further requests and answers those that were taken; a client that does not read its replies loses them.
+    async fn finish(&mut self) -> Result<(), ConnectionError> {
+        self.drain();
+        if let Ok(result) = tokio::time::timeout(DRAIN_TIMEOUT, std::future::poll_fn(|cx| self.poll_serve(cx))).await {
+            return result;
+        }
+        self.fail(ConnectionError::DrainTimeout);
+        std::future::poll_fn(|cx| self.poll_serve(cx)).await
     }
 
     fn drain(&mut self) {
@@ -136,6 +157,7 @@ impl Connection {
     /// The client cannot be reached any more; what was started still runs to its end.
     fn fail(&mut self, error: ConnectionError) {
         self.drain();
+        self.unreachable = true;
         self.outbox = Outbox::default();
         self.failure.get_or_insert(error);
     }
@@ -171,6 +193,9 @@ impl Connection {
             } else {
                 progress |= self.poll_receive(cx);
             }
+            if !progress && !self.draining && self.running.is_empty() {
+                progress = self.linger();
+            }
             if !progress {
                 return Poll::Pending;
             }
@@ -186,7 +211,7 @@ impl Connection {
         while let Poll::Ready(Some(finished)) = self.running.poll_next_unpin(cx) {
             self.held -= finished.held;
             progress = true;
-            if self.failure.is_none() || !self.outbox.is_empty() || !self.draining {
+            if !self.unreachable {
                 self.answer(finished.cookie, finished.outcome);
             }
         }
@@ -354,6 +379,23 @@ impl Connection {
         }
     }
 
+    /// Looks at the socket a little longer before the thread sleeps. True if something came.
+    fn linger(&mut self) -> bool {
+        let Stream::Plain(socket) = &self.stream else { return false };
+        if self.receiving.is_some() || !self.inbox.unread().is_empty() {
+            return false;
+        }
+        let room = self.inbox.room();
+        let mut received = 0;
+        self.linger.look(|| {
+            received = socket.recv_now(room);
+            received > 0
+        });
+        self.linger.moved(received);
+        self.inbox.received(received);
+        received > 0
+    }
+
     /// Receives into the payload under way or the inbox. False if nothing came or there is no room.
     fn poll_receive(&mut self, cx: &mut Context<'_>) -> bool {
         let (space, filled) = match &mut self.receiving {
@@ -366,6 +408,7 @@ impl Connection {
         let mut space = ReadBuf::new(space);
         let polled = Pin::new(&mut self.stream).poll_read(cx, &mut space);
         let received = space.filled().len();
+        self.linger.moved(received);
         match polled {
             Poll::Pending => return false,
             Poll::Ready(Err(error)) => self.fail(error.into()),
@@ -393,7 +436,10 @@ impl Connection {
             match Pin::new(&mut self.stream).poll_write_vectored(cx, &slices[..count]) {
                 Poll::Pending => return progress,
                 Poll::Ready(Ok(0)) => self.fail(io::Error::from(io::ErrorKind::WriteZero).into()),
-                Poll::Ready(Ok(n)) => self.outbox.advance(n, &self.pool),
+                Poll::Ready(Ok(n)) => {
+                    self.linger.moved(n);
+                    self.outbox.advance(n, &self.pool);
+                }
                 Poll::Ready(Err(error)) => self.fail(error.into()),
             }
             progress = true;

@@ -52,6 +52,8 @@ pub(super) enum ConnectionError {
     Misbehaved(#[from] ProtocolError),
     #[error("handshake not finished within the deadline")]
     HandshakeTimeout,
+    #[error("client did not take its last replies in time")]
+    DrainTimeout,
     #[error("TLS handshake: {0}")]
     Tls(#[source] io::Error),
     #[error("socket: {0}")]

@@ -13,6 +13,7 @@ mod error;
 mod execute;
 mod handshake;
 mod inbox;
+mod linger;
 mod listen;
 mod negotiate;
 mod outbox;

@@ -25,6 +25,12 @@ impl Socket {
         Ok(Self { fd: watch_owned(fd)? })
     }
 
+    /// Receives what is there now, without looking at readiness; zero also at the end and on errors, which the
+    /// next `poll_recv` then reports.
+    pub(super) fn recv_now(&self, buf: &mut [u8]) -> usize {
+        rustix::net::recv(&self.fd, buf, RecvFlags::DONTWAIT).map_or(0, |(n, _)| n)
+    }
+
     pub(super) fn poll_recv(&self, cx: &mut Context<'_>, buf: &mut [u8]) -> Poll<io::Result<usize>> {
         loop {
             let mut guard = ready!(self.fd.poll_read_ready(cx))?;
