@@ -1,0 +1,271 @@
+//! What the control socket speaks: plain data, the same for the daemon, the command line and scripts that use `--json`.
+//!
+//! Field names are an interface: they are added to, not changed.
+
+use proto::{Fingerprint, Generation, Name, Point};
+use replicator::{GroupStatus, QueueStatus};
+use serde::{Deserialize, Serialize};
+
+/// `GET /v1/id`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeId {
+    /// What the node calls itself.
+    pub name: String,
+    /// Fingerprint of its public key.
+    pub key: Fingerprint,
+}
+
+/// `GET /v1/status`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Who answers.
+    pub node: NodeId,
+    /// Version of the program.
+    pub version: String,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// Groups this node is the primary of.
+    pub primary: Vec<PrimaryStatus>,
+    /// The copies this node keeps, if it is a receiver.
+    pub receiver: Option<ReceiverStatus>,
+    /// NBD servers of both roles.
+    pub exports: Vec<ExportStatus>,
+}
+
+/// A configured group, running or not.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "run")]
+pub enum PrimaryStatus {
+    /// Running; `state` tells how it fares.
+    Running(Box<GroupStatus>),
+    /// Could not be started; the others go on.
+    Failed {
+        /// The group.
+        group: Name,
+        /// One line.
+        error: String,
+    },
+}
+
+impl PrimaryStatus {
+    /// The group.
+    #[must_use]
+    pub fn group(&self) -> &Name {
+        match self {
+            Self::Running(status) => &status.group,
+            Self::Failed { group, .. } => group,
+        }
+    }
+}
+
+/// The receiving role.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReceiverStatus {
+    /// Where it listens.
+    pub listen: String,
+    /// Why it is not running, one line; `None`: it runs.
+    pub error: Option<String>,
+    /// Every group it holds.
+    pub groups: Vec<CopyStatus>,
+}
+
+/// What a copy is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CopyState {
+    /// Its primary is connected.
+    Following,
+    /// Its primary is not connected.
+    Waiting,
+    /// It was activated here.
+    Active,
+    /// It cannot be used; see `error`.
+    Failed,
+}
+
+/// One group at the receiver.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CopyStatus {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// What it is doing.
+    pub state: CopyState,
+    /// The last error, one line.
+    pub error: Option<String>,
+    /// Its generation.
+    pub generation: Generation,
+    /// Newest point, activatable.
+    pub committed: Option<Point>,
+    /// Cut of that point, microseconds since 1970 on the primary's clock.
+    pub cut_unix_us: Option<u64>,
+    /// Milliseconds since it was committed.
+    pub committed_age_ms: Option<u64>,
+    /// The primary's epoch interval in ms.
+    pub interval_ms: Option<u64>,
+    /// Epochs received and not yet committed.
+    pub epochs_in_flight: u64,
+    /// Points that can be activated.
+    pub points: u64,
+    /// Bytes it takes in the store.
+    pub stored_bytes: u64,
+    /// The client's limit on all its groups.
+    pub space_max_bytes: Option<u64>,
+    /// Address of the primary while connected.
+    pub peer: Option<String>,
+    /// Its disks.
+    pub volumes: Vec<CopyVolume>,
+    /// Every queue and its limit.
+    pub queues: Vec<QueueStatus>,
+    /// The activated fork, if it is active.
+    pub active: Option<ActiveStatus>,
+}
+
+/// A disk of a copy.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CopyVolume {
+    /// Its name.
+    pub name: Name,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// A copy that runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ActiveStatus {
+    /// The point it started from.
+    pub point: Point,
+    /// Where it is exported; `None`: nowhere, see the copy's `error`.
+    pub export: Option<String>,
+}
+
+/// One NBD server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportStatus {
+    /// `unix:…` or `tcp:…`.
+    pub address: String,
+    /// What it offers.
+    pub disks: Vec<ExportedDisk>,
+    /// Clients now.
+    pub connections: Vec<ConnectionStatus>,
+    /// Clients at most.
+    pub connections_max: u64,
+}
+
+/// A disk on an NBD server.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportedDisk {
+    /// Name of the export, which is the disk's.
+    pub name: String,
+    /// The group it belongs to.
+    pub group: String,
+}
+
+/// An NBD client.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ConnectionStatus {
+    /// Name of the export.
+    pub export: String,
+    /// Its address, or process id on a unix socket.
+    pub peer: String,
+    /// Whether it is encrypted.
+    pub tls: bool,
+    /// Requests answered.
+    pub requests: u64,
+    /// Bytes read by the client.
+    pub read_bytes: u64,
+    /// Bytes written by the client.
+    pub written_bytes: u64,
+    /// Requests and bytes in flight and their limits.
+    pub queues: Vec<QueueStatus>,
+}
+
+/// `GET /v1/points?group=`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Points {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// Oldest first.
+    pub points: Vec<PointInfo>,
+}
+
+/// A point that can be activated.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct PointInfo {
+    /// Its name.
+    pub point: Point,
+    /// Its cut, microseconds since 1970 on the primary's clock.
+    pub cut_unix_us: u64,
+    /// Bytes of disk that its epoch changed.
+    pub changed_bytes: u64,
+    /// Bytes its epoch takes in the journal.
+    pub stored_bytes: u64,
+}
+
+/// `GET /v1/failover?group=&point=`: what it would do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FailoverPlan {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// The point that would be activated.
+    pub point: Point,
+    /// The newest there is.
+    pub newest: Point,
+    /// Its cut, microseconds since 1970 on the primary's clock.
+    pub cut_unix_us: u64,
+    /// Generation now.
+    pub generation: Generation,
+    /// Generation afterwards.
+    pub generation_after: Generation,
+    /// Address of the primary if it is connected right now, which a failover would cut off.
+    pub connected: Option<String>,
+    /// Set if the group is active already.
+    pub active: Option<ActiveStatus>,
+    /// Its disks.
+    pub volumes: Vec<CopyVolume>,
+    /// Bytes that are moved: none, whatever the size of the disks.
+    pub bytes_to_move: u64,
+}
+
+/// `POST /v1/failover`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FailoverRequest {
+    /// `GROUP` or `CLIENT/GROUP`.
+    pub group: String,
+    /// The point; the newest by default.
+    pub point: Option<Point>,
+    /// `unix:PATH` or `tcp:IP:PORT`.
+    pub export: String,
+}
+
+/// The answer to a [`FailoverRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FailoverDone {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// What was activated.
+    pub point: Point,
+    /// The generation that holds now.
+    pub generation: Generation,
+    /// Where the disks are.
+    pub export: String,
+    /// Its disks, each an export of its name.
+    pub volumes: Vec<CopyVolume>,
+    /// Milliseconds from the request to the disks being served.
+    pub took_ms: u64,
+}
+
+/// Any answer that is not 200.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ApiError {
+    /// One line.
+    pub error: String,
+}

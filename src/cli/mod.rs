@@ -1,0 +1,294 @@
+//! The command line: what can be said, and which module answers. Exit codes: 0 done, 1 failed, 2 the command line or the
+//! configuration is wrong, so that trying again unchanged cannot help.
+
+mod check;
+mod client;
+mod failover;
+pub(crate) mod human;
+mod id;
+mod points;
+mod status;
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use proto::Point;
+
+use crate::config::{CONFIG_DEFAULT, Config, ConfigErrors, STATE_DIR_DEFAULT, units};
+use crate::{demo, node};
+
+/// The command line was wrong.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub(crate) String);
+
+/// Keeps a live, consistent copy of a server's disks at a second site and turns it into the running server.
+#[derive(Parser)]
+#[command(
+    name = "twinsite",
+    version,
+    after_help = "\
+Examples:
+  twinsite demo                              both sites on this machine, a disaster, and the proof; needs no root
+  twinsite id                                this machine's key, to be pasted at the other machine
+  twinsite run --config /etc/twinsite/twinsite.toml
+  twinsite status --watch
+  twinsite failover db --export unix:/run/twinsite/db.sock
+
+Exit codes: 0 done; 1 failed; 2 the command line or the configuration is wrong."
+)]
+struct Cli {
+    /// The configuration file
+    #[arg(long, global = true, value_name = "FILE", env = "TWINSITE_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run this node: every role that the configuration names
+    #[command(after_help = "\
+Examples:
+  twinsite run --config twinsite.toml
+  twinsite run --check --config twinsite.toml     say what is wrong with the file, change nothing
+
+SIGTERM and SIGINT stop in order: guests are disconnected, the last epoch is committed; a second signal stops at once.
+Logs go to standard error; RUST_LOG overrides the level of the file.")]
+    Run {
+        /// Only check the configuration
+        #[arg(long)]
+        check: bool,
+        /// End with the process that started this one
+        #[arg(long, hide = true)]
+        with_parent: bool,
+    },
+    /// Print this node's name and key, and what to paste at the other machine
+    #[command(after_help = "\
+Examples:
+  twinsite id
+  twinsite id --json
+
+The key is made at first use, in the state folder. No running node is needed.")]
+    Id {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show how replication fares
+    #[command(after_help = "\
+Examples:
+  twinsite status
+  twinsite status --watch         again every second, until Ctrl-C
+  twinsite status --json db       for scripts: field names are an interface
+
+lag is the age of the oldest acknowledged write that is not committed at the receiver.")]
+    Status {
+        /// Only this group
+        group: Option<String>,
+        /// Show it again every second
+        #[arg(long)]
+        watch: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
+    /// List the points of a group that can be activated (at the receiver)
+    #[command(after_help = "\
+Examples:
+  twinsite points db
+  twinsite points alpha/db --all      if two clients send a group of this name
+  twinsite points db --json")]
+    Points {
+        /// GROUP, or CLIENT/GROUP
+        group: String,
+        /// All points, not only the newest
+        #[arg(long)]
+        all: bool,
+        /// Print JSON (always all points)
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
+    /// Turn the copy of a group into the running server (at the receiver)
+    #[command(after_help = "\
+Examples:
+  twinsite failover db --export unix:/run/twinsite/db.sock
+  twinsite failover db --export tcp:127.0.0.1:10809 --point 1.18211 --yes
+
+First says what it will do. It raises the group's generation, so the old primary can no longer replicate into it; makes a
+writable fork of the point; and serves its disks over NBD. Nothing is copied. The points are kept.
+Running it again for an active group serves it at the new address.")]
+    Failover {
+        /// GROUP, or CLIENT/GROUP
+        group: String,
+        /// Activate this point, not the newest
+        #[arg(long, value_name = "GENERATION.EPOCH")]
+        point: Option<Point>,
+        /// Where the disks are served: unix:PATH or tcp:IP:PORT
+        #[arg(long, value_name = "ADDRESS")]
+        export: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        /// Print JSON (needs --yes)
+        #[arg(long, requires = "yes")]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
+    /// Verify every frame and seal of a store (its node must be stopped)
+    #[command(after_help = "\
+Examples:
+  twinsite check /srv/twinsite
+  twinsite check --json /srv/twinsite
+
+Reads only; repairs nothing. Exit code 1 if anything is damaged.")]
+    Check {
+        /// The store's folder
+        store: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a failover on this machine: two nodes, a disk under load, the primary killed, the copy verified
+    #[command(after_help = "\
+Examples:
+  twinsite demo
+  twinsite demo --disk image.raw --seconds 60     works on a copy of the image
+  twinsite demo --interval 100ms --json
+
+Needs no root and no other programs. Exit code 1 if anything does not verify.")]
+    Demo(DemoArgs),
+    /// Print a completion script
+    #[command(after_help = "\
+Examples:
+  twinsite completion bash > /etc/bash_completion.d/twinsite
+  twinsite completion zsh > ~/.zfunc/_twinsite")]
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Options of the demo.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct DemoArgs {
+    /// A raw disk image; the demo works on a copy (default: an empty disk of 256 MiB)
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) disk: Option<PathBuf>,
+    /// Seconds of load before the disaster
+    #[arg(long, default_value_t = 15, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) seconds: u64,
+    /// Epoch interval
+    #[arg(long, default_value = "1s", value_parser = units::duration_argument)]
+    pub(crate) interval: Duration,
+    /// Writes a second, all writers together
+    #[arg(long, default_value_t = 2000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) writes_per_second: u32,
+    /// Folder for the temporary files (default: the system's)
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) dir: Option<PathBuf>,
+    /// Keep the temporary files
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Where the running node is.
+#[derive(Args, Clone)]
+pub(crate) struct Control {
+    /// The node's control socket, if the configuration is not at hand
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+}
+
+/// Runs the command line.
+pub(crate) fn main() -> ExitCode {
+    match dispatch(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", human::sanitised(&format!("{error:#}")));
+            let usage = error.is::<Usage>() || error.is::<ConfigErrors>();
+            ExitCode::from(if usage { 2 } else { 1 })
+        }
+    }
+}
+
+/// The reader of our output went away (`| head`): no failure of ours.
+fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe))
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    let file = cli.config;
+    let socket = |at: &Control| control_socket(file.as_deref(), at);
+    match cli.command {
+        Command::Run { check, with_parent } => run(file.as_deref(), check, with_parent),
+        Command::Id { json } => id::run(file.as_deref(), json),
+        Command::Status { group, watch, json, at } => status::run(&socket(&at)?, group.as_deref(), watch, json),
+        Command::Points { group, all, json, at } => points::run(&socket(&at)?, &group, all, json),
+        Command::Failover { group, point, export, yes, json, at } => {
+            failover::run(&socket(&at)?, &failover::Wish { group, point, export, yes, json })
+        }
+        Command::Check { store, json } => check::run(&store, json),
+        Command::Demo(args) => demo::run(&args),
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "twinsite", &mut script);
+            Ok(std::io::Write::write_all(&mut std::io::stdout(), &script)?)
+        }
+    }
+}
+
+fn run(file: Option<&Path>, check: bool, with_parent: bool) -> anyhow::Result<()> {
+    let file = file.unwrap_or(Path::new(CONFIG_DEFAULT));
+    let config = Config::load_to_run(file)?;
+    if check {
+        let disks: usize = config.groups.iter().map(|g| g.disks.len()).sum();
+        let receiver = match &config.receiver {
+            Some(receiver) => format!("receiver on {} with {}", receiver.listen, human::count(receiver.clients.len(), "client")),
+            None => "no receiver".to_owned(),
+        };
+        let (groups, disks) = (human::count(config.groups.len(), "group"), human::count(disks, "disk"));
+        println!("{}: valid: {groups}, {disks}, {receiver}", file.display());
+        return Ok(());
+    }
+    if with_parent {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    }
+    start_log(config.node.log);
+    node::run(config)
+}
+
+fn start_log(level: &str) {
+    use tracing_subscriber::EnvFilter;
+    let ours = format!("warn,twinsite={level},proto={level},blockdev={level},replicator={level},receiver={level}");
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(ours));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+}
+
+/// The control socket: as given, else as configured, else where it is by default.
+fn control_socket(file: Option<&Path>, at: &Control) -> anyhow::Result<PathBuf> {
+    if let Some(socket) = &at.socket {
+        return Ok(socket.clone());
+    }
+    match file {
+        Some(file) => Ok(Config::load(file)?.node.control),
+        None if Path::new(CONFIG_DEFAULT).exists() => Ok(Config::load(Path::new(CONFIG_DEFAULT))?.node.control),
+        None => Ok(Path::new(STATE_DIR_DEFAULT).join("control.sock")),
+    }
+}

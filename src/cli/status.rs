@@ -1,0 +1,220 @@
+//! `twinsite status`: a block of aligned lines for each group.
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::bail;
+use replicator::{GroupStatus, LinkState, QueueStatus};
+
+use super::human::{self, Paint, bytes, ms};
+use super::{client, failover};
+use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
+
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+const BAR_WIDTH: usize = 30;
+const LABEL_WIDTH: usize = 10;
+
+pub(crate) fn run(socket: &Path, group: Option<&str>, watch: bool, json: bool) -> anyhow::Result<()> {
+    loop {
+        let status = narrowed(client::get(socket, "/v1/status")?, group)?;
+        let text = if json { serde_json::to_string(&status)? + "\n" } else { render(&status, Paint::stdout()) };
+        let mut out = std::io::stdout().lock();
+        // One write: a terminal shows whole pictures only.
+        let clear = if watch && !json && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+        out.write_all(format!("{clear}{text}").as_bytes())?;
+        out.flush()?;
+        if !watch {
+            return Ok(());
+        }
+        std::thread::sleep(WATCH_INTERVAL);
+    }
+}
+
+fn narrowed(mut status: NodeStatus, group: Option<&str>) -> anyhow::Result<NodeStatus> {
+    let Some(wanted) = group else { return Ok(status) };
+    let copies = status.receiver.as_ref().map(|r| r.groups.as_slice()).unwrap_or_default();
+    let full = |c: &CopyStatus| format!("{}/{}", c.client, c.group);
+    let mut known: Vec<String> = status.primary.iter().map(|g| g.group().to_string()).collect();
+    known.extend(copies.iter().map(full));
+    status.primary.retain(|g| g.group().as_str() == wanted);
+    if let Some(receiver) = &mut status.receiver {
+        receiver.groups.retain(|c| c.group.as_str() == wanted || full(c) == wanted);
+    }
+    if status.primary.is_empty() && status.receiver.as_ref().is_none_or(|r| r.groups.is_empty()) {
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        bail!("unknown group '{wanted}': known here are {known}");
+    }
+    Ok(status)
+}
+
+/// The whole picture.
+pub(crate) fn render(status: &NodeStatus, paint: Paint) -> String {
+    let mut out = Lines::default();
+    let up = ms(status.uptime_s * 1000);
+    out.plain(&format!("node {}  {}  version {}, up {up}", paint.bold(&status.node.name), status.node.key, status.version));
+    for group in &status.primary {
+        out.plain("");
+        match group {
+            PrimaryStatus::Running(group) => primary(&mut out, group, &status.exports, paint),
+            PrimaryStatus::Failed { group, error } => {
+                out.plain(&format!("group {}, primary", paint.bold(group.as_str())));
+                out.pair("state", &paint.bad(&format!("not started: {}", human::sanitised(error))));
+            }
+        }
+    }
+    if let Some(receiver) = &status.receiver {
+        if let Some(error) = &receiver.error {
+            out.plain("");
+            out.plain(&format!("receiver on {}: {}", receiver.listen, paint.bad(&human::sanitised(error))));
+        } else if receiver.groups.is_empty() {
+            out.plain("");
+            out.plain(&format!("receiver on {}: no copies yet", receiver.listen));
+        }
+        for group in &receiver.groups {
+            out.plain("");
+            copy(&mut out, group, &status.exports, paint);
+        }
+    }
+    out.0
+}
+
+#[derive(Default)]
+struct Lines(String);
+
+impl Lines {
+    fn plain(&mut self, text: &str) {
+        self.0.push_str(text);
+        self.0.push('\n');
+    }
+    fn pair(&mut self, label: &str, text: &str) {
+        self.plain(&format!("  {}  {text}", human::padded(label, LABEL_WIDTH)));
+    }
+}
+
+fn state_of(state: LinkState, paint: Paint) -> String {
+    match state {
+        LinkState::Connecting => paint.warn("connecting"),
+        LinkState::FirstSync => paint.warn("first sync"),
+        LinkState::Resync => paint.warn("resync: the last copy stays activatable while everything is sent again"),
+        LinkState::Streaming => paint.good("streaming"),
+        LinkState::Fenced => paint.bad("fenced: another side may write now, nothing is replicated"),
+        LinkState::Refused => paint.bad("refused by the receiver"),
+        LinkState::Stopped => paint.warn("stopped"),
+    }
+}
+
+fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint: Paint) {
+    out.plain(&format!("group {}, primary, to {}", paint.bold(group.group.as_str()), group.peer));
+    out.pair("state", &state_of(group.state, paint));
+    if let Some(error) = &group.error {
+        out.pair("error", &paint.bad(&human::sanitised(error)));
+    }
+    if let Some(pass) = &group.pass
+        && matches!(group.state, LinkState::FirstSync | LinkState::Resync)
+    {
+        let percent = (u128::from(pass.done_bytes) * 100).checked_div(u128::from(pass.total_bytes)).unwrap_or(100);
+        let left = pass.left_s.map_or_else(|| "-".to_owned(), |s| ms(s * 1000));
+        let (done, total) = (bytes(pass.done_bytes), bytes(pass.total_bytes));
+        let drawn = human::bar(pass.done_bytes, pass.total_bytes, BAR_WIDTH);
+        out.pair("progress", &format!("{drawn} {percent} %  {done} of {total}  {}/s  {left} left", bytes(pass.rate_bytes_per_s)));
+    }
+    let committed = match (group.committed, group.committed_age_ms) {
+        (Some(point), Some(age)) => format!("{point}, {} ago", ms(age)),
+        (Some(point), None) => point.to_string(),
+        _ => "nothing yet".to_owned(),
+    };
+    out.pair("generation", &group.generation.to_string());
+    out.pair("committed", &committed);
+    let lag = format!("{} now", ms(group.lag_ms));
+    out.pair(
+        "lag",
+        &match group.lag.samples {
+            0 => lag,
+            _ => format!("{lag}; p50 {}, p99 {}, largest {}", ms(group.lag.p50_ms), ms(group.lag.p99_ms), ms(group.lag.max_ms)),
+        },
+    );
+    out.pair("dirty", &bytes(group.dirty_bytes));
+    let (captured, zero, sent) = (bytes(group.captured_bytes), bytes(group.zero_bytes), bytes(group.sent_bytes));
+    out.pair("captured", &format!("{captured} (and {zero} of zeroes)"));
+    out.pair("sent", &format!("{sent}, saved {:.1} %", group.saved_percent));
+    let round_trip = group.round_trip_ms.map_or_else(String::new, |t| format!(", round trip {t:.1} ms"));
+    let (done, merged, interval) = (group.epochs_committed, group.epochs_merged, ms(group.interval_ms));
+    out.pair(
+        "epochs",
+        &format!("{done} committed, {} in flight, {merged} merged, one every {interval}{round_trip}", group.epochs_in_flight),
+    );
+    for volume in &group.volumes {
+        disk(out, volume.name.as_str(), volume.size_bytes, group.group.as_str(), exports);
+    }
+    queues(out, &group.queues);
+    client_queues(out, group.group.as_str(), exports);
+}
+
+fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Paint) {
+    let name = format!("{}/{}", group.client, group.group);
+    out.plain(&format!("group {}, copy", paint.bold(&name)));
+    let state = match group.state {
+        CopyState::Following => paint.good(&format!("following {}", group.peer.as_deref().unwrap_or("its primary"))),
+        CopyState::Waiting => paint.warn("waiting: its primary is not connected"),
+        CopyState::Active => match &group.active {
+            Some(active) => paint.good(&format!("active from point {}", active.point)),
+            None => paint.good("active"),
+        },
+        CopyState::Failed => paint.bad("failed"),
+    };
+    out.pair("state", &state);
+    if let Some(error) = &group.error {
+        out.pair("error", &paint.bad(&human::sanitised(error)));
+    }
+    out.pair("generation", &group.generation.to_string());
+    let committed = match (group.committed, group.committed_age_ms) {
+        (Some(point), Some(age)) => format!("{point}, {} ago", ms(age)),
+        (Some(point), None) => point.to_string(),
+        _ => "nothing yet".to_owned(),
+    };
+    out.pair("committed", &committed);
+    out.pair("points", &group.points.to_string());
+    let limit = group.space_max_bytes.map_or_else(String::new, |max| format!(", limit {}", bytes(max)));
+    out.pair("stored", &format!("{}{limit}", bytes(group.stored_bytes)));
+    out.pair("epochs", &format!("{} in flight", group.epochs_in_flight));
+    for volume in &group.volumes {
+        disk(out, volume.name.as_str(), volume.size_bytes, &name, exports);
+    }
+    queues(out, &group.queues);
+    client_queues(out, &name, exports);
+}
+
+fn disk(out: &mut Lines, name: &str, size_bytes: u64, group: &str, exports: &[ExportStatus]) {
+    let at = exports.iter().find(|e| e.disks.iter().any(|d| d.name == name && d.group == group));
+    let at = at.map_or_else(String::new, |export| {
+        let clients = export.connections.iter().filter(|c| c.export == name).count();
+        format!("  {}  {} of {} clients", failover::uri(&export.address, name), clients, export.connections_max)
+    });
+    out.pair("disk", &format!("{name}  {}{at}", bytes(size_bytes)));
+}
+
+fn queues(out: &mut Lines, queues: &[QueueStatus]) {
+    for queue in queues {
+        let (used, limit) = match queue.unit.as_str() {
+            "bytes" => (bytes(queue.used), bytes(queue.limit)),
+            unit => (queue.used.to_string(), format!("{} {unit}", queue.limit)),
+        };
+        out.pair("queue", &format!("{}  {used} of {limit}", human::padded(&queue.name, 20)));
+    }
+}
+
+/// The fullest of each kind, of all clients of a group's disks.
+fn client_queues(out: &mut Lines, group: &str, exports: &[ExportStatus]) {
+    let mut fullest: Vec<QueueStatus> = Vec::new();
+    for export in exports {
+        let ours = |name: &str| export.disks.iter().any(|d| d.name == name && d.group == group);
+        for queue in export.connections.iter().filter(|c| ours(&c.export)).flat_map(|c| &c.queues) {
+            match fullest.iter_mut().find(|q| q.name == queue.name) {
+                Some(known) => known.used = known.used.max(queue.used),
+                None => fullest.push(queue.clone()),
+            }
+        }
+    }
+    queues(out, &fullest);
+}

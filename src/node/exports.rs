@@ -1,0 +1,169 @@
+//! The NBD servers of a node: one for each address, shared by every disk that names the address.
+//!
+//! Knows nothing of groups beyond their name; who adds disks also withdraws them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockdev::nbd::{ConnectionStats, Export, ListenAddr, NbdServer, NbdServerError, ServerOptions, TlsError, server_config};
+use blockdev::{BlockDevice, IoThreads};
+use proto::Name;
+use replicator::QueueStatus;
+use tokio::sync::Mutex;
+
+use crate::api::{ConnectionStatus, ExportStatus, ExportedDisk};
+use crate::config::TlsConfig;
+
+/// How long a server's clients may take to finish the requests they have in flight.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Why disks cannot be offered. One line each.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ExportError {
+    #[error(transparent)]
+    Nbd(#[from] NbdServerError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error("{}: cannot make the folder of the socket: {source}: make it, or choose another path", path.display())]
+    Folder { path: PathBuf, source: std::io::Error },
+}
+
+/// The servers, by address.
+pub(crate) struct Exports {
+    io: IoThreads,
+    servers: Mutex<BTreeMap<String, Served>>,
+}
+
+struct Served {
+    server: NbdServer,
+    disks: Vec<ExportedDisk>,
+}
+
+impl Exports {
+    pub(crate) fn new(io: IoThreads) -> Self {
+        Self { io, servers: Mutex::default() }
+    }
+
+    /// Makes sure that a server listens on `address`; returns the address with the port that the system chose.
+    /// Nobody else's server is touched.
+    pub(crate) async fn listen(&self, address: &ListenAddr, tls: Option<&TlsConfig>) -> Result<ListenAddr, ExportError> {
+        let mut servers = self.servers.lock().await;
+        if servers.contains_key(&address.to_string()) {
+            return Ok(address.clone());
+        }
+        if let ListenAddr::Unix(path) = address
+            && let Some(folder) = path.parent()
+            && !folder.as_os_str().is_empty()
+        {
+            match std::fs::create_dir(folder) {
+                Err(source) if source.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(ExportError::Folder { path: folder.to_path_buf(), source });
+                }
+                _ => {}
+            }
+        }
+        let tls = tls.map(|t| server_config(&t.cert, &t.key, t.client_ca.as_deref())).transpose()?;
+        if let ListenAddr::Tcp(ip) = address
+            && tls.is_none()
+            && !ip.ip().is_loopback()
+        {
+            tracing::warn!(%address, "anyone who reaches this address can read and write its disks: set tls with client_ca");
+        }
+        let server = NbdServer::bind(address, ServerOptions { tls, ..ServerOptions::default() }, &self.io)?;
+        let bound = server.address().clone();
+        servers.insert(bound.to_string(), Served { server, disks: Vec::new() });
+        Ok(bound)
+    }
+
+    /// Offers `disks` of `group` on `address`, all or none.
+    pub(crate) async fn add(
+        &self,
+        address: &ListenAddr,
+        group: &str,
+        disks: Vec<(Name, Arc<dyn BlockDevice>)>,
+    ) -> Result<(), ExportError> {
+        let mut servers = self.servers.lock().await;
+        let Some(served) = servers.get_mut(&address.to_string()) else { return Ok(()) };
+        let mut added = Vec::new();
+        for (name, device) in disks {
+            let export = Export { description: format!("{group}/{name}"), ..Export::new(name.as_str(), device) };
+            if let Err(error) = served.server.add_export(export) {
+                for disk in &added {
+                    let ExportedDisk { name, .. } = disk;
+                    served.server.remove_export(name).await;
+                }
+                return Err(error.into());
+            }
+            added.push(ExportedDisk { name: name.to_string(), group: group.to_owned() });
+        }
+        served.disks.append(&mut added);
+        Ok(())
+    }
+
+    /// Withdraws all disks of `group`, and servers that have none left.
+    pub(crate) async fn remove_group(&self, group: &str) {
+        let mut servers = self.servers.lock().await;
+        for served in servers.values_mut() {
+            for disk in served.disks.iter().filter(|d| d.group == group) {
+                if tokio::time::timeout(DRAIN, served.server.remove_export(&disk.name)).await.is_err() {
+                    tracing::warn!(group, disk = disk.name, "a client still has requests in flight; it is left behind");
+                }
+            }
+            served.disks.retain(|d| d.group != group);
+        }
+        servers.retain(|_, served| !served.disks.is_empty());
+    }
+
+    /// Stops servers that offer nothing.
+    pub(crate) async fn prune(&self) {
+        self.servers.lock().await.retain(|_, served| !served.disks.is_empty());
+    }
+
+    /// What `status` shows.
+    pub(crate) async fn status(&self) -> Vec<ExportStatus> {
+        let servers = self.servers.lock().await;
+        servers
+            .iter()
+            .map(|(address, served)| ExportStatus {
+                address: address.clone(),
+                disks: served.disks.clone(),
+                connections: served.server.connections().into_iter().map(connection).collect(),
+                connections_max: served.server.connection_limit().limit,
+            })
+            .collect()
+    }
+
+    /// Stops everything: clients finish the requests they have in flight, for a bounded time.
+    pub(crate) async fn shutdown(&self) {
+        let servers = std::mem::take(&mut *self.servers.lock().await);
+        let all = servers.iter().map(|(address, served)| async move {
+            if tokio::time::timeout(DRAIN, served.server.shutdown()).await.is_err() {
+                tracing::warn!(address, "NBD clients still had requests in flight; they were cut off");
+            }
+        });
+        futures_util::future::join_all(all).await;
+    }
+}
+
+fn connection(stats: ConnectionStats) -> ConnectionStatus {
+    let queue = |name: &str, unit: &str, limit: blockdev::nbd::Limit| QueueStatus {
+        name: name.to_owned(),
+        unit: unit.to_owned(),
+        used: limit.used,
+        limit: limit.limit,
+    };
+    ConnectionStatus {
+        export: stats.export,
+        peer: stats.peer,
+        tls: stats.tls,
+        requests: stats.requests,
+        read_bytes: stats.read_bytes,
+        written_bytes: stats.written_bytes,
+        queues: vec![
+            queue("nbd_requests", "requests", stats.requests_in_flight),
+            queue("nbd_bytes", "bytes", stats.bytes_in_flight),
+        ],
+    }
+}

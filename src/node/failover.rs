@@ -1,0 +1,171 @@
+//! Failover at the recovery site: what it would do, doing it, and exporting active copies again after a restart.
+//!
+//! Order: the address is bound first (an address in use changes nothing), then it is recorded, then the generation is raised,
+//! then the disks are offered. A crash between the steps leaves either nothing done or an active copy with a recorded address.
+
+use std::path::Path;
+use std::time::Instant;
+
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use proto::{Generation, Point};
+
+use super::Node;
+use super::copies::{Activated, GroupRef};
+use super::exports::ExportError;
+use super::record::RecordError;
+use crate::api::{CopyVolume, FailoverDone, FailoverPlan, FailoverRequest};
+use crate::config::{Problem, export_address};
+
+/// How many known points a message names.
+const POINTS_NAMED_MAX: usize = 6;
+
+/// Why a request is refused. One line each.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RequestError {
+    #[error("this node keeps no copies: it has no [receiver] section; ask the node at the other site")]
+    NoReceiver,
+    #[error("unknown group '{given}': {}", known_groups(known))]
+    UnknownGroup { given: String, known: Vec<String> },
+    #[error("group '{given}' is sent by several clients: name one of {}", known.join(", "))]
+    AmbiguousGroup { given: String, known: Vec<String> },
+    #[error("group {group} has no point {point}: {}", known_points(known))]
+    UnknownPoint { group: String, point: Point, known: Vec<Point> },
+    #[error("group {group} has no committed point yet: its first sync is not complete, there is nothing to fail over to")]
+    NoPoint { group: String },
+    #[error("group {group} is active already, from point {point}: it can be exported elsewhere, but not from another point")]
+    AlreadyActive { group: String, point: Point },
+    #[error("export '{given}' {problem}")]
+    Export { given: String, problem: Problem },
+    #[error(transparent)]
+    Exports(#[from] ExportError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("receiver: {0}")]
+    Receiver(String),
+    #[error("{}", .0.body_text())]
+    Query(#[from] QueryRejection),
+    #[error("{}", .0.body_text())]
+    Body(#[from] JsonRejection),
+    #[error("the failover ended without an answer: look at status and at the node's log")]
+    Aborted,
+}
+
+fn known_groups(known: &[String]) -> String {
+    if known.is_empty() { "no copies here yet".to_owned() } else { format!("known here are {}", known.join(", ")) }
+}
+
+fn known_points(known: &[Point]) -> String {
+    let newest: Vec<String> = known.iter().rev().take(POINTS_NAMED_MAX).map(ToString::to_string).collect();
+    match known.len() {
+        0 => "it has none yet".to_owned(),
+        n if n > newest.len() => format!("it has {n}, the newest are {}", newest.join(", ")),
+        _ => format!("it has {}", newest.join(", ")),
+    }
+}
+
+impl Node {
+    pub(crate) async fn failover_plan(&self, selector: &str, point: Option<Point>) -> Result<FailoverPlan, RequestError> {
+        let copies = self.receiving()?;
+        let group = copies.find(selector)?;
+        let points = copies.points(selector)?;
+        let no_point = || RequestError::NoPoint { group: group.to_string() };
+        let newest = points.points.last().ok_or_else(no_point)?;
+        let wanted = point.unwrap_or(newest.point);
+        let chosen = points.points.iter().find(|p| p.point == wanted).ok_or_else(|| RequestError::UnknownPoint {
+            group: group.to_string(),
+            point: wanted,
+            known: points.points.iter().map(|p| p.point).collect(),
+        })?;
+        let record = self.record.lock().await;
+        let status = copies.status(&record).into_iter().find(|g| g.client == group.client && g.group == group.group);
+        let status = status.ok_or_else(no_point)?;
+        Ok(FailoverPlan {
+            client: group.client,
+            group: group.group,
+            point: chosen.point,
+            newest: newest.point,
+            cut_unix_us: chosen.cut_unix_us,
+            generation: status.generation,
+            generation_after: if status.active.is_some() { status.generation } else { Generation(status.generation.0 + 1) },
+            connected: status.peer,
+            active: status.active,
+            volumes: status.volumes,
+            bytes_to_move: 0,
+        })
+    }
+
+    /// Activates a copy and serves it; an active copy is served at another address.
+    pub(crate) async fn failover(&self, request: &FailoverRequest) -> Result<FailoverDone, RequestError> {
+        let began = Instant::now();
+        let copies = self.receiving()?;
+        let plan = self.failover_plan(&request.group, request.point).await?;
+        let group = GroupRef { client: plan.client.clone(), group: plan.group.clone() };
+        if let (Some(active), Some(wanted)) = (&plan.active, request.point)
+            && active.point != wanted
+        {
+            return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
+        }
+        let refused = |problem| RequestError::Export { given: request.export.clone(), problem };
+        // A relative path would be relative to the daemon's folder, which nobody knows; the command line makes it absolute.
+        let address = export_address(Path::new("/"), &request.export).map_err(refused)?;
+        let selector = group.to_string();
+        let mut record = self.record.lock().await;
+        if plan.active.is_some() {
+            self.exports.remove_group(&selector).await;
+        }
+        let address = self.exports.listen(&address, None).await?;
+        let result = async {
+            record.set(&selector, &address.to_string())?;
+            let activated = match plan.active {
+                Some(_) => copies.activated(&group)?,
+                None => copies.failover(&group, Some(plan.point)).await?,
+            };
+            let volumes = volumes(&activated);
+            self.exports.add(&address, &selector, activated.volumes).await?;
+            Ok::<_, RequestError>((activated.point, activated.generation, volumes))
+        }
+        .await;
+        self.exports.prune().await;
+        let (point, generation, volumes) = result?;
+        let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::warn!(group = selector, %point, %generation, %address, took_ms, "failover: the copy is active");
+        Ok(FailoverDone {
+            client: plan.client,
+            group: plan.group,
+            point,
+            generation,
+            export: address.to_string(),
+            volumes,
+            took_ms,
+        })
+    }
+
+    /// Serves every copy that was active when the node stopped.
+    pub(crate) async fn export_active(&self) {
+        let Ok(copies) = self.receiving() else { return };
+        for (group, activated) in copies.all_activated() {
+            let selector = group.to_string();
+            let recorded = self.record.lock().await.get(&selector).map(str::to_owned);
+            let Some(recorded) = recorded else {
+                tracing::error!(group = selector, "active, but nowhere exported: run twinsite failover {selector} --export …");
+                continue;
+            };
+            match self.export_again(&selector, &recorded, activated).await {
+                Ok(()) => tracing::info!(group = selector, address = recorded, "active copy exported again"),
+                Err(error) => tracing::error!(group = selector, "active copy not exported: {error}"),
+            }
+        }
+        self.exports.prune().await;
+    }
+
+    async fn export_again(&self, selector: &str, recorded: &str, activated: Activated) -> Result<(), RequestError> {
+        let refused = |problem| RequestError::Export { given: recorded.to_owned(), problem };
+        let address = export_address(Path::new("/"), recorded).map_err(refused)?;
+        let address = self.exports.listen(&address, None).await?;
+        Ok(self.exports.add(&address, selector, activated.volumes).await?)
+    }
+}
+
+fn volumes(activated: &Activated) -> Vec<CopyVolume> {
+    activated.volumes.iter().map(|(name, device)| CopyVolume { name: name.clone(), size_bytes: device.size() }).collect()
+}

@@ -1,0 +1,200 @@
+//! The daemon: joins both roles, their exports, the control socket and the metrics.
+//!
+//! Must hold: a part that cannot start or fails says so in one line and leaves the others running; the state folder and
+//! the control socket belong to one process.
+
+mod control;
+mod copies;
+mod exports;
+mod failover;
+mod metrics;
+mod notify;
+mod primaries;
+mod record;
+mod socket;
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use blockdev::IoThreads;
+use rustix::fs::{FlockOperation, flock};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Mutex, RwLock, watch};
+
+use self::copies::Copies;
+use self::exports::Exports;
+pub(crate) use self::failover::RequestError;
+use self::primaries::Primaries;
+use self::record::ExportRecord;
+use crate::api::{NodeId, NodeStatus, Points, ReceiverStatus};
+use crate::config::Config;
+use crate::key;
+
+/// Threads of the runtime that speaks with peers and the control socket.
+const RUNTIME_THREADS: usize = 2;
+/// How long the runtime's last tasks may take once everything is shut down.
+const RUNTIME_STOP: Duration = Duration::from_secs(2);
+
+/// A running node.
+pub(crate) struct Node {
+    pub(crate) id: NodeId,
+    listen: Option<String>,
+    started: Instant,
+    exports: Exports,
+    primaries: RwLock<Primaries>,
+    copies: Option<Result<Copies, String>>,
+    record: Mutex<ExportRecord>,
+}
+
+impl Node {
+    pub(crate) async fn status(&self) -> NodeStatus {
+        let receiver = match (&self.copies, &self.listen) {
+            (Some(Ok(copies)), Some(listen)) => {
+                let groups = copies.status(&*self.record.lock().await);
+                Some(ReceiverStatus { listen: listen.clone(), error: None, groups })
+            }
+            (Some(Err(error)), Some(listen)) => {
+                Some(ReceiverStatus { listen: listen.clone(), error: Some(error.clone()), groups: Vec::new() })
+            }
+            _ => None,
+        };
+        NodeStatus {
+            node: self.id.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_s: self.started.elapsed().as_secs(),
+            primary: self.primaries.read().await.status(),
+            receiver,
+            exports: self.exports.status().await,
+        }
+    }
+
+    pub(crate) fn points(&self, selector: &str) -> Result<Points, RequestError> {
+        self.receiving()?.points(selector)
+    }
+
+    fn receiving(&self) -> Result<&Copies, RequestError> {
+        match &self.copies {
+            Some(Ok(copies)) => Ok(copies),
+            Some(Err(error)) => Err(RequestError::Receiver(error.clone())),
+            None => Err(RequestError::NoReceiver),
+        }
+    }
+}
+
+/// Runs a node until it is told to stop.
+///
+/// # Errors
+/// What keeps it from running at all.
+pub fn run(config: Config) -> anyhow::Result<()> {
+    let identity = key::load_or_create(&config.node.state_dir)?;
+    let _lock = lock_state(&config.node.state_dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(RUNTIME_THREADS)
+        .thread_name("node")
+        .enable_all()
+        .build()
+        .context("cannot start threads")?;
+    let result = runtime.block_on(serve(config, identity));
+    runtime.shutdown_timeout(RUNTIME_STOP);
+    result
+}
+
+fn lock_state(state_dir: &std::path::Path) -> anyhow::Result<File> {
+    let path: PathBuf = state_dir.join("lock");
+    let file = fs::OpenOptions::new().write(true).create(true).truncate(false).open(&path);
+    let file = file.with_context(|| format!("{}: cannot make the lock file", path.display()))?;
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        bail!("{}: a node already runs with this state folder: stop it, or set another state_dir", state_dir.display());
+    }
+    Ok(file)
+}
+
+async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let record = ExportRecord::open(&config.node.state_dir)?;
+    let (listener, _socket_file) = socket::listen_on(&config.node.control)?;
+    let io = IoThreads::new(config.node.io_threads).context(
+        "cannot start io threads: the kernel refused io_uring (sysctl kernel.io_uring_disabled, or a container's seccomp filter)",
+    )?;
+    let exports = Exports::new(io.clone());
+    let copies = match &config.receiver {
+        None => None,
+        Some(receiver) => Some(Copies::start(receiver, identity.clone(), &io).await),
+    };
+    if let Some(Err(error)) = &copies {
+        tracing::error!("receiver not started: {error}; the other roles go on");
+    }
+    let primaries = Primaries::start(&config.groups, &config.node.state_dir, &identity, &exports).await;
+    exports.prune().await;
+    let running = primaries.running() + usize::from(matches!(copies, Some(Ok(_))));
+    if running == 0 {
+        exports.shutdown().await;
+        bail!("nothing could be started: see the lines above");
+    }
+    let node = Arc::new(Node {
+        id: NodeId { name: config.node.name.clone(), key: identity.fingerprint() },
+        listen: config.receiver.as_ref().map(|r| r.listen.to_string()),
+        started: Instant::now(),
+        exports,
+        primaries: RwLock::new(primaries),
+        copies,
+        record: Mutex::new(record),
+    });
+    node.export_active().await;
+
+    let (stop, stopping) = watch::channel(false);
+    let control = tokio::spawn(serve_control(listener, node.clone(), stopping));
+    let metrics = match config.node.metrics {
+        None => None,
+        Some(address) => match metrics::listen(address).await {
+            Ok(listener) => Some(tokio::spawn(metrics::serve(listener, node.clone()))),
+            Err(error) => {
+                tracing::error!(%address, "metrics are not served: {error}; choose another metrics address");
+                None
+            }
+        },
+    };
+    notify::notify("READY=1");
+    println!("ready");
+    tracing::info!(name = node.id.name, key = %node.id.key, control = %config.node.control.display(), "ready");
+
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    notify::notify("STOPPING=1");
+    tracing::info!("stopping; a second signal stops at once");
+    let orderly = async {
+        // Guests first, so that the last epoch holds all that they wrote.
+        node.exports.shutdown().await;
+        node.primaries.write().await.shutdown(config.node.stop_timeout).await;
+        if let Some(Ok(copies)) = &node.copies {
+            copies.shutdown().await;
+        }
+        stop.send_replace(true);
+    };
+    tokio::select! {
+        () = orderly => tracing::info!("stopped"),
+        _ = terminate.recv() => tracing::warn!("stopped at once; what was not committed is sent again at the next start"),
+        _ = interrupt.recv() => tracing::warn!("stopped at once; what was not committed is sent again at the next start"),
+    }
+    control.abort();
+    if let Some(metrics) = metrics {
+        metrics.abort();
+    }
+    Ok(())
+}
+
+async fn serve_control(listener: tokio::net::UnixListener, node: Arc<Node>, mut stopping: watch::Receiver<bool>) {
+    let stopped = async move {
+        // An error means that the sender is gone: stop as well.
+        let _ = stopping.wait_for(|stop| *stop).await;
+    };
+    if let Err(error) = axum::serve(listener, control::router(node)).with_graceful_shutdown(stopped).await {
+        tracing::error!(%error, "the control socket failed");
+    }
+}

@@ -1,0 +1,79 @@
+//! Where activated copies are exported, kept across restarts: a small JSON file in the state folder, replaced whole.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// Name of the file in the state folder.
+const FILE: &str = "exports.json";
+
+/// Why it cannot be kept.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecordError {
+    #[error("{}: cannot keep where copies are exported: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error("{}: not readable as JSON: {source}: remove it, then run failover again with --export for each active group", path.display())]
+    Parse { path: PathBuf, source: serde_json::Error },
+}
+
+/// Export address by `client/group`.
+#[derive(Debug, Default)]
+pub(crate) struct ExportRecord {
+    path: PathBuf,
+    addresses: BTreeMap<String, String>,
+}
+
+impl ExportRecord {
+    pub(crate) fn open(state_dir: &Path) -> Result<Self, RecordError> {
+        let path = state_dir.join(FILE);
+        match fs::read(&path) {
+            Ok(bytes) => match serde_json::from_slice(&bytes) {
+                Ok(addresses) => Ok(Self { path, addresses }),
+                Err(source) => Err(RecordError::Parse { path, source }),
+            },
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(Self { path, addresses: BTreeMap::new() }),
+            Err(source) => Err(RecordError::Io { path, source }),
+        }
+    }
+
+    pub(crate) fn get(&self, selector: &str) -> Option<&str> {
+        self.addresses.get(selector).map(String::as_str)
+    }
+
+    /// Durable when it returns.
+    pub(crate) fn set(&mut self, selector: &str, address: &str) -> Result<(), RecordError> {
+        self.addresses.insert(selector.to_owned(), address.to_owned());
+        let text = serde_json::to_vec_pretty(&self.addresses).unwrap_or_default();
+        self.replace(&text).map_err(|source| RecordError::Io { path: self.path.clone(), source })
+    }
+
+    fn replace(&self, text: &[u8]) -> io::Result<()> {
+        let temporary = self.path.with_extension("json.new");
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(text)?;
+        file.sync_all()?;
+        fs::rename(&temporary, &self.path)?;
+        match self.path.parent() {
+            Some(folder) => fs::File::open(folder)?.sync_all(),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_and_a_damaged_file_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        ExportRecord::open(folder.path()).unwrap().set("a/db", "unix:/x").unwrap();
+        let record = ExportRecord::open(folder.path()).unwrap();
+        assert_eq!(record.get("a/db"), Some("unix:/x"));
+        assert_eq!(record.get("a/web"), None);
+        fs::write(folder.path().join(FILE), "{").unwrap();
+        assert!(ExportRecord::open(folder.path()).unwrap_err().to_string().contains(FILE));
+    }
+}

@@ -1,0 +1,167 @@
+//! `twinsite run --check`: every mistake is one line with its place, its value and its remedy.
+
+mod common;
+
+use common::{KEY_A, KEY_B, twinsite};
+
+/// Runs the check on `text`; returns the exit code and what was said about `t.toml`, with the folder taken out.
+fn check(text: &str) -> (i32, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("t.toml");
+    std::fs::write(&file, text).unwrap();
+    let out = twinsite().args(["run", "--check", "--config"]).arg(&file).output().unwrap();
+    let said = [out.stdout, out.stderr].concat();
+    let said = String::from_utf8(said).unwrap().replace(&format!("{}/", folder.path().display()), "");
+    (out.status.code().unwrap(), said)
+}
+
+fn group(extra: &str) -> String {
+    format!(
+        "[[group]]\nname = \"db\"\npeer = \"127.0.0.1:7447\"\npeer_key = \"{KEY_A}\"\n{extra}\n[[group.disk]]\nname = \"root\"\npath = \"a.raw\"\nexport = \"unix:a.sock\"\n"
+    )
+}
+
+fn receiver(extra: &str) -> String {
+    format!("[receiver]\nlisten = \"0.0.0.0:7447\"\nstore = \"store\"\n{extra}")
+}
+
+#[test]
+fn a_full_file_is_valid() {
+    let text = format!(
+        "[node]\nname = \"alpha\"\nstate_dir = \"state\"\ncontrol = \"c.sock\"\nmetrics = \"127.0.0.1:9547\"\nio_threads = 2\nlog = \"debug\"\nstop_timeout = \"5s\"\n{}{}",
+        receiver(&format!(
+            "[[receiver.client]]\nname = \"beta\"\nkey = \"{KEY_B}\"\ngroups = [\"web\"]\nspace_max = \"500GiB\"\n"
+        )),
+        group("interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"")
+    );
+    assert_eq!(check(&text), (0, "t.toml: valid: 1 group, 1 disk, receiver on 0.0.0.0:7447 with 1 client\n".to_owned()));
+}
+
+#[test]
+fn every_mistake_is_one_line() {
+    let tls = "[[group.disk]]\nname = \"b\"\npath = \"b.raw\"\nexport = \"tcp:127.0.0.1:10809\"\n";
+    let cases: Vec<(String, &str)> = vec![
+        (String::new(), "t.toml: neither a [receiver] nor a [[group]]: this node would do nothing; add one of them"),
+        ("[node]\nlog = ".into(), "t.toml:2: not valid TOML: "),
+        ("[nodes]\n".to_owned() + &receiver(""), "t.toml:1: unknown key 'nodes' in the file: did you mean 'node'?"),
+        (group("intervall = \"1s\""), "t.toml:5: unknown key 'intervall' in [[group]] 'db': did you mean 'interval'?"),
+        (
+            group("colour = 1"),
+            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, disk",
+        ),
+        (
+            group("interval = \"5 parsecs\""),
+            "t.toml:5: interval = \"5 parsecs\": is not a duration: write a number and a unit, for example \"250ms\", \"1s\" or \"5m\"",
+        ),
+        (group("interval = 5"), "t.toml:5: interval = 5: is a whole number, not a string: write \"1s\""),
+        (
+            group("interval = \"1ms\""),
+            "t.toml:5: interval = \"1ms\": is outside of its limits: choose a value from \"10ms\" to \"1d\"",
+        ),
+        (
+            group("freeze_budget = \"64\""),
+            "t.toml:5: freeze_budget = \"64\": is not a size: write a number and a unit, for example \"64MiB\" or \"500GB\"",
+        ),
+        (group("epochs_in_flight = 0"), "t.toml:5: epochs_in_flight = 0: is outside of its limits: choose a value from 1 to 64"),
+        (group("codec = \"zip\""), "t.toml:5: codec = \"zip\": is not known here: choose one of lz4, raw"),
+        (
+            "[[group]]\nname = \"db\"\npeer = \"nowhere\"\n".to_owned(),
+            "t.toml:1: [[group]] 'db' has no key 'peer_key': add a line such as peer_key = \"SHA256:…\"\n\
+             t.toml:1: [[group]] 'db' has no disk: add a [[group.disk]] section below it\n\
+             t.toml:3: peer = \"nowhere\": is not an address: write host:port, for example \"backup.example.com:7447\"",
+        ),
+        (
+            group("").replace(KEY_A, "SHA256:abc"),
+            "t.toml:4: peer_key = \"SHA256:abc\": is not a key: copy the SHA256:… line that `twinsite id` prints on the other machine",
+        ),
+        (
+            group("").replace("name = \"db\"", "name = \"../db\""),
+            "t.toml:2: name = \"../db\": is not a name: write 1 to 64 of a-z A-Z 0-9 . _ - starting with a letter or digit",
+        ),
+        (
+            group("").replace("unix:a.sock", "a.sock"),
+            "t.toml:9: export = \"a.sock\": is not an export address: write \"unix:/path/to/socket\" or \"tcp:127.0.0.1:10809\"",
+        ),
+        (
+            group("").replace("unix:a.sock", &format!("unix:/{}", "x".repeat(120))),
+            "is too long for a unix socket (121 bytes, at most 107): choose a shorter path",
+        ),
+        (
+            group("") + &group("").replace("a.", "b."),
+            "t.toml:11: name = \"db\": is already used on line 2: give each group a name of its own",
+        ),
+        (
+            group("") + &group("").replace("\"db\"", "\"web\"").replace("a.sock", "b.sock"),
+            "t.toml:17: path = \"a.raw\": is already used on line 8: one disk is protected by one group",
+        ),
+        (
+            group("") + &group("").replace("\"db\"", "\"web\"").replace("a.raw", "b.raw"),
+            "t.toml:18: export = \"unix:a.sock\": is already used on line 9: two disks of one name need two addresses: choose another export",
+        ),
+        (
+            group("") + "tls = { cert = \"c\", key = \"k\" }\n",
+            "t.toml:10: tls = { … }: is for tcp exports only: remove it, or export over tcp",
+        ),
+        (
+            group("") + tls + "tls = { cert = \"c\" }\n",
+            "tls has no key 'key': add a line such as key = \"/etc/twinsite/nbd.key\"",
+        ),
+        (
+            group("") + tls + "tls = { cert = \"c\", key = \"k\" }\n" + &tls.replace("\"b\"", "\"c\"").replace("b.raw", "c.raw"),
+            "t.toml:18: export = \"tcp:127.0.0.1:10809\": has another tls setting than line 13: give all disks of one address the same tls",
+        ),
+        (
+            receiver("").replace("0.0.0.0:7447", "7447"),
+            "t.toml:2: listen = \"7447\": is not a local address: write an IP address and a port, for example \"0.0.0.0:7447\"",
+        ),
+        (receiver("").replace("\"store\"", "\"\""), "t.toml:3: store = \"\": is empty: give a path"),
+        (
+            receiver(&format!("[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\ngroups = []\n")),
+            "t.toml:7: groups = []: is empty: name at least one group, or remove the key to allow every group",
+        ),
+        (
+            receiver(&format!(
+                "[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\n[[receiver.client]]\nname = \"b\"\nkey = \"{KEY_A}\"\n"
+            )),
+            "is already used on line 6: each machine has one key and one [[receiver.client]]",
+        ),
+        (
+            receiver("client = \"a\"\n"),
+            "t.toml:4: client = \"a\": is a string, not a list of sections: write [[…]] on a line of its own, once for each",
+        ),
+        (
+            "node = 1\n".to_owned() + &receiver(""),
+            "t.toml:1: node = 1: is a whole number, not a section: write […] on a line of its own",
+        ),
+        (
+            "[node]\nlog = \"loud\"\n".to_owned() + &receiver(""),
+            "t.toml:2: log = \"loud\": is not known here: choose one of error, warn, info, debug, trace",
+        ),
+    ];
+    for (text, expected) in cases {
+        let (code, said) = check(&text);
+        assert_eq!(code, 2, "{said}\n{text}");
+        assert!(said.contains(expected), "expected: {expected}\nsaid:     {said}\n{text}");
+        assert_eq!(said.lines().count(), expected.lines().count(), "one line for each mistake: {said}");
+    }
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let out = twinsite().args(["run", "--check", "--config", "/nonexistent/t.toml"]).output().unwrap();
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(
+        said.starts_with("/nonexistent/t.toml: cannot read the configuration: No such file") && said.contains("--config FILE"),
+        "{said}"
+    );
+}
+
+/// The example of the documentation is a file that works.
+#[test]
+fn the_example_in_the_documentation_is_valid() {
+    let text = include_str!("../docs/operations.md");
+    let example = text.split("```toml\n").nth(1).and_then(|t| t.split("```").next()).expect("docs/operations.md has an example");
+    let (code, said) = check(&example.replace("SHA256:…", KEY_A).replacen(KEY_A, KEY_B, 1));
+    assert_eq!(code, 0, "{said}");
+}
