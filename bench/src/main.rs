@@ -1,1 +1,104 @@
-fn main() {}
+//! `bench`: experiments that drive real processes (the `twinsite` binary, its peers, fio, PostgreSQL) and hold the figures against
+//! the bounds of the project. One experiment a file in `experiment/`; `docs/bench.md` explains each.
+//!
+//! Must hold: every process, mount and loop device that is started here is ended here, also after an error or ctrl-c.
+//! Must not know: anything of the product but its binary, its configuration file and its control socket.
+
+#![deny(unsafe_code)]
+
+mod chart;
+mod child;
+mod context;
+mod disk;
+mod experiment;
+mod fio;
+mod os;
+mod peers;
+mod procfs;
+mod report;
+mod stats;
+mod tools;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+use context::Bench;
+use report::Report;
+
+/// Measures Twinsite beside its peers.
+#[derive(Debug, Parser)]
+#[command(name = "bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    experiment: Experiment,
+    #[command(flatten)]
+    options: Options,
+}
+
+/// Options of every experiment.
+#[derive(Debug, Args)]
+struct Options {
+    /// Short runs, for a look; the figures that count come without it.
+    #[arg(long, global = true)]
+    quick: bool,
+    /// Folder on the disk to measure; a temporary folder is made in it and removed at the end. Not a tmpfs.
+    #[arg(long, global = true, default_value = "/var/tmp", value_name = "FOLDER")]
+    dir: PathBuf,
+    /// Where the JSON and SVG files go [default: bench/results of this workspace].
+    #[arg(long, global = true, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// Rounds instead of the experiment's own number.
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: Option<u32>,
+    /// Seconds a measurement instead of the experiment's own number.
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    seconds: Option<u32>,
+    /// Use the release binaries as they are, do not build them first.
+    #[arg(long, global = true)]
+    no_build: bool,
+    /// Keep the temporary folder, with the logs of all processes.
+    #[arg(long, global = true)]
+    keep: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+enum Experiment {
+    /// NBD export against qemu-nbd, qemu-storage-daemon and nbdkit.
+    Nbd,
+}
+
+type Run = fn(&Bench) -> Result<Report>;
+
+impl Experiment {
+    fn list(self) -> Vec<Run> {
+        match self {
+            Self::Nbd => vec![experiment::nbd::run],
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<bool> {
+    os::install_stop_handler()?;
+    let options = cli.options;
+    let runs = cli.experiment.list();
+    let mut passed = true;
+    for run in runs {
+        let bench = Bench::new(&options)?;
+        passed &= run(&bench)?.finish(&bench)?;
+    }
+    Ok(passed)
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}

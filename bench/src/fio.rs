@@ -1,0 +1,141 @@
+//! fio as an NBD client, and its JSON.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+use crate::child;
+use crate::context::Bench;
+
+/// Time beyond the run time that fio may take to start and to drain.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// One kind of load.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Load {
+    /// For people.
+    pub(crate) title: &'static str,
+    /// fio's `--rw`.
+    pub(crate) rw: &'static str,
+    /// Bytes of a request, as fio writes them.
+    pub(crate) bs: &'static str,
+    /// Requests in flight.
+    pub(crate) iodepth: u32,
+    /// Shown as MB/s instead of IOPS.
+    pub(crate) bandwidth: bool,
+}
+
+/// What one run gave.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Outcome {
+    pub(crate) iops: f64,
+    pub(crate) bytes_per_s: f64,
+    pub(crate) bytes: f64,
+    pub(crate) p99_us: f64,
+}
+
+impl Outcome {
+    /// IOPS or MB/s, as the load asks.
+    pub(crate) fn figure(&self, load: &Load) -> f64 {
+        if load.bandwidth { self.bytes_per_s / 1e6 } else { self.iops }
+    }
+}
+
+impl Load {
+    /// Unit of [`Outcome::figure`].
+    pub(crate) fn unit(&self) -> &'static str {
+        if self.bandwidth { "MB/s" } else { "IOPS" }
+    }
+}
+
+#[derive(Deserialize)]
+struct Document {
+    jobs: Vec<Job>,
+}
+
+#[derive(Deserialize)]
+struct Job {
+    error: i64,
+    read: Direction,
+    write: Direction,
+}
+
+#[derive(Deserialize)]
+struct Direction {
+    io_bytes: u64,
+    bw_bytes: u64,
+    iops: f64,
+    total_ios: u64,
+    clat_ns: Latency,
+}
+
+#[derive(Deserialize)]
+struct Latency {
+    #[serde(default)]
+    percentile: std::collections::BTreeMap<String, u64>,
+}
+
+/// Reads fio's JSON; lines before it (`fio: connected to NBD server`) are skipped.
+fn parse(text: &str) -> Result<Outcome> {
+    let json = text.find('{').and_then(|at| text.get(at..)).context("no JSON")?;
+    let document: Document = serde_json::Deserializer::from_str(json).into_iter().next().context("no JSON")??;
+    let job = document.jobs.into_iter().next().context("no job")?;
+    if job.error != 0 {
+        bail!("I/O error {}", job.error);
+    }
+    let d = if job.write.total_ios > job.read.total_ios { job.write } else { job.read };
+    if d.total_ios == 0 {
+        bail!("no request was answered");
+    }
+    let p99_ns = d.clat_ns.percentile.get("99.000000").copied().context("no 99th percentile")?;
+    Ok(Outcome { iops: d.iops, bytes_per_s: d.bw_bytes as f64, bytes: d.io_bytes as f64, p99_us: p99_ns as f64 / 1e3 })
+}
+
+/// Runs `load` for `seconds` against the export `disk` of the server at `socket`.
+pub(crate) fn run(bench: &Bench, socket: &Path, load: &Load, seconds: u32, more: &[String]) -> Result<Outcome> {
+    let mut command = Command::new("fio");
+    command
+        .args(["--name=load", "--ioengine=nbd", "--output-format=json", "--time_based"])
+        .arg(format!("--uri=nbd+unix:///disk?socket={}", socket.display()))
+        .arg(format!("--rw={}", load.rw))
+        .arg(format!("--bs={}", load.bs))
+        .arg(format!("--iodepth={}", load.iodepth))
+        .arg(format!("--runtime={seconds}"))
+        .args(more);
+    let text = child::run(bench, "fio", command, Duration::from_secs(seconds.into()) + GRACE)?;
+    parse(&text).with_context(|| format!("fio, {}: cannot use its output", load.title))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIDE: &str = r#"{"io_bytes":IO,"bw_bytes":240121350,"iops":58623.3,"total_ios":N,"clat_ns":{PCT}}"#;
+
+    fn document(error: i64, write_ios: u64) -> String {
+        let idle = SIDE.replace("IO", "0").replace("N", "0").replace("PCT", "\"min\":0");
+        let busy = SIDE
+            .replace("IO", "240361472")
+            .replace("N", &write_ios.to_string())
+            .replace("PCT", r#""percentile":{"50.000000":473088,"99.000000":1679360}"#);
+        format!("fio: connected to NBD server\n{{\"jobs\":[{{\"error\":{error},\"read\":{idle},\"write\":{busy}}}]}}\nbye\n")
+    }
+
+    #[test]
+    fn the_busy_direction_is_read() {
+        let outcome = parse(&document(0, 58682)).unwrap();
+        assert_eq!(outcome.iops, 58623.3);
+        assert_eq!(outcome.bytes, 240361472.0);
+        assert_eq!(outcome.p99_us, 1679.36);
+    }
+
+    #[test]
+    fn failed_and_idle_runs_are_no_figures() {
+        assert!(parse(&document(5, 58682)).is_err());
+        assert!(parse(&document(0, 0)).is_err());
+        assert!(parse("fio: cannot connect\n").is_err());
+    }
+}
