@@ -337,3 +337,33 @@ fn open_direct(path: &Path, locked: &File, writable: bool) -> Result<File, FileE
         _ => FileError::Open { path: path.to_path_buf(), source },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_split_at_whole_pages() {
+        for (offset, length) in [(0, 0), (0, 4096), (1, 10), (1, 4095), (1, 4096), (1, 8192), (4095, 2), (4000, 100_000)] {
+            let (head, body, tail) = split(offset, length);
+            assert_eq!(head + body + tail, length);
+            assert!(head < PAGE_BYTES && tail < PAGE_BYTES && body.is_multiple_of(PAGE_BYTES), "{offset}+{length}");
+            assert!(body == 0 || (offset + head).is_multiple_of(PAGE_BYTES));
+        }
+    }
+
+    #[test]
+    fn a_failed_flush_is_never_followed_by_a_good_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = OpenOptions { create_size: Some(8192), ..OpenOptions::default() };
+        let device = std::sync::Arc::new(FileDevice::open(folder.path().join("disk"), options).unwrap());
+        let io = crate::IoThreads::new(1).unwrap();
+        let flush = || {
+            let device = std::sync::Arc::clone(&device);
+            io.block_on(move || async move { device.flush().await.map_err(|error| error.raw_os_error()) }).unwrap()
+        };
+        assert_eq!(flush(), Ok(()));
+        device.poisoned.store(true, Ordering::Release);
+        assert_eq!(flush(), Err(Some(libc::EIO)));
+    }
+}

@@ -31,6 +31,7 @@ use super::request::{RawRequest, Terms, ValidRequest};
 use super::socket::Stream;
 use super::stats::Counters;
 use super::wire::{CHUNK_FLAG_DONE, REQUEST_BYTES};
+use crate::uring::submit_pending;
 use crate::{BlockDevice, Buf};
 
 /// Requests of one connection that wait for the device. When full, the socket is not read until one is done.
@@ -200,7 +201,10 @@ impl Connection {
                 return Poll::Pending;
             }
             if turns == 0 {
-                cx.waker().wake_by_ref();
+                // Sockets and the ring get their turn before this task has its next one.
+                submit_pending();
+                let mut turn = std::pin::pin!(tokio::task::yield_now());
+                let _ = turn.as_mut().poll(cx);
                 return Poll::Pending;
             }
         }
@@ -385,6 +389,7 @@ impl Connection {
         if self.receiving.is_some() || !self.inbox.unread().is_empty() {
             return false;
         }
+        submit_pending();
         let room = self.inbox.room();
         let mut received = 0;
         self.linger.look(|| {

@@ -20,4 +20,5 @@ mod watch;
 pub use shared_file::SharedFile;
 pub use threads::IoThreads;
 
+pub(crate) use ring::submit_pending;
 pub(crate) use watch::watch_owned;

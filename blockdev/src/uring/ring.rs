@@ -89,8 +89,9 @@ pub(super) fn uninstall() {
     }
 }
 
-/// Hands collected submissions to the kernel. Cheap when there are none. Must be called before the thread sleeps.
-pub(super) fn submit_pending() {
+/// Hands collected submissions to the kernel. Cheap when there are none. Called when the thread is about to sleep, and by
+/// tasks that keep it busy for long.
+pub(crate) fn submit_pending() {
     let overflow = RING.with_borrow_mut(|ring| ring.as_mut().is_some_and(|ring| !ring.submit()));
     if overflow {
         dispatch();
