@@ -100,16 +100,18 @@ pub struct CopyStatus {
     pub committed: Option<Point>,
     /// Cut of that point, microseconds since 1970 on the primary's clock.
     pub cut_unix_us: Option<u64>,
-    /// Milliseconds since it was committed.
+    /// Age of that cut in ms, by this machine's clock against the primary's.
     pub committed_age_ms: Option<u64>,
-    /// The primary's epoch interval in ms.
+    /// The primary's epoch interval in ms, while it is connected.
     pub interval_ms: Option<u64>,
-    /// Epochs received and not yet committed.
-    pub epochs_in_flight: u64,
     /// Points that can be activated.
     pub points: u64,
-    /// Bytes it takes in the store.
+    /// Bytes its journal takes in the store.
     pub stored_bytes: u64,
+    /// Bytes of frames received since the node started.
+    pub received_bytes: u64,
+    /// Memory that its index takes, in bytes.
+    pub index_bytes: u64,
     /// The client's limit on all its groups.
     pub space_max_bytes: Option<u64>,
     /// Address of the primary while connected.

@@ -2,7 +2,7 @@
 //! configuration is wrong, so that trying again unchanged cannot help.
 
 mod check;
-mod client;
+pub(crate) mod client;
 mod failover;
 pub(crate) mod human;
 mod id;

@@ -169,7 +169,7 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     }
     out.pair("generation", &group.generation.to_string());
     let committed = match (group.committed, group.committed_age_ms) {
-        (Some(point), Some(age)) => format!("{point}, {} ago", ms(age)),
+        (Some(point), Some(age)) => format!("{point}, cut {} ago", ms(age)),
         (Some(point), None) => point.to_string(),
         _ => "nothing yet".to_owned(),
     };
@@ -177,7 +177,7 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     out.pair("points", &group.points.to_string());
     let limit = group.space_max_bytes.map_or_else(String::new, |max| format!(", limit {}", bytes(max)));
     out.pair("stored", &format!("{}{limit}", bytes(group.stored_bytes)));
-    out.pair("epochs", &format!("{} in flight", group.epochs_in_flight));
+    out.pair("received", &format!("{} since the node started", bytes(group.received_bytes)));
     for volume in &group.volumes {
         disk(out, volume.name.as_str(), volume.size_bytes, &name, exports);
     }

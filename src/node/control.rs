@@ -63,7 +63,7 @@ async fn points(
     query: Result<Query<GroupQuery>, QueryRejection>,
 ) -> Result<Json<Points>, RequestError> {
     let Query(query) = query?;
-    Ok(Json(node.points(&query.group)?))
+    Ok(Json(node.points(&query.group).await?))
 }
 
 async fn plan(

@@ -3,12 +3,16 @@
 use std::fmt;
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, IoThreads};
+use blockdev::BlockDevice;
+use proto::units::BLOCK_BYTES;
 use proto::{Generation, Identity, Name, Point};
+use receiver::{GroupStatus, Limits, Receiver, ReceiverError, Role};
+use replicator::QueueStatus;
+use tokio::sync::RwLock;
 
 use super::failover::RequestError;
 use super::record::ExportRecord;
-use crate::api::{CopyStatus, Points};
+use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, PointInfo, Points};
 use crate::config::ReceiverConfig;
 
 /// A group at the receiver: names are unique for each client only.
@@ -26,42 +30,145 @@ impl fmt::Display for GroupRef {
 
 /// An active copy.
 pub(crate) struct Activated {
+    pub(crate) group: GroupRef,
     pub(crate) point: Point,
     pub(crate) generation: Generation,
     pub(crate) volumes: Vec<(Name, Arc<dyn BlockDevice>)>,
 }
 
-/// The receiver.
-pub(crate) struct Copies {}
+impl From<receiver::Activated> for Activated {
+    fn from(a: receiver::Activated) -> Self {
+        let group = GroupRef { client: a.client, group: a.group };
+        Self { group, point: a.point, generation: a.generation, volumes: a.volumes }
+    }
+}
+
+/// The receiver; `None` once it is shut down.
+pub(crate) struct Copies {
+    receiver: RwLock<Option<Receiver>>,
+    space_max_bytes: Vec<(Name, u64)>,
+}
 
 impl Copies {
-    pub(crate) async fn start(_config: &ReceiverConfig, _identity: Identity, _io: &IoThreads) -> Result<Self, String> {
-        Err("not part of this build yet".to_owned())
+    pub(crate) async fn start(config: &ReceiverConfig, identity: Identity) -> Result<Self, ReceiverError> {
+        let clients = config.clients.iter().map(|c| receiver::ClientConfig {
+            name: c.name.clone(),
+            key: c.key,
+            groups: c.groups.clone(),
+            space_max_bytes: c.space_max_bytes,
+        });
+        let started = receiver::ReceiverConfig {
+            listen: config.listen,
+            store: config.store.clone(),
+            clients: clients.collect(),
+            limits: Limits::default(),
+        };
+        let receiver = Receiver::start(started, identity).await?;
+        let space_max_bytes = config.clients.iter().filter_map(|c| Some((c.name.clone(), c.space_max_bytes?))).collect();
+        Ok(Self { receiver: RwLock::new(Some(receiver)), space_max_bytes })
     }
 
-    pub(crate) fn status(&self, _record: &ExportRecord) -> Vec<CopyStatus> {
-        Vec::new()
+    pub(crate) async fn status(&self, record: &ExportRecord) -> Vec<CopyStatus> {
+        let groups = self.receiver.read().await.as_ref().map(Receiver::status).unwrap_or_default();
+        groups.into_iter().map(|group| self.translated(group, record)).collect()
     }
 
-    pub(crate) fn find(&self, selector: &str) -> Result<GroupRef, RequestError> {
-        Err(RequestError::UnknownGroup { given: selector.to_owned(), known: Vec::new() })
+    fn translated(&self, group: GroupStatus, record: &ExportRecord) -> CopyStatus {
+        let name = GroupRef { client: group.client.clone(), group: group.group.clone() };
+        let state = match (group.role, &group.peer) {
+            (Role::Broken, _) => CopyState::Failed,
+            (Role::Active, _) => CopyState::Active,
+            (Role::Replica, Some(_)) => CopyState::Following,
+            (Role::Replica, None) => CopyState::Waiting,
+        };
+        let queue = |q: receiver::QueueStatus| QueueStatus {
+            unit: if q.name.ends_with("bytes") { "bytes" } else { "entries" }.to_owned(),
+            name: q.name.replace(' ', "_"),
+            used: q.used,
+            limit: q.limit,
+        };
+        CopyStatus {
+            state,
+            error: group.last_error,
+            generation: group.generation,
+            committed: group.committed.map(|p| p.point),
+            cut_unix_us: group.committed.map(|p| p.cut_unix_us),
+            committed_age_ms: group.committed_age_s.map(|s| (s * 1000.0) as u64),
+            interval_ms: group.peer.as_ref().map(|p| u64::from(p.interval_ms)),
+            points: group.points,
+            stored_bytes: group.journal_bytes,
+            received_bytes: group.bytes_received,
+            index_bytes: group.index_bytes,
+            space_max_bytes: self.space_max_bytes.iter().find(|(n, _)| *n == name.client).map(|(_, max)| *max),
+            peer: group.peer.map(|p| p.address.to_string()),
+            volumes: group.volumes.into_iter().map(|v| CopyVolume { name: v.name, size_bytes: v.size_bytes }).collect(),
+            queues: group.queues.into_iter().map(queue).collect(),
+            active: group
+                .active
+                .map(|a| ActiveStatus { point: a.point, export: record.get(&name.to_string()).map(str::to_owned) }),
+            client: name.client,
+            group: name.group,
+        }
     }
 
-    pub(crate) fn points(&self, selector: &str) -> Result<Points, RequestError> {
-        Err(RequestError::UnknownGroup { given: selector.to_owned(), known: Vec::new() })
+    /// The group that `selector` (`group` or `client/group`) names.
+    pub(crate) async fn find(&self, selector: &str) -> Result<GroupRef, RequestError> {
+        let groups = self.receiver.read().await.as_ref().map(Receiver::status).unwrap_or_default();
+        let all = || groups.iter().map(|g| GroupRef { client: g.client.clone(), group: g.group.clone() });
+        let mut matching = all().filter(|g| g.group.as_str() == selector || g.to_string() == selector);
+        let named = |mut of: Vec<String>| {
+            of.sort();
+            of
+        };
+        match (matching.next(), matching.next()) {
+            (Some(one), None) => Ok(one),
+            (None, _) => {
+                let known = named(all().map(|g| g.to_string()).collect());
+                Err(RequestError::UnknownGroup { given: selector.to_owned(), known })
+            }
+            (Some(_), Some(_)) => {
+                let known = named(all().filter(|g| g.group.as_str() == selector).map(|g| g.to_string()).collect());
+                Err(RequestError::AmbiguousGroup { given: selector.to_owned(), known })
+            }
+        }
     }
 
-    pub(crate) async fn failover(&self, group: &GroupRef, _point: Option<Point>) -> Result<Activated, RequestError> {
-        Err(RequestError::NoPoint { group: group.to_string() })
+    pub(crate) async fn points(&self, group: &GroupRef) -> Result<Points, RequestError> {
+        let receiver = self.receiver.read().await;
+        let points = running(receiver.as_ref())?.points(&group.to_string()).map_err(failed)?;
+        let one = |p: receiver::PointInfo| PointInfo {
+            point: p.point,
+            cut_unix_us: p.cut_unix_us,
+            changed_bytes: (p.data_blocks + p.zero_blocks) * BLOCK_BYTES,
+            stored_bytes: p.frame_bytes,
+        };
+        Ok(Points { client: group.client.clone(), group: group.group.clone(), points: points.into_iter().map(one).collect() })
     }
 
-    pub(crate) fn activated(&self, group: &GroupRef) -> Result<Activated, RequestError> {
-        Err(RequestError::NoPoint { group: group.to_string() })
+    /// Activates `point`, or the newest; an active group gives the fork it has.
+    pub(crate) async fn failover(&self, group: &GroupRef, point: Option<Point>) -> Result<Activated, RequestError> {
+        let receiver = self.receiver.read().await;
+        Ok(running(receiver.as_ref())?.failover(&group.to_string(), point).await.map_err(failed)?.into())
     }
 
-    pub(crate) fn all_activated(&self) -> Vec<(GroupRef, Activated)> {
-        Vec::new()
+    /// Every active group, opened again after a start; for one that cannot be opened, why.
+    pub(crate) async fn all_activated(&self) -> Vec<Result<Activated, String>> {
+        let receiver = self.receiver.read().await;
+        let Some(receiver) = receiver.as_ref() else { return Vec::new() };
+        receiver.activated().await.into_iter().map(|a| a.map(Into::into).map_err(|error| error.to_string())).collect()
     }
 
-    pub(crate) async fn shutdown(&self) {}
+    pub(crate) async fn shutdown(&self) {
+        if let Some(receiver) = self.receiver.write().await.take() {
+            receiver.shutdown().await;
+        }
+    }
+}
+
+fn running(receiver: Option<&Receiver>) -> Result<&Receiver, RequestError> {
+    receiver.ok_or_else(|| failed(ReceiverError::Stopping))
+}
+
+fn failed(error: ReceiverError) -> RequestError {
+    RequestError::Receiver(error.to_string())
 }

@@ -66,8 +66,8 @@ fn known_points(known: &[Point]) -> String {
 impl Node {
     pub(crate) async fn failover_plan(&self, selector: &str, point: Option<Point>) -> Result<FailoverPlan, RequestError> {
         let copies = self.receiving()?;
-        let group = copies.find(selector)?;
-        let points = copies.points(selector)?;
+        let group = copies.find(selector).await?;
+        let points = copies.points(&group).await?;
         let no_point = || RequestError::NoPoint { group: group.to_string() };
         let newest = points.points.last().ok_or_else(no_point)?;
         let wanted = point.unwrap_or(newest.point);
@@ -77,7 +77,7 @@ impl Node {
             known: points.points.iter().map(|p| p.point).collect(),
         })?;
         let record = self.record.lock().await;
-        let status = copies.status(&record).into_iter().find(|g| g.client == group.client && g.group == group.group);
+        let status = copies.status(&record).await.into_iter().find(|g| g.client == group.client && g.group == group.group);
         let status = status.ok_or_else(no_point)?;
         Ok(FailoverPlan {
             client: group.client,
@@ -117,7 +117,7 @@ impl Node {
         let result = async {
             record.set(&selector, &address.to_string())?;
             let activated = match plan.active {
-                Some(_) => copies.activated(&group)?,
+                Some(_) => copies.failover(&group, None).await?,
                 None => copies.failover(&group, Some(plan.point)).await?,
             };
             let volumes = volumes(&activated);
@@ -143,8 +143,15 @@ impl Node {
     /// Serves every copy that was active when the node stopped.
     pub(crate) async fn export_active(&self) {
         let Ok(copies) = self.receiving() else { return };
-        for (group, activated) in copies.all_activated() {
-            let selector = group.to_string();
+        for activated in copies.all_activated().await {
+            let activated = match activated {
+                Ok(activated) => activated,
+                Err(error) => {
+                    tracing::error!("active copy not opened: {error}");
+                    continue;
+                }
+            };
+            let selector = activated.group.to_string();
             let recorded = self.record.lock().await.get(&selector).map(str::to_owned);
             let Some(recorded) = recorded else {
                 tracing::error!(group = selector, "active, but nowhere exported: run twinsite failover {selector} --export …");

@@ -53,7 +53,7 @@ impl Node {
     pub(crate) async fn status(&self) -> NodeStatus {
         let receiver = match (&self.copies, &self.listen) {
             (Some(Ok(copies)), Some(listen)) => {
-                let groups = copies.status(&*self.record.lock().await);
+                let groups = copies.status(&*self.record.lock().await).await;
                 Some(ReceiverStatus { listen: listen.clone(), error: None, groups })
             }
             (Some(Err(error)), Some(listen)) => {
@@ -71,8 +71,9 @@ impl Node {
         }
     }
 
-    pub(crate) fn points(&self, selector: &str) -> Result<Points, RequestError> {
-        self.receiving()?.points(selector)
+    pub(crate) async fn points(&self, selector: &str) -> Result<Points, RequestError> {
+        let copies = self.receiving()?;
+        copies.points(&copies.find(selector).await?).await
     }
 
     fn receiving(&self) -> Result<&Copies, RequestError> {
@@ -123,7 +124,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     let exports = Exports::new(io.clone());
     let copies = match &config.receiver {
         None => None,
-        Some(receiver) => Some(Copies::start(receiver, identity.clone(), &io).await),
+        Some(receiver) => Some(Copies::start(receiver, identity.clone()).await.map_err(|error| error.to_string())),
     };
     if let Some(Err(error)) = &copies {
         tracing::error!("receiver not started: {error}; the other roles go on");
