@@ -1,1 +1,34 @@
-//! receiver
+//! The recovery site's half of Twinsite: journal, base, views, forks, promotion.
+//!
+//! A primary's session is decided by `core` and driven by `session`; each group has one thread that writes its journal
+//! (`group`, `journal`); readers look through index snapshots (`index`, `view`), and an activated copy writes to an overlay
+//! (`fork`). The store's layout and formats are in `docs/journal.md`. Knows nothing of the replicator; the two meet in `proto`.
+
+#![forbid(unsafe_code)]
+
+mod batch;
+mod clock;
+mod config;
+pub mod core;
+mod disk;
+pub mod fork;
+mod frames;
+mod group;
+mod index;
+pub mod journal;
+mod node;
+mod receiver;
+mod session;
+mod status;
+mod store;
+pub mod superblock;
+mod view;
+
+pub use config::{ClientConfig, Limits, ReceiverConfig};
+pub use frames::{FRAME_CACHE_BYTES, FrameError, OPEN_SEGMENTS_MAX};
+pub use group::{GROUP_QUEUE_MAX, GroupError};
+pub use node::SelectError;
+pub use receiver::{Activated, Receiver, ReceiverError};
+pub use status::{ActiveStatus, GroupStatus, PeerStatus, PointInfo, QueueStatus, Role, VolumeStatus};
+pub use store::{GroupFolder, Store, StoreError};
+pub use view::View;

@@ -1,0 +1,684 @@
+//! The session of one primary, as a state machine.
+//!
+//! Pure: events in, actions out; no sockets, files or clock. Owns the order of things: who is admitted, in which order
+//! passes, frames and seals may come, when an epoch is complete. What it lets through it has checked; what breaks a rule ends
+//! the session with one line that both ends show.
+//!
+//! The journal is strictly sequential (frames of n, seal n, frames of n + 1), so the core says when the next pass
+//! may be read: not between the end of an epoch's frozen pass and its seal.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use proto::control::{Hello, PassHeader, PassKind, VERSION_MAX, VERSION_MIN};
+use proto::fencing::{Admission, GroupRole, admit};
+use proto::frame::FRAME_HEADER_BYTES;
+use proto::seal::Tally;
+use proto::units::{BLOCK_BYTES, blocks_of};
+use proto::{CloseCode, DecodeError, EpochId, FrameHeader, FrameKind, Generation, Message, Name, Point, Seal};
+
+use crate::superblock::Volume;
+
+/// Epochs whose seal has arrived and whose commit is not done. A primary that sends more is ended as misbehaving; it was told.
+pub const EPOCHS_IN_FLIGHT_MAX: u16 = 16;
+
+/// What a client may do.
+#[derive(Clone, Debug)]
+pub struct ClientPolicy {
+    /// Its name.
+    pub client: Name,
+    /// The groups it may have; `None`: any, up to the limit.
+    pub groups: Option<Vec<Name>>,
+    /// Groups it may have in all.
+    pub groups_max: usize,
+    /// Volumes a group of it may have.
+    pub volumes_max: usize,
+}
+
+/// What the store holds under the name of a hello.
+#[derive(Clone, Debug)]
+pub enum Stored {
+    /// Nothing yet; the client has `groups` others.
+    Absent {
+        /// Groups the client has.
+        groups: usize,
+    },
+    /// A group.
+    Present(StoredGroup),
+    /// A group that cannot be used, and why.
+    Broken(Cause),
+}
+
+/// A group in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredGroup {
+    /// Its generation.
+    pub generation: Generation,
+    /// Following or promoted.
+    pub role: GroupRole,
+    /// Whether the key of this session created it.
+    pub owned: bool,
+    /// Its volumes.
+    pub volumes: Vec<Volume>,
+}
+
+/// Why the store failed: an error of the store, shared between the log, the status and the peer.
+pub type Cause = Arc<dyn std::error::Error + Send + Sync>;
+
+/// What happens to a session.
+#[derive(Debug)]
+pub enum Event {
+    /// A control message came.
+    Message(Message),
+    /// Answer to [`Action::Lookup`].
+    Stored(Stored),
+    /// Answer to [`Action::Claim`]: the group is this session's, and stands at this commit.
+    Claimed {
+        /// Newest commit.
+        committed: Option<Point>,
+    },
+    /// A pass stream was opened.
+    Pass(PassHeader),
+    /// It ended.
+    PassEnd,
+    /// It was reset.
+    PassReset,
+    /// The epoch of [`Action::Commit`] is durable.
+    Committed(Point),
+    /// A newer session has the group.
+    Superseded,
+    /// The group was promoted.
+    Fenced(Generation),
+    /// The store failed.
+    Storage(Cause),
+    /// The node is stopping.
+    Stopping,
+}
+
+/// What the driver has to do, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send a message.
+    Send(Message),
+    /// Look the group up; answer with [`Event::Stored`].
+    Lookup {
+        /// The group.
+        group: Name,
+    },
+    /// Take the group over, creating it if `create`, provided that nothing changed since it was looked up (else answer with
+    /// [`Event::Stored`] again).
+    Claim {
+        /// The group.
+        group: Name,
+        /// Generation of the session.
+        generation: Generation,
+        /// Whether the group is not there yet.
+        create: bool,
+        /// Its volumes.
+        volumes: Vec<Volume>,
+    },
+    /// Append the seal and make the epoch durable; answer with [`Event::Committed`].
+    Commit(Seal),
+    /// Forget the frames since the last commit.
+    Abandon,
+    /// Close the connection once what was sent has arrived.
+    Close {
+        /// Close code of the connection.
+        code: u16,
+        /// Its reason.
+        reason: String,
+    },
+}
+
+/// Why a session ends.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// No common version.
+    #[error(
+        "no common protocol version: the primary speaks {theirs_min} to {theirs_max}, this receiver {VERSION_MIN} to {VERSION_MAX}: update the older side"
+    )]
+    Version {
+        /// Oldest the primary speaks.
+        theirs_min: u16,
+        /// Newest.
+        theirs_max: u16,
+    },
+    /// The client may not have that group.
+    #[error("group '{group}' is not among the groups of client '{client}': add it to its `groups` at the receiver")]
+    UnknownGroup {
+        /// The group.
+        group: Name,
+        /// The client.
+        client: Name,
+    },
+    /// Another key created the group.
+    #[error("group '{group}' of client '{client}' was created with another key: use that key, or another group name")]
+    Owner {
+        /// The group.
+        group: Name,
+        /// The client.
+        client: Name,
+    },
+    /// Block size.
+    #[error("block size {theirs} bytes, this receiver has {BLOCK_BYTES}: update the older side")]
+    BlockSize {
+        /// What the primary says.
+        theirs: u32,
+    },
+    /// Volumes differ from the stored group.
+    #[error("group '{group}' has {stored} volumes here and {given} at the primary: use another group name for another set")]
+    VolumeCount {
+        /// The group.
+        group: Name,
+        /// Volumes here.
+        stored: usize,
+        /// Volumes there.
+        given: usize,
+    },
+    /// A volume has another name.
+    #[error("volume {number} of group '{group}' is '{stored}' here and '{given}' at the primary: volumes keep names and order")]
+    VolumeName {
+        /// The group.
+        group: Name,
+        /// Its position from 1.
+        number: usize,
+        /// Name here.
+        stored: Name,
+        /// Name there.
+        given: Name,
+    },
+    /// A volume has another size.
+    #[error(
+        "volume '{volume}' of group '{group}' has {stored} bytes here and {given} at the primary: use another group name for another disk"
+    )]
+    VolumeSize {
+        /// The group.
+        group: Name,
+        /// The volume.
+        volume: Name,
+        /// Bytes here.
+        stored: u64,
+        /// Bytes there.
+        given: u64,
+    },
+    /// The primary is ahead.
+    #[error(
+        "the primary claims generation {theirs}, group '{group}' stands at {ours} here: this store is older than the primary, or a copy of another"
+    )]
+    Ahead {
+        /// The group.
+        group: Name,
+        /// Generation here.
+        ours: Generation,
+        /// The claim.
+        theirs: Generation,
+    },
+    /// Too many groups.
+    #[error("client '{client}' has {max} groups, which is its limit: raise it at the receiver, or remove a group")]
+    Groups {
+        /// The client.
+        client: Name,
+        /// The limit.
+        max: usize,
+    },
+    /// Too many volumes.
+    #[error("group '{group}' has {given} volumes, the limit is {max}: raise it at the receiver, or split the group")]
+    Volumes {
+        /// The group.
+        group: Name,
+        /// Volumes given.
+        given: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A message that does not fit the state.
+    #[error("{message} message while {state}")]
+    Unexpected {
+        /// What the session was doing.
+        state: &'static str,
+        /// What came.
+        message: &'static str,
+    },
+    /// A pass out of order.
+    #[error("pass {pass} of epoch {epoch} came, pass {due_pass} of epoch {due_epoch} was due")]
+    Order {
+        /// What came.
+        epoch: EpochId,
+        /// What came.
+        pass: u16,
+        /// What was due.
+        due_epoch: EpochId,
+        /// What was due.
+        due_pass: u32,
+    },
+    /// A frame in the wrong stream.
+    #[error("a frame of pass {pass} of epoch {epoch} in the stream of pass {due_pass} of epoch {due_epoch}")]
+    FrameOrder {
+        /// What came.
+        epoch: EpochId,
+        /// What came.
+        pass: u16,
+        /// The stream's.
+        due_epoch: EpochId,
+        /// The stream's.
+        due_pass: u16,
+    },
+    /// A frame of a volume that the group does not have.
+    #[error("a frame of volume {volume}, the group has {volumes}")]
+    FrameVolume {
+        /// What came.
+        volume: u16,
+        /// Volumes of the group.
+        volumes: usize,
+    },
+    /// Bytes that do not decode.
+    #[error("{0}")]
+    Decode(#[from] DecodeError),
+    /// A seal of another generation.
+    #[error("seal of generation {theirs} in a session of generation {ours}")]
+    SealGeneration {
+        /// The session's.
+        ours: Generation,
+        /// The seal's.
+        theirs: Generation,
+    },
+    /// A seal out of order.
+    #[error("seal of epoch {epoch} came, the one of epoch {due} was due")]
+    SealOrder {
+        /// What came.
+        epoch: EpochId,
+        /// What was due.
+        due: EpochId,
+    },
+    /// A seal that does not fit the frames that came.
+    #[error("seal of epoch {epoch} does not fit its frames: {what} differ")]
+    SealMismatch {
+        /// The epoch.
+        epoch: EpochId,
+        /// What differs.
+        what: &'static str,
+    },
+    /// Too many epochs in flight.
+    #[error("more than {EPOCHS_IN_FLIGHT_MAX} epochs in flight")]
+    InFlight,
+    /// A newer session has the group.
+    #[error("another session of group '{group}' took over")]
+    Superseded {
+        /// The group.
+        group: Name,
+    },
+    /// The group was promoted, or the primary is of an older generation.
+    #[error("fenced: group '{group}' stands at generation {generation}, this primary must not write")]
+    Fenced {
+        /// The group.
+        group: Name,
+        /// What holds.
+        generation: Generation,
+    },
+    /// The store failed.
+    #[error("{0}")]
+    Storage(Cause),
+    /// The node stops.
+    #[error("the receiver is stopping")]
+    Stopping,
+    /// The primary ended it.
+    #[error("the primary ended the session: {reason} (code {code})")]
+    PeerClosed {
+        /// Its close code.
+        code: u16,
+        /// Its reason.
+        reason: String,
+    },
+}
+
+impl SessionError {
+    /// The close code it maps to.
+    #[must_use]
+    pub fn code(&self) -> CloseCode {
+        match self {
+            Self::Version { .. } => CloseCode::Version,
+            Self::UnknownGroup { .. } | Self::Owner { .. } => CloseCode::UnknownGroup,
+            Self::BlockSize { .. } | Self::VolumeCount { .. } | Self::VolumeName { .. } | Self::VolumeSize { .. } => {
+                CloseCode::Mismatch
+            }
+            Self::Ahead { .. } => CloseCode::Ahead,
+            Self::Groups { .. } | Self::Volumes { .. } => CloseCode::Limit,
+            Self::Superseded { .. } | Self::Fenced { .. } => CloseCode::Superseded,
+            Self::Storage(_) => CloseCode::Storage,
+            Self::Stopping | Self::PeerClosed { .. } => CloseCode::Stopping,
+            Self::Unexpected { .. }
+            | Self::Order { .. }
+            | Self::FrameOrder { .. }
+            | Self::FrameVolume { .. }
+            | Self::Decode(_)
+            | Self::SealGeneration { .. }
+            | Self::SealOrder { .. }
+            | Self::SealMismatch { .. }
+            | Self::InFlight => CloseCode::Misbehaved,
+        }
+    }
+}
+
+/// One session.
+#[derive(Debug)]
+pub struct Core {
+    policy: ClientPolicy,
+    state: State,
+}
+
+#[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "one a session")]
+enum State {
+    Opening,
+    Looking(Hello),
+    Claiming { hello: Hello, generation: Generation, volumes: Vec<Volume> },
+    Streaming(Streaming),
+    Closed,
+}
+
+impl State {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Opening => "waiting for the hello",
+            Self::Looking(_) | Self::Claiming { .. } => "opening the group",
+            Self::Streaming(_) => "replicating",
+            Self::Closed => "closed",
+        }
+    }
+
+    fn group(&self) -> Option<&Name> {
+        match self {
+            Self::Looking(hello) | Self::Claiming { hello, .. } => Some(&hello.group),
+            Self::Streaming(s) => Some(&s.group),
+            Self::Opening | Self::Closed => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Streaming {
+    group: Name,
+    generation: Generation,
+    volume_blocks: Vec<u64>,
+    /// The last epoch whose commit was started.
+    sealed: EpochId,
+    open: Option<OpenEpoch>,
+    pass: Option<PassHeader>,
+    /// Seals that came before the end of their last pass.
+    seals: VecDeque<Seal>,
+    committing: VecDeque<Point>,
+}
+
+#[derive(Debug)]
+struct OpenEpoch {
+    epoch: EpochId,
+    passes: u32,
+    complete: bool,
+    tally: Tally,
+}
+
+impl Core {
+    /// A session of a client whose key was verified.
+    #[must_use]
+    pub fn new(policy: ClientPolicy) -> Self {
+        Self { policy, state: State::Opening }
+    }
+
+    /// Takes an event; the driver performs what is added to `out`, in order. Returns the reason if the session ends.
+    pub fn handle(&mut self, event: Event, out: &mut Vec<Action>) -> Option<SessionError> {
+        let state = std::mem::replace(&mut self.state, State::Closed);
+        let group = state.group().cloned();
+        match self.step(state, event, out) {
+            Ok(next) => {
+                self.state = next;
+                None
+            }
+            Err(error) => {
+                self.end(&error, group.is_some(), out);
+                Some(error)
+            }
+        }
+    }
+
+    /// Ends the session for a reason that the driver found.
+    pub fn fail(&mut self, error: SessionError, out: &mut Vec<Action>) -> SessionError {
+        let begun = self.state.group().is_some();
+        self.state = State::Closed;
+        self.end(&error, begun, out);
+        error
+    }
+
+    fn end(&mut self, error: &SessionError, begun: bool, out: &mut Vec<Action>) {
+        if begun {
+            out.push(Action::Abandon);
+        }
+        let (code, reason) = (error.code(), error.to_string());
+        out.push(Action::Send(match error {
+            SessionError::Fenced { generation, .. } => Message::Fenced { generation: *generation },
+            _ => Message::close(code, &reason),
+        }));
+        out.push(Action::Close { code: code as u16, reason });
+    }
+
+    /// Whether the next pass stream may be read now.
+    #[must_use]
+    pub fn wants_pass(&self) -> bool {
+        match &self.state {
+            State::Streaming(s) => s.pass.is_none() && s.open.as_ref().is_none_or(|o| !o.complete),
+            _ => false,
+        }
+    }
+
+    /// Decides on the fixed part of a frame. Returns the blocks of its volume.
+    ///
+    /// # Errors
+    /// [`SessionError`]; the driver ends the session with [`fail`](Self::fail).
+    pub fn frame_begins(&self, header: &FrameHeader) -> Result<u64, SessionError> {
+        let State::Streaming(Streaming { pass: Some(pass), volume_blocks, .. }) = &self.state else {
+            return Err(SessionError::Unexpected { state: self.state.kind(), message: "frame" });
+        };
+        if (header.epoch, header.pass) != (pass.epoch, pass.pass) {
+            return Err(SessionError::FrameOrder {
+                epoch: header.epoch,
+                pass: header.pass,
+                due_epoch: pass.epoch,
+                due_pass: pass.pass,
+            });
+        }
+        let volume = header.volume.0;
+        let blocks = volume_blocks.get(usize::from(volume)).copied();
+        blocks.ok_or(SessionError::FrameVolume { volume, volumes: volume_blocks.len() })
+    }
+
+    /// Counts a complete, verified frame.
+    pub fn frame_arrived(&mut self, header: &FrameHeader, head: &[u8; FRAME_HEADER_BYTES], blocks: u64) {
+        if let State::Streaming(Streaming { open: Some(open), .. }) = &mut self.state {
+            let (data, zero) = match header.kind {
+                FrameKind::Data => (blocks, 0),
+                FrameKind::Zero => (0, blocks),
+            };
+            open.tally.add(head, header.frame_bytes(), data, zero);
+        }
+    }
+
+    fn step(&self, state: State, event: Event, out: &mut Vec<Action>) -> Result<State, SessionError> {
+        let group = state.group().cloned();
+        match (state, event) {
+            (_, Event::Stopping) => Err(SessionError::Stopping),
+            (_, Event::Storage(cause)) => Err(SessionError::Storage(cause)),
+            (_, Event::Message(Message::Close { code, reason })) => Err(SessionError::PeerClosed { code, reason }),
+            (State::Opening, Event::Message(Message::Hello(hello))) => self.hello(hello, out),
+            (State::Looking(hello), Event::Stored(stored)) => self.stored(hello, stored, out),
+            // Something changed between looking and claiming: decide again.
+            (State::Claiming { hello, .. }, Event::Stored(stored)) => self.stored(hello, stored, out),
+            (State::Claiming { hello, generation, volumes }, Event::Claimed { committed }) => {
+                out.push(Action::Send(Message::Welcome {
+                    version: hello.version_max.min(VERSION_MAX),
+                    generation,
+                    committed,
+                    epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX,
+                }));
+                Ok(State::Streaming(Streaming {
+                    group: hello.group,
+                    generation,
+                    volume_blocks: volumes.iter().map(|v| blocks_of(v.size_bytes)).collect(),
+                    sealed: committed.map_or(EpochId(0), |p| p.epoch),
+                    open: None,
+                    pass: None,
+                    seals: VecDeque::new(),
+                    committing: VecDeque::new(),
+                }))
+            }
+            (State::Streaming(s), Event::Pass(header)) => s.pass(header).map(State::Streaming),
+            (State::Streaming(s), Event::PassEnd) => s.pass_end(out).map(State::Streaming),
+            (State::Streaming(s), Event::PassReset) => Ok(State::Streaming(s.pass_reset(out))),
+            (State::Streaming(s), Event::Message(Message::Seal(seal))) => s.seal(seal, out).map(State::Streaming),
+            (State::Streaming(s), Event::Committed(point)) => Ok(State::Streaming(s.committed(point, out))),
+            (state, Event::Message(message)) => Err(SessionError::Unexpected { state: state.kind(), message: message.kind() }),
+            (state, event) => match (event, group) {
+                (Event::Superseded, Some(group)) => Err(SessionError::Superseded { group }),
+                (Event::Fenced(generation), Some(group)) => Err(SessionError::Fenced { group, generation }),
+                // The driver's own events come only in answer to an action; late ones find the session closed.
+                _ => Ok(state),
+            },
+        }
+    }
+
+    fn hello(&self, hello: Hello, out: &mut Vec<Action>) -> Result<State, SessionError> {
+        if hello.version_min > VERSION_MAX || hello.version_max < VERSION_MIN {
+            return Err(SessionError::Version { theirs_min: hello.version_min, theirs_max: hello.version_max });
+        }
+        if u64::from(hello.block_bytes) != BLOCK_BYTES {
+            return Err(SessionError::BlockSize { theirs: hello.block_bytes });
+        }
+        if self.policy.groups.as_ref().is_some_and(|groups| !groups.contains(&hello.group)) {
+            return Err(SessionError::UnknownGroup { group: hello.group, client: self.policy.client.clone() });
+        }
+        if hello.volumes.len() > self.policy.volumes_max {
+            let (given, max) = (hello.volumes.len(), self.policy.volumes_max);
+            return Err(SessionError::Volumes { group: hello.group, given, max });
+        }
+        out.push(Action::Lookup { group: hello.group.clone() });
+        Ok(State::Looking(hello))
+    }
+
+    fn stored(&self, hello: Hello, stored: Stored, out: &mut Vec<Action>) -> Result<State, SessionError> {
+        let client = || self.policy.client.clone();
+        let group = hello.group.clone();
+        let given = hello.volumes.iter().map(|v| Volume { name: v.name.clone(), size_bytes: v.size_bytes });
+        let given: Vec<Volume> = given.collect();
+        let (ours, role, create) = match stored {
+            Stored::Broken(cause) => return Err(SessionError::Storage(cause)),
+            Stored::Absent { groups } if groups >= self.policy.groups_max => {
+                return Err(SessionError::Groups { client: client(), max: self.policy.groups_max });
+            }
+            Stored::Absent { .. } => (Generation(0), GroupRole::Replica, true),
+            Stored::Present(stored) if !stored.owned => return Err(SessionError::Owner { group, client: client() }),
+            Stored::Present(stored) => {
+                same_volumes(&group, &stored.volumes, &given)?;
+                (stored.generation, stored.role, false)
+            }
+        };
+        match admit(ours, role, hello.generation) {
+            Admission::Admit { generation } => {
+                out.push(Action::Claim { group, generation, create, volumes: given.clone() });
+                Ok(State::Claiming { hello, generation, volumes: given })
+            }
+            Admission::Fenced { generation } => Err(SessionError::Fenced { group, generation }),
+            Admission::Ahead { ours, theirs } => Err(SessionError::Ahead { group, ours, theirs }),
+        }
+    }
+}
+
+fn same_volumes(group: &Name, stored: &[Volume], given: &[Volume]) -> Result<(), SessionError> {
+    if stored.len() != given.len() {
+        return Err(SessionError::VolumeCount { group: group.clone(), stored: stored.len(), given: given.len() });
+    }
+    for (i, (s, g)) in stored.iter().zip(given).enumerate() {
+        if s.name != g.name {
+            let (stored, given) = (s.name.clone(), g.name.clone());
+            return Err(SessionError::VolumeName { group: group.clone(), number: i + 1, stored, given });
+        }
+        if s.size_bytes != g.size_bytes {
+            let (stored, given) = (s.size_bytes, g.size_bytes);
+            return Err(SessionError::VolumeSize { group: group.clone(), volume: s.name.clone(), stored, given });
+        }
+    }
+    Ok(())
+}
+
+impl Streaming {
+    fn pass(mut self, header: PassHeader) -> Result<Self, SessionError> {
+        let due = self.open.as_ref().filter(|o| !o.complete).map_or((self.sealed.next(), 0), |o| (o.epoch, o.passes));
+        if (header.epoch, u32::from(header.pass)) != due || self.pass.is_some() {
+            let (due_epoch, due_pass) = due;
+            return Err(SessionError::Order { epoch: header.epoch, pass: header.pass, due_epoch, due_pass });
+        }
+        self.open.get_or_insert_with(|| OpenEpoch { epoch: header.epoch, passes: 0, complete: false, tally: Tally::default() });
+        self.pass = Some(header);
+        Ok(self)
+    }
+
+    fn pass_end(mut self, out: &mut Vec<Action>) -> Result<Self, SessionError> {
+        if let (Some(pass), Some(open)) = (self.pass.take(), self.open.as_mut()) {
+            open.passes += 1;
+            open.complete = pass.kind == PassKind::Frozen;
+        }
+        self.try_commit(out)
+    }
+
+    /// The epoch begins again from pass 0, if it does. Seals that are here already stay: a primary seals an epoch after all of
+    /// its passes, so a seal of the epoch whose pass was reset is of its next try, and overtook the reset.
+    fn pass_reset(mut self, out: &mut Vec<Action>) -> Self {
+        self.pass = None;
+        self.open = None;
+        out.push(Action::Abandon);
+        self
+    }
+
+    fn seal(mut self, seal: Seal, out: &mut Vec<Action>) -> Result<Self, SessionError> {
+        if seal.generation != self.generation {
+            return Err(SessionError::SealGeneration { ours: self.generation, theirs: seal.generation });
+        }
+        let due = self.seals.back().map_or(self.sealed, |s| s.epoch).next();
+        if seal.epoch != due {
+            return Err(SessionError::SealOrder { epoch: seal.epoch, due });
+        }
+        if self.seals.len() + self.committing.len() >= usize::from(EPOCHS_IN_FLIGHT_MAX) {
+            return Err(SessionError::InFlight);
+        }
+        self.seals.push_back(seal);
+        self.try_commit(out)
+    }
+
+    fn try_commit(mut self, out: &mut Vec<Action>) -> Result<Self, SessionError> {
+        let complete = self.open.as_ref().is_some_and(|o| o.complete);
+        let Some(seal) = self.seals.pop_front_if(|_| complete) else { return Ok(self) };
+        let Some(open) = self.open.take() else { return Ok(self) };
+        let epoch = seal.epoch;
+        let t = &open.tally;
+        let differ = |what| Err(SessionError::SealMismatch { epoch, what });
+        if open.passes != seal.passes {
+            return differ("passes");
+        }
+        if (t.frames, t.frame_bytes, t.data_blocks, t.zero_blocks)
+            != (seal.frames, seal.frame_bytes, seal.data_blocks, seal.zero_blocks)
+        {
+            return differ("counts");
+        }
+        if !t.matches(&seal) {
+            return differ("digests");
+        }
+        self.sealed = epoch;
+        self.committing.push_back(seal.point());
+        out.push(Action::Commit(seal));
+        Ok(self)
+    }
+
+    fn committed(mut self, point: Point, out: &mut Vec<Action>) -> Self {
+        debug_assert_eq!(self.committing.front(), Some(&point), "commits are done in order");
+        self.committing.pop_front();
+        out.push(Action::Send(Message::Committed { point }));
+        self
+    }
+}

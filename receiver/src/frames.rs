@@ -1,0 +1,273 @@
+//! Reads frames back out of a group's journal: where they are, open segment files, and a bounded cache of decoded frames.
+//!
+//! Every read verifies the frame's checksums; a frame that does not fit is an error with file and offset, never data.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+use proto::codec::DecodeError;
+use proto::units::BLOCK_BYTES;
+use proto::{BlockExtent, Frame};
+
+use crate::index::{FrameId, FramePlace, FrameTable};
+use crate::journal::segment_path;
+
+/// Decoded bytes kept for one group. When full, the frame that was not used for longest goes.
+pub const FRAME_CACHE_BYTES: usize = 8 << 20;
+/// Open segment files kept for one group. When full, the one that was not used for longest is closed.
+pub const OPEN_SEGMENTS_MAX: usize = 64;
+
+/// Why a frame cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FrameError {
+    /// The index speaks of a frame that the table does not have.
+    #[error("{}: frame {frame} is not in the journal: this is a defect, please report it", path.display())]
+    Unknown {
+        /// The journal's folder.
+        path: PathBuf,
+        /// Its number.
+        frame: u32,
+    },
+    /// The bytes in the journal are not the frame that was committed.
+    #[error("{}: the frame at offset {offset} is damaged ({source}): run `twinsite check`", path.display())]
+    Damaged {
+        /// The segment.
+        path: PathBuf,
+        /// Where the frame starts.
+        offset: u64,
+        /// What does not fit.
+        source: DecodeError,
+    },
+    /// The file cannot be read.
+    #[error("{}: cannot read the frame at offset {offset}: {source}", path.display())]
+    Io {
+        /// The segment.
+        path: PathBuf,
+        /// Where the frame starts.
+        offset: u64,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A frame's blocks, decoded.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    volume: u16,
+    /// First block, and the position of its content in blocks.
+    extents: Vec<(u64, u32, u32)>,
+    content: Vec<u8>,
+}
+
+impl Decoded {
+    fn new(volume: u16, extents: &[BlockExtent], content: Vec<u8>) -> Self {
+        let mut at = 0;
+        let place = |e: &BlockExtent| {
+            let entry = (e.start.0, e.blocks, at);
+            at += e.blocks;
+            entry
+        };
+        Self { volume, extents: extents.iter().map(place).collect(), content }
+    }
+
+    /// The content from `block` on, as far as blocks follow each other; `None` if the frame does not hold it.
+    pub(crate) fn from(&self, volume: usize, block: u64) -> Option<&[u8]> {
+        if usize::from(self.volume) != volume {
+            return None;
+        }
+        let i = self.extents.partition_point(|(start, ..)| *start <= block).checked_sub(1)?;
+        let (start, blocks, at) = *self.extents.get(i)?;
+        let skip = block - start;
+        if skip >= u64::from(blocks) {
+            return None;
+        }
+        let block_bytes = BLOCK_BYTES as usize;
+        let from = (at as usize + skip as usize) * block_bytes;
+        self.content.get(from..(at + blocks) as usize * block_bytes)
+    }
+}
+
+/// The frames of a group's journal.
+#[derive(Debug)]
+pub(crate) struct FrameStore {
+    folder: PathBuf,
+    volume_blocks: Arc<[u64]>,
+    pub(crate) table: RwLock<FrameTable>,
+    files: Mutex<Lru<u32, Arc<File>>>,
+    cache: Mutex<Lru<u32, Arc<Decoded>>>,
+}
+
+impl FrameStore {
+    pub(crate) fn new(folder: &Path, volume_blocks: Arc<[u64]>) -> Self {
+        Self {
+            folder: folder.to_owned(),
+            volume_blocks,
+            table: RwLock::default(),
+            files: Mutex::new(Lru::new(OPEN_SEGMENTS_MAX)),
+            cache: Mutex::new(Lru::new(FRAME_CACHE_BYTES)),
+        }
+    }
+
+    /// The frame, if it is decoded already.
+    pub(crate) fn cached(&self, frame: FrameId) -> Option<Arc<Decoded>> {
+        self.cache.lock().get(frame.0)
+    }
+
+    /// Forgets decoded frames from `first` on, whose numbers are given again.
+    pub(crate) fn forget_from(&self, first: u32) {
+        self.cache.lock().retain(|frame| frame < first);
+    }
+
+    /// Bytes of decoded frames held now.
+    pub(crate) fn cache_bytes(&self) -> usize {
+        self.cache.lock().used
+    }
+
+    /// Reads, verifies and decodes a frame.
+    pub(crate) fn load(&self, frame: FrameId) -> Result<Arc<Decoded>, FrameError> {
+        if let Some(decoded) = self.cached(frame) {
+            return Ok(decoded);
+        }
+        let (place, mut bytes) = self.place(frame)?;
+        let path = segment_path(&self.folder, place.segment);
+        let file =
+            self.file(place.segment).map_err(|source| FrameError::Io { path: path.clone(), offset: place.offset, source })?;
+        let n = crate::disk::read_up_to(&file, &mut bytes, place.offset).map_err(|source| FrameError::Io {
+            path,
+            offset: place.offset,
+            source,
+        })?;
+        self.decode(frame, place, bytes.get(..n).unwrap_or_default())
+    }
+
+    fn place(&self, frame: FrameId) -> Result<(FramePlace, Vec<u8>), FrameError> {
+        let place = self.table.read().get(frame);
+        let place = place.ok_or_else(|| FrameError::Unknown { path: self.folder.clone(), frame: frame.0 })?;
+        Ok((place, vec![0; place.bytes_max]))
+    }
+
+    fn decode(&self, id: FrameId, place: FramePlace, bytes: &[u8]) -> Result<Arc<Decoded>, FrameError> {
+        let damaged =
+            |source| FrameError::Damaged { path: segment_path(&self.folder, place.segment), offset: place.offset, source };
+        let short = DecodeError::Truncated { what: "frame", needed: 40, left: bytes.len() };
+        let head = bytes.first_chunk().ok_or(short.clone()).map_err(damaged)?;
+        let header = proto::FrameHeader::decode(head).map_err(damaged)?;
+        let whole = bytes.get(..header.frame_bytes()).ok_or(short).map_err(damaged)?;
+        let volume = header.volume.0;
+        let blocks = self.volume_blocks.get(usize::from(volume)).copied();
+        let blocks = blocks.ok_or(DecodeError::Unknown { what: "frame volume", value: volume.into() }).map_err(damaged)?;
+        let frame = Frame::decode(whole, blocks).map_err(damaged)?;
+        let decoded = Arc::new(Decoded::new(volume, &frame.extents, frame.content().map_err(damaged)?));
+        self.cache.lock().put(id.0, Arc::clone(&decoded), decoded.content.len());
+        Ok(decoded)
+    }
+
+    fn file(&self, segment: u32) -> io::Result<Arc<File>> {
+        let mut files = self.files.lock();
+        if let Some(file) = files.get(segment) {
+            return Ok(file);
+        }
+        let file = Arc::new(File::open(segment_path(&self.folder, segment))?);
+        files.put(segment, Arc::clone(&file), 1);
+        Ok(file)
+    }
+
+    /// Closes files of segments from `first` on: they may be removed and made anew.
+    pub(crate) fn close_from(&self, first: u32) {
+        self.files.lock().retain(|segment| segment < first);
+    }
+
+    /// The error that `frame` does not hold what the index says it does.
+    pub(crate) fn mismatch(&self, frame: FrameId) -> FrameError {
+        let place = self.table.read().get(frame);
+        let (segment, offset) = place.map_or((0, 0), |p| (p.segment, p.offset));
+        let source = DecodeError::Rule { what: "frame", rule: "holds the blocks that it held when it was committed" };
+        FrameError::Damaged { path: segment_path(&self.folder, segment), offset, source }
+    }
+}
+
+/// A map with a bounded total cost; the entry not used for longest goes first.
+#[derive(Debug)]
+struct Lru<K, V> {
+    entries: std::collections::HashMap<K, (V, usize, u64)>,
+    order: std::collections::BTreeMap<u64, K>,
+    clock: u64,
+    used: usize,
+    limit: usize,
+}
+
+impl<K: Copy + Eq + std::hash::Hash, V: Clone> Lru<K, V> {
+    fn new(limit: usize) -> Self {
+        Self { entries: Default::default(), order: Default::default(), clock: 0, used: 0, limit }
+    }
+
+    fn get(&mut self, key: K) -> Option<V> {
+        let (value, _, stamp) = self.entries.get_mut(&key)?;
+        self.clock += 1;
+        self.order.remove(stamp);
+        self.order.insert(self.clock, key);
+        *stamp = self.clock;
+        Some(value.clone())
+    }
+
+    fn put(&mut self, key: K, value: V, cost: usize) {
+        self.remove(key);
+        self.clock += 1;
+        self.entries.insert(key, (value, cost, self.clock));
+        self.order.insert(self.clock, key);
+        self.used += cost;
+        while self.used > self.limit
+            && let Some((_, oldest)) = self.order.first_key_value().map(|(s, k)| (*s, *k))
+        {
+            self.remove(oldest);
+        }
+    }
+
+    fn remove(&mut self, key: K) {
+        if let Some((_, cost, stamp)) = self.entries.remove(&key) {
+            self.order.remove(&stamp);
+            self.used -= cost;
+        }
+    }
+
+    fn retain(&mut self, keep: impl Fn(K) -> bool) {
+        let gone: Vec<K> = self.entries.keys().copied().filter(|k| !keep(*k)).collect();
+        for key in gone {
+            self.remove(key);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_stays_within_its_limit_and_keeps_what_is_used() {
+        let mut lru = Lru::new(10);
+        for key in 0..5 {
+            lru.put(key, key, 2);
+        }
+        assert_eq!(lru.get(0), Some(0));
+        lru.put(9, 9, 3);
+        assert_eq!((lru.get(0), lru.get(1), lru.get(2)), (Some(0), None, None));
+        assert!(lru.used <= 10);
+        lru.put(0, 7, 2);
+        lru.retain(|k| k == 0);
+        assert_eq!((lru.used, lru.get(0)), (2, Some(7)));
+    }
+
+    #[test]
+    fn a_frame_gives_blocks_as_far_as_they_follow_each_other() {
+        let extent = |start, blocks| BlockExtent { start: proto::BlockIndex(start), blocks };
+        let content: Vec<u8> = (0..3_u8).flat_map(|b| vec![b; 4096]).collect();
+        let decoded = Decoded::new(1, &[extent(5, 2), extent(9, 1)], content);
+        assert_eq!(decoded.from(1, 5).map(<[u8]>::len), Some(8192));
+        assert_eq!(decoded.from(1, 6).map(|c| (c.len(), c[0])), Some((4096, 1)));
+        assert_eq!(decoded.from(1, 9).map(|c| (c.len(), c[0])), Some((4096, 2)));
+        assert!(decoded.from(1, 7).is_none() && decoded.from(1, 4).is_none() && decoded.from(0, 5).is_none());
+    }
+}

@@ -1,0 +1,668 @@
+//! One group at the receiver: what everyone may look at, and the thread that alone writes its journal.
+//!
+//! All changes of a group go through one bounded channel to its own thread, so file I/O never runs on the async threads, a
+//! session that lost the group cannot write (its commands carry its number), and a promotion stands between two
+//! commits, never in one. Frames of the next epoch wait in the channel while the thread syncs.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use parking_lot::{Mutex, RwLock};
+use proto::fencing::GroupRole;
+use proto::units::blocks_of;
+use proto::{BlockExtent, EpochId, Fingerprint, FrameHeader, FrameKind, Generation, Name, Point, Seal};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::batch::Batch;
+use crate::core::{Cause, StoredGroup};
+use crate::fork::OpenFork;
+use crate::frames::FrameStore;
+use crate::index::Index;
+use crate::journal::{self, Expected, Item, Journal, JournalError, JournalOptions, Mark, Payloads, Sink, Walker};
+use crate::store::GroupFolder;
+use crate::superblock::{ForkInUse, SuperblockError, SuperblockFile, Volume};
+
+/// Commands waiting for a group's thread, most of them batches of up to 390 KiB. When full, the session stops reading, QUIC flow
+/// control stops the primary, and its current epoch grows.
+pub const GROUP_QUEUE_MAX: usize = 16;
+/// Events waiting for a session. Never full: a session has at most so many commits in flight, and one event ends it.
+const SESSION_EVENTS_MAX: usize = crate::core::EPOCHS_IN_FLIGHT_MAX as usize + 4;
+
+/// Why a group cannot be opened, read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum GroupError {
+    /// Its superblock.
+    #[error(transparent)]
+    Superblock(#[from] SuperblockError),
+    /// Its journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Its thread.
+    #[error("cannot start the thread of group '{group}': {source}")]
+    Thread {
+        /// The group.
+        group: Name,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Its thread is gone.
+    #[error("group '{group}' is closed: the node is stopping")]
+    Closed {
+        /// The group.
+        group: Name,
+    },
+    /// No such point.
+    #[error("group '{group}' has no point {point}: see `twinsite points {group}`")]
+    NoPoint {
+        /// The group.
+        group: Name,
+        /// The point.
+        point: Point,
+    },
+    /// No point at all.
+    #[error("group '{group}' has no committed point yet: its first sync is not done")]
+    Empty {
+        /// The group.
+        group: Name,
+    },
+    /// Promoted already, from another point.
+    #[error("group '{group}' is active already, from point {active}: it cannot be activated from point {wanted} too")]
+    ActiveElsewhere {
+        /// The group.
+        group: Name,
+        /// The point in use.
+        active: Point,
+        /// The point asked for.
+        wanted: Point,
+    },
+    /// The client's space is used up.
+    #[error("client '{client}' has used its {max} bytes of space: raise `space_max` or remove points")]
+    Space {
+        /// The client.
+        client: Name,
+        /// The limit.
+        max: u64,
+    },
+    /// Its fork.
+    #[error(transparent)]
+    Fork(#[from] crate::fork::ForkError),
+}
+
+/// What a client's groups take, against its limit.
+#[derive(Debug, Default)]
+pub(crate) struct Usage {
+    pub(crate) used: AtomicU64,
+    pub(crate) max: Option<u64>,
+}
+
+/// A committed point.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PointEntry {
+    pub(crate) point: Point,
+    pub(crate) cut_unix_us: u64,
+    pub(crate) first_write_unix_us: u64,
+    pub(crate) frame_bytes: u64,
+    pub(crate) data_blocks: u64,
+    pub(crate) zero_blocks: u64,
+    pub(crate) end: Mark,
+}
+
+impl PointEntry {
+    fn new(seal: &Seal, end: Mark) -> Self {
+        Self {
+            point: seal.point(),
+            cut_unix_us: seal.cut_unix_us,
+            first_write_unix_us: seal.first_write_unix_us,
+            frame_bytes: seal.frame_bytes,
+            data_blocks: seal.data_blocks,
+            zero_blocks: seal.zero_blocks,
+            end,
+        }
+    }
+}
+
+/// Number of a session; never used twice by a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct SessionId(pub(crate) u64);
+
+/// Who replicates now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
+    pub(crate) since_unix_us: u64,
+    pub(crate) interval_ms: u32,
+}
+
+/// What a group tells the session that has it.
+#[derive(Debug)]
+pub(crate) enum GroupEvent {
+    Committed(Point),
+    Superseded,
+    Fenced(Generation),
+    Storage(Cause),
+}
+
+/// Answer to a claim.
+#[derive(Debug)]
+pub(crate) enum Claimed {
+    Yes { committed: Option<Point> },
+    /// Generation or role are not what they were when the group was looked up.
+    Changed,
+    No(Cause),
+}
+
+/// A fork that was promised durably.
+#[derive(Clone, Debug)]
+pub(crate) struct Promoted {
+    pub(crate) generation: Generation,
+    pub(crate) fork: ForkInUse,
+}
+
+enum Command {
+    Claim {
+        session: SessionId,
+        peer: Peer,
+        generation: Generation,
+        events: mpsc::Sender<GroupEvent>,
+        reply: oneshot::Sender<Claimed>,
+    },
+    Append {
+        session: SessionId,
+        batch: Batch,
+    },
+    Commit {
+        session: SessionId,
+        seal: Seal,
+    },
+    Abandon {
+        session: SessionId,
+    },
+    Release {
+        session: SessionId,
+        reason: String,
+    },
+    Promote {
+        point: Option<Point>,
+        reply: oneshot::Sender<Result<Promoted, GroupError>>,
+    },
+    Stop,
+}
+
+/// What holds now, for readers.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) generation: Generation,
+    pub(crate) role: GroupRole,
+    pub(crate) fork: Option<ForkInUse>,
+    pub(crate) index: Index,
+    pub(crate) points: Vec<PointEntry>,
+    pub(crate) peer: Option<Peer>,
+    pub(crate) last_error: Option<String>,
+    pub(crate) journal_bytes: u64,
+}
+
+/// The part that the thread, sessions and readers share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) folder: GroupFolder,
+    pub(crate) expected: Expected,
+    pub(crate) owner: Fingerprint,
+    pub(crate) volumes: Vec<Volume>,
+    pub(crate) state: RwLock<State>,
+    pub(crate) frames: FrameStore,
+    pub(crate) bytes_received: AtomicU64,
+}
+
+/// A handle to a group.
+#[derive(Debug)]
+pub(crate) struct Group {
+    pub(crate) shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// The fork in use, once it is open; also what keeps two failovers of one group from running at once.
+    pub(crate) active: tokio::sync::Mutex<Option<Arc<OpenFork>>>,
+}
+
+/// Collects what recovery finds.
+struct Recovered<'a> {
+    committed: Index,
+    pending: Index,
+    points: Vec<PointEntry>,
+    frames: &'a FrameStore,
+    next_committed: u32,
+}
+
+impl Sink for Recovered<'_> {
+    fn frame(&mut self, segment: u32, offset: u64, header: &FrameHeader, extents: &[BlockExtent]) {
+        let mut table = self.frames.table.write();
+        apply_frame(&mut table, &mut self.pending, segment, offset, header.volume, header.kind, extents);
+    }
+
+    fn sealed(&mut self, seal: &Seal, end: Mark) {
+        self.committed = self.pending.clone();
+        self.points.push(PointEntry::new(seal, end));
+        self.next_committed = next_frame(self.frames);
+    }
+
+    fn dropped(&mut self) {
+        self.pending = self.committed.clone();
+        self.frames.table.write().truncate(self.next_committed);
+    }
+}
+
+fn next_frame(frames: &FrameStore) -> u32 {
+    frames.table.read().next().map_or(u32::MAX, |f| f.0)
+}
+
+/// Enters a frame into table and index. The same order of frames gives the same numbers, here and in every rebuild.
+fn apply_frame(
+    table: &mut crate::index::FrameTable,
+    index: &mut Index,
+    segment: u32,
+    offset: u64,
+    volume: proto::VolumeIndex,
+    kind: FrameKind,
+    extents: &[BlockExtent],
+) {
+    let id =
+        if kind == FrameKind::Zero { crate::index::FrameId::ZERO } else { table.next().unwrap_or(crate::index::FrameId::MAX) };
+    if kind == FrameKind::Data {
+        table.push(segment, u32::try_from(offset).unwrap_or(u32::MAX));
+    }
+    index.apply(volume, kind, extents, id);
+}
+
+impl Group {
+    /// Opens a group's folder with recovery and starts its thread.
+    pub(crate) fn open(folder: GroupFolder, usage: Arc<Usage>, options: JournalOptions) -> Result<Arc<Self>, GroupError> {
+        let superblock = SuperblockFile::open(&folder.path)?;
+        let block = superblock.get().clone();
+        let volume_blocks: Arc<[u64]> = block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect();
+        let expected = Expected {
+            group_id: block.group_id,
+            first_segment: block.first_segment,
+            base: block.base,
+            volume_blocks: Arc::clone(&volume_blocks),
+        };
+        let frames = FrameStore::new(&folder.journal(), volume_blocks);
+        let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes));
+        let mut found =
+            Recovered { committed: empty.clone(), pending: empty, points: Vec::new(), frames: &frames, next_committed: 0 };
+        let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
+        let Recovered { committed, points, .. } = found;
+        let newest = points.last().map(|p| p.point).or(block.base);
+        journal.expect(newest.map_or(EpochId(1), |p| p.epoch.next()));
+        usage.used.fetch_add(journal.bytes(), Ordering::Relaxed);
+        let state = State {
+            generation: block.generation,
+            role: block.role,
+            fork: block.fork.clone(),
+            index: committed.clone(),
+            points,
+            peer: None,
+            last_error: None,
+            journal_bytes: journal.bytes(),
+        };
+        let shared = Arc::new(Shared {
+            folder,
+            expected,
+            owner: block.owner,
+            volumes: block.volumes,
+            state: RwLock::new(state),
+            frames,
+            bytes_received: AtomicU64::new(0),
+        });
+        let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
+        let mut worker = Worker {
+            counted: journal.bytes(),
+            next_committed: next_frame(&shared.frames),
+            shared: Arc::clone(&shared),
+            journal,
+            superblock,
+            pending: committed,
+            session: None,
+            usage,
+        };
+        let name = shared.folder.group.clone();
+        let thread = std::thread::Builder::new()
+            .name(format!("group-{name}"))
+            .spawn(move || worker.run(inbox))
+            .map_err(|source| GroupError::Thread { group: name, source })?;
+        Ok(Arc::new(Self { shared, commands, thread: Mutex::new(Some(thread)), active: tokio::sync::Mutex::new(None) }))
+    }
+
+    pub(crate) fn stored(&self, key: Fingerprint) -> StoredGroup {
+        self.shared.stored(key)
+    }
+
+    /// Takes the group over for a session. When this answers yes, no session before it writes any more.
+    pub(crate) async fn claim(
+        &self,
+        session: SessionId,
+        peer: Peer,
+        generation: Generation,
+    ) -> (Claimed, mpsc::Receiver<GroupEvent>) {
+        let (events, inbox) = mpsc::channel(SESSION_EVENTS_MAX);
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Claim { session, peer, generation, events, reply }).await;
+        let closed = || Claimed::No(Arc::new(GroupError::Closed { group: self.shared.folder.group.clone() }));
+        (answer.await.unwrap_or_else(|_| closed()), inbox)
+    }
+
+    /// Hands frames over; waits while the queue is full. A session that lost the group is told by its events.
+    pub(crate) async fn append(&self, session: SessionId, batch: Batch) {
+        let _ = self.commands.send(Command::Append { session, batch }).await;
+    }
+
+    pub(crate) async fn commit(&self, session: SessionId, seal: Seal) {
+        let _ = self.commands.send(Command::Commit { session, seal }).await;
+    }
+
+    pub(crate) async fn abandon(&self, session: SessionId) {
+        let _ = self.commands.send(Command::Abandon { session }).await;
+    }
+
+    pub(crate) async fn release(&self, session: SessionId, reason: String) {
+        let _ = self.commands.send(Command::Release { session, reason }).await;
+    }
+
+    /// Raises the generation durably and promises the fork of `point`. Asked again, it answers the same.
+    pub(crate) async fn promote(&self, point: Option<Point>) -> Result<Promoted, GroupError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Promote { point, reply }).await;
+        answer.await.unwrap_or_else(|_| Err(GroupError::Closed { group: self.shared.folder.group.clone() }))
+    }
+
+    pub(crate) fn queue_used(&self) -> usize {
+        GROUP_QUEUE_MAX - self.commands.capacity()
+    }
+
+    /// Stops the thread after what is in its queue.
+    pub(crate) async fn stop(&self) {
+        let _ = self.commands.send(Command::Stop).await;
+        self.commands.closed().await;
+        let thread = self.thread.lock().take();
+        if let Some(thread) = thread {
+            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn stored(&self, key: Fingerprint) -> StoredGroup {
+        let state = self.state.read();
+        StoredGroup { generation: state.generation, role: state.role, owned: self.owner == key, volumes: self.volumes.clone() }
+    }
+
+    /// The index at `point`: at once for the newest, else by walking the journal's headers up to it.
+    pub(crate) fn index_at(&self, point: Point) -> Result<Index, GroupError> {
+        let entry = {
+            let state = self.state.read();
+            if state.points.last().is_some_and(|p| p.point == point) {
+                return Ok(state.index.clone());
+            }
+            let i = state.points.binary_search_by_key(&point, |p| p.point).ok();
+            i.and_then(|i| state.points.get(i)).copied()
+        };
+        let group = || self.folder.group.clone();
+        let Some(entry) = entry else { return Err(GroupError::NoPoint { group: group(), point }) };
+        let folder = self.folder.journal();
+        let list = |source| JournalError::Io { path: folder.clone(), what: "list", source };
+        let mut walker = Walker::new(&folder, self.expected.clone(), Some(entry.end), (Payloads::Skip, 0)).map_err(list)?;
+        let mut index = Index::new(self.volumes.iter().map(|v| v.size_bytes));
+        let mut table = crate::index::FrameTable::default();
+        loop {
+            match walker.next() {
+                Ok(Some(Item::Frame { segment, offset, header, extents, .. })) => {
+                    apply_frame(&mut table, &mut index, segment, offset, header.volume, header.kind, &extents);
+                }
+                Ok(Some(Item::Seal { seal, .. })) if seal.point() == point => return Ok(index),
+                Ok(Some(Item::Seal { .. })) => {}
+                Ok(None) => return Err(GroupError::NoPoint { group: group(), point }),
+                Err(bad) => return Err(JournalError::Unreadable { bad: bad.into() }.into()),
+            }
+        }
+    }
+}
+
+struct ActiveSession {
+    id: SessionId,
+    events: mpsc::Sender<GroupEvent>,
+}
+
+/// The thread's own state.
+struct Worker {
+    shared: Arc<Shared>,
+    journal: Journal,
+    superblock: SuperblockFile,
+    /// The index with the epoch that is arriving; nobody else sees it.
+    pending: Index,
+    next_committed: u32,
+    session: Option<ActiveSession>,
+    usage: Arc<Usage>,
+    /// Journal bytes that are in `usage`.
+    counted: u64,
+}
+
+impl Worker {
+    fn run(&mut self, mut inbox: mpsc::Receiver<Command>) {
+        while let Some(command) = inbox.blocking_recv() {
+            match command {
+                Command::Claim { session, peer, generation, events, reply } => {
+                    let _ = reply.send(self.claim(session, peer, generation, events));
+                }
+                Command::Append { session, batch } if self.has(session) => {
+                    let done = self.append(&batch);
+                    self.end_on_error(done);
+                }
+                Command::Commit { session, seal } if self.has(session) => {
+                    let done = self.commit(&seal);
+                    self.end_on_error(done);
+                }
+                Command::Abandon { session } if self.has(session) => {
+                    let done = self.abandon();
+                    self.end_on_error(done);
+                }
+                Command::Release { session, reason } if self.has(session) => {
+                    self.session = None;
+                    let done = self.abandon();
+                    {
+                        let mut state = self.shared.state.write();
+                        state.peer = None;
+                        state.last_error = Some(reason);
+                    }
+                    self.end_on_error(done);
+                }
+                // Of a session that lost the group.
+                Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
+                Command::Promote { point, reply } => {
+                    let _ = reply.send(self.promote(point));
+                }
+                Command::Stop => break,
+            }
+        }
+        self.stop();
+    }
+
+    fn has(&self, session: SessionId) -> bool {
+        self.session.as_ref().is_some_and(|s| s.id == session)
+    }
+
+    fn claim(&mut self, id: SessionId, peer: Peer, generation: Generation, events: mpsc::Sender<GroupEvent>) -> Claimed {
+        let (role, ours) = (self.superblock.get().role, self.superblock.get().generation);
+        if role != GroupRole::Replica || ours != generation {
+            return Claimed::Changed;
+        }
+        self.end_session(GroupEvent::Superseded);
+        if let Err(error) = self.abandon() {
+            let cause: Cause = Arc::new(error);
+            self.note(&cause);
+            return Claimed::No(cause);
+        }
+        self.session = Some(ActiveSession { id, events });
+        let mut state = self.shared.state.write();
+        state.peer = Some(peer);
+        state.last_error = None;
+        Claimed::Yes { committed: state.points.last().map(|p| p.point).or(self.superblock.get().base) }
+    }
+
+    fn append(&mut self, batch: &Batch) -> Result<(), GroupError> {
+        let bytes = batch.bytes.len() as u64;
+        if let Some(max) = self.usage.max
+            && self.usage.used.load(Ordering::Relaxed) + bytes > max
+        {
+            return Err(GroupError::Space { client: self.shared.folder.client.clone(), max });
+        }
+        let mut table = self.shared.frames.table.write();
+        if u64::from(next_of(&table)) + batch.frames.len() as u64 > u64::from(crate::index::FrameId::MAX.0) {
+            return Err(JournalError::Full { path: self.shared.folder.journal() }.into());
+        }
+        drop(table);
+        let (segment, mut offset) = self.journal.append(&batch.bytes)?;
+        self.count();
+        self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+        let mut extents = batch.extents.as_slice();
+        table = self.shared.frames.table.write();
+        for frame in &batch.frames {
+            let (now, later) = extents.split_at(usize::from(frame.extents));
+            apply_frame(&mut table, &mut self.pending, segment, offset, frame.volume, frame.kind, now);
+            extents = later;
+            offset += u64::from(frame.bytes);
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, seal: &Seal) -> Result<(), GroupError> {
+        let end = self.journal.commit(seal)?;
+        self.count();
+        self.next_committed = next_frame(&self.shared.frames);
+        let snapshot = self.pending.clone();
+        {
+            let mut state = self.shared.state.write();
+            state.index = snapshot;
+            state.points.push(PointEntry::new(seal, end));
+            state.journal_bytes = self.journal.bytes();
+        }
+        self.tell(GroupEvent::Committed(seal.point()));
+        Ok(())
+    }
+
+    fn abandon(&mut self) -> Result<(), GroupError> {
+        self.pending = self.shared.state.read().index.clone();
+        self.shared.frames.table.write().truncate(self.next_committed);
+        self.shared.frames.forget_from(self.next_committed);
+        let keep = self.shared.state.read().points.last().map_or(0, |p| p.end.segment + 1);
+        self.shared.frames.close_from(keep);
+        let done = self.journal.abandon();
+        self.count();
+        self.shared.state.write().journal_bytes = self.journal.bytes();
+        Ok(done?)
+    }
+
+    /// Generation, role and the promise of the fork are one write of the superblock: before it nothing has happened, after it
+    /// everything that is left can be done again.
+    fn promote(&mut self, point: Option<Point>) -> Result<Promoted, GroupError> {
+        let block = self.superblock.get().clone();
+        let group = || self.shared.folder.group.clone();
+        if let (GroupRole::Active, Some(fork)) = (block.role, &block.fork) {
+            return match point {
+                Some(wanted) if wanted != fork.point => {
+                    Err(GroupError::ActiveElsewhere { group: group(), active: fork.point, wanted })
+                }
+                _ => Ok(Promoted { generation: block.generation, fork: fork.clone() }),
+            };
+        }
+        let (newest, known) = {
+            let state = self.shared.state.read();
+            let known = |p: &Point| state.points.binary_search_by_key(p, |e| e.point).is_ok();
+            (state.points.last().map(|p| p.point), point.as_ref().is_none_or(known))
+        };
+        let Some(newest) = newest else { return Err(GroupError::Empty { group: group() }) };
+        let point = point.unwrap_or(newest);
+        if !known {
+            return Err(GroupError::NoPoint { group: group(), point });
+        }
+        let generation = Generation(block.generation.0 + 1);
+        let name = format!("active-{generation}").parse();
+        let Ok(name) = name else { return Err(GroupError::NoPoint { group: group(), point }) };
+        let fork = ForkInUse { name, point };
+        // All points up to here were synced when they were committed.
+        self.superblock.write(crate::superblock::Superblock {
+            generation,
+            role: GroupRole::Active,
+            fork: Some(fork.clone()),
+            synced: Some(newest),
+            ..block
+        })?;
+        {
+            let mut state = self.shared.state.write();
+            state.generation = generation;
+            state.role = GroupRole::Active;
+            state.fork = Some(fork.clone());
+        }
+        self.end_session(GroupEvent::Fenced(generation));
+        if let Err(error) = self.abandon() {
+            // The unsealed end is dropped at the next start then; no point is touched by it.
+            tracing::warn!("{error}");
+        }
+        Ok(Promoted { generation, fork })
+    }
+
+    fn stop(&mut self) {
+        if let Err(error) = self.abandon() {
+            tracing::warn!("{error}");
+        }
+        let newest = self.shared.state.read().points.last().map(|p| p.point);
+        if newest != self.superblock.get().synced && !self.journal.is_poisoned() {
+            let block = crate::superblock::Superblock { synced: newest, ..self.superblock.get().clone() };
+            if let Err(error) = self.superblock.write(block) {
+                tracing::warn!("{error}");
+            }
+        }
+    }
+
+    fn end_on_error(&mut self, done: Result<(), GroupError>) {
+        let Err(error) = done else { return };
+        let cause: Cause = Arc::new(error);
+        self.note(&cause);
+        self.end_session(GroupEvent::Storage(Arc::clone(&cause)));
+        if let Err(error) = self.abandon() {
+            let cause: Cause = Arc::new(error);
+            self.note(&cause);
+        }
+    }
+
+    fn note(&self, cause: &Cause) {
+        tracing::error!("{}/{}: {cause}", self.shared.folder.client, self.shared.folder.group);
+        self.shared.state.write().last_error = Some(cause.to_string());
+    }
+
+    fn tell(&self, event: GroupEvent) {
+        if let Some(session) = &self.session {
+            // Full or gone: the session is on its way out, and its primary learns the commit from the next welcome.
+            let _ = session.events.try_send(event);
+        }
+    }
+
+    fn end_session(&mut self, event: GroupEvent) {
+        self.tell(event);
+        self.session = None;
+        self.shared.state.write().peer = None;
+    }
+
+    fn count(&mut self) {
+        let now = self.journal.bytes();
+        if now >= self.counted {
+            self.usage.used.fetch_add(now - self.counted, Ordering::Relaxed);
+        } else {
+            self.usage.used.fetch_sub(self.counted - now, Ordering::Relaxed);
+        }
+        self.counted = now;
+    }
+}
+
+fn next_of(table: &crate::index::FrameTable) -> u32 {
+    table.next().map_or(u32::MAX, |f| f.0)
+}

@@ -1,0 +1,288 @@
+//! The append-only log of committed epochs.
+//!
+//! Owns the segment files of one group. Always holds: everything up to the last seal is durable and never changes; what is
+//! after it belongs to the one epoch that is arriving and can be cut off at any time. Knows nothing of sessions, and does
+//! not look into payloads.
+
+mod record;
+mod recover;
+mod segment;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use proto::{EpochId, Point, Seal};
+
+pub(crate) use record::Payloads;
+pub(crate) use recover::{Sink, open};
+pub use segment::{
+    FIRST_SEGMENT, GroupId, PLACED_SEAL_BYTES, SEGMENT_HEADER_BYTES, SEGMENT_MAGIC, SegmentHeader, layout, segment_path,
+};
+pub(crate) use segment::{encode_placed_seal, list_segments};
+pub(crate) use walk::{Bad, Expected, Item, Mark, Walker};
+
+/// A record that does not fit: file, offset, reason.
+#[derive(Debug, thiserror::Error)]
+#[error(transparent)]
+pub struct BadRecord(#[from] Box<Bad>);
+
+impl From<Bad> for BadRecord {
+    fn from(bad: Bad) -> Self {
+        Self(Box::new(bad))
+    }
+}
+
+/// Why a journal cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    /// A file operation failed.
+    #[error("{}: cannot {what} the journal: {source}", path.display())]
+    Io {
+        /// File or folder.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// An fdatasync failed now or earlier: what is on disk is unknown until it is read again.
+    #[error("{}: a sync of the journal failed, nothing more is written: check the disk, then restart the node", path.display())]
+    Poisoned {
+        /// The journal's folder.
+        path: PathBuf,
+    },
+    /// A bad record with a valid seal after it.
+    #[error(
+        "{bad}; the journal is damaged, since a valid seal follows in {} at offset {offset}: run `twinsite check`", seal.display()
+    )]
+    Damaged {
+        /// The record.
+        bad: BadRecord,
+        /// File of the seal.
+        seal: PathBuf,
+        /// Offset of the seal.
+        offset: u64,
+    },
+    /// A bad payload in an epoch that was synced.
+    #[error("{bad}; the journal is damaged, since point {point} was committed: run `twinsite check`")]
+    DamagedEpoch {
+        /// The record.
+        bad: BadRecord,
+        /// The point.
+        point: Point,
+    },
+    /// A record that the disk does not give.
+    #[error("{bad}: nothing is dropped for that: check the disk")]
+    Unreadable {
+        /// The record.
+        bad: BadRecord,
+    },
+    /// A point that the superblock knows of is not there.
+    #[error("{bad}; the journal is damaged, since point {synced} was committed after that: run `twinsite check`")]
+    Lost {
+        /// Where the journal ends.
+        bad: BadRecord,
+        /// The point.
+        synced: Point,
+    },
+    /// All numbers of data frames are used up.
+    #[error("{}: the journal holds 4 billion frames: fold or begin the group anew", path.display())]
+    Full {
+        /// The journal's folder.
+        path: PathBuf,
+    },
+}
+
+/// What can be set for a journal.
+#[derive(Clone, Debug)]
+pub(crate) struct JournalOptions {
+    /// A segment that would grow beyond this is ended and the next one begun.
+    pub(crate) segment_bytes_max: u64,
+    /// Faults for tests.
+    pub(crate) faults: crate::disk::Faults,
+}
+
+/// The journal of a group, open for appending.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    folder: PathBuf,
+    group_id: GroupId,
+    first_segment: u32,
+    options: JournalOptions,
+    tail: Option<Tail>,
+    sealed: Option<Mark>,
+    next_epoch: EpochId,
+    poisoned: bool,
+    /// Bytes of all segments.
+    bytes: u64,
+    sealed_bytes: u64,
+}
+
+#[derive(Debug)]
+struct Tail {
+    number: u32,
+    file: File,
+    bytes: u64,
+}
+
+impl Journal {
+    /// Cuts off what is after `sealed` and goes on from there.
+    fn resume(folder: &Path, expected: &Expected, sealed: Option<Mark>, options: JournalOptions) -> Result<Self, JournalError> {
+        let io = |source| JournalError::Io { path: folder.to_owned(), what: "truncate", source };
+        let tail = recover::truncate_to(folder, expected.first_segment, sealed).map_err(io)?;
+        let mut bytes = 0;
+        for number in list_segments(folder).map_err(io)?.into_iter().filter(|n| *n >= expected.first_segment) {
+            bytes += std::fs::metadata(segment_path(folder, number)).map_err(io)?.len();
+        }
+        Ok(Self {
+            folder: folder.to_owned(),
+            group_id: expected.group_id,
+            first_segment: expected.first_segment,
+            options,
+            tail: tail.zip(sealed).map(|(file, mark)| Tail { number: mark.segment, file, bytes: mark.bytes }),
+            sealed,
+            next_epoch: EpochId(0),
+            poisoned: false,
+            bytes,
+            sealed_bytes: bytes,
+        })
+    }
+
+    /// Tells which epoch arrives next; stands in the header of a new segment.
+    pub(crate) fn expect(&mut self, epoch: EpochId) {
+        self.next_epoch = epoch;
+    }
+
+    /// Bytes of all segments, with what is not sealed yet.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poisoned
+    }
+
+    /// Appends whole frames. Returns segment and offset of the first.
+    ///
+    /// After an error the caller must [`abandon`](Self::abandon).
+    pub(crate) fn append(&mut self, frames: &[u8]) -> Result<(u32, u64), JournalError> {
+        self.check()?;
+        self.make_room(frames.len() as u64)?;
+        let Some(tail) = self.tail.as_mut() else { return Err(Self::poisoned(&self.folder)) };
+        let offset = tail.bytes;
+        let written = self.options.faults.before_write(frames.len()).and_then(|()| tail.file.write_all_at(frames, offset));
+        written.map_err(|source| JournalError::Io { path: segment_path(&self.folder, tail.number), what: "write", source })?;
+        tail.bytes += frames.len() as u64;
+        self.bytes += frames.len() as u64;
+        Ok((tail.number, offset))
+    }
+
+    /// Ends the epoch: its seal, then one fdatasync. Everything up to here is durable when this returns.
+    ///
+    /// After an error the caller must [`abandon`](Self::abandon).
+    pub(crate) fn commit(&mut self, seal: &Seal) -> Result<Mark, JournalError> {
+        self.check()?;
+        if self.tail.is_none() {
+            self.begin_segment()?;
+        }
+        let Some(tail) = self.tail.as_mut() else { return Err(Self::poisoned(&self.folder)) };
+        let record = encode_placed_seal(&self.group_id, tail.number, tail.bytes, seal);
+        let written = self.options.faults.before_write(record.len()).and_then(|()| tail.file.write_all_at(&record, tail.bytes));
+        written.map_err(|source| JournalError::Io { path: segment_path(&self.folder, tail.number), what: "write", source })?;
+        tail.bytes += record.len() as u64;
+        self.bytes += record.len() as u64;
+        self.sync()?;
+        let mark = self.tail.as_ref().map(|t| Mark { segment: t.number, bytes: t.bytes });
+        let Some(mark) = mark else { return Err(Self::poisoned(&self.folder)) };
+        self.sealed = Some(mark);
+        self.sealed_bytes = self.bytes;
+        self.next_epoch = seal.epoch.next();
+        Ok(mark)
+    }
+
+    /// Cuts the journal back to the last seal. A failure poisons it: nothing may follow what could not be cut off.
+    pub(crate) fn abandon(&mut self) -> Result<(), JournalError> {
+        self.check()?;
+        if self.bytes == self.sealed_bytes
+            && self.tail.as_ref().map(|t| (t.number, t.bytes)) == self.sealed.map(|m| (m.segment, m.bytes))
+        {
+            // Something beyond the counted bytes may have been written before it failed; below it is cut off too.
+            if let Some(tail) = &self.tail
+                && tail.file.metadata().is_ok_and(|m| m.len() == tail.bytes)
+            {
+                return Ok(());
+            }
+        }
+        self.tail = None;
+        match recover::truncate_to(&self.folder, self.first_segment, self.sealed) {
+            Ok(tail) => {
+                self.tail = tail.zip(self.sealed).map(|(file, m)| Tail { number: m.segment, file, bytes: m.bytes });
+                self.bytes = self.sealed_bytes;
+                Ok(())
+            }
+            Err(source) => {
+                self.poisoned = true;
+                Err(JournalError::Io { path: self.folder.clone(), what: "truncate", source })
+            }
+        }
+    }
+
+    /// Ends the tail and begins the next segment if `bytes` more would make the tail too long.
+    fn make_room(&mut self, bytes: u64) -> Result<(), JournalError> {
+        match &self.tail {
+            None => self.begin_segment(),
+            Some(tail) if tail.bytes + bytes > self.options.segment_bytes_max && tail.bytes > SEGMENT_HEADER_BYTES as u64 => {
+                // Synced before any seal that covers it is written: recovery relies on it.
+                self.sync()?;
+                self.begin_segment()
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    fn begin_segment(&mut self) -> Result<(), JournalError> {
+        let (number, previous_bytes) = self.tail.as_ref().map_or((self.first_segment, 0), |t| (t.number + 1, t.bytes));
+        let path = segment_path(&self.folder, number);
+        let header = SegmentHeader {
+            number,
+            group_id: self.group_id,
+            first_epoch: self.next_epoch,
+            previous_bytes,
+            created_unix_us: crate::clock::unix_us(),
+        };
+        let create = || -> io::Result<File> {
+            self.options.faults.before_write(SEGMENT_HEADER_BYTES)?;
+            let file = crate::store::create_file(&path)?;
+            file.write_all_at(&header.encode(), 0)?;
+            crate::disk::sync_folder(&self.folder)?;
+            Ok(file)
+        };
+        let file = create().map_err(|source| JournalError::Io { path: path.clone(), what: "begin a segment of", source })?;
+        self.bytes += SEGMENT_HEADER_BYTES as u64;
+        self.tail = Some(Tail { number, file, bytes: SEGMENT_HEADER_BYTES as u64 });
+        Ok(())
+    }
+
+    /// Never tried again after a failure: the kernel may have dropped the pages and would report success.
+    fn sync(&mut self) -> Result<(), JournalError> {
+        let Some(tail) = &self.tail else { return Ok(()) };
+        let synced = self.options.faults.before_sync().and_then(|()| tail.file.sync_data());
+        synced.map_err(|source| {
+            self.poisoned = true;
+            JournalError::Io { path: segment_path(&self.folder, tail.number), what: "sync", source }
+        })
+    }
+
+    fn check(&self) -> Result<(), JournalError> {
+        if self.poisoned { Err(Self::poisoned(&self.folder)) } else { Ok(()) }
+    }
+
+    fn poisoned(folder: &Path) -> JournalError {
+        JournalError::Poisoned { path: folder.to_owned() }
+    }
+}

@@ -1,0 +1,181 @@
+//! Opens a journal after whatever stopped it: keeps every sealed epoch, drops what was not sealed, refuses damage.
+//!
+//! A commit is frames, seal, one fdatasync. A crash in between leaves any subset of the bytes since the last sync:
+//!
+//! | what is found | why | what is done |
+//! | --- | --- | --- |
+//! | frames without a seal at the end | killed while an epoch arrived | truncated to the last seal |
+//! | a bad record, no seal after it | power lost while an epoch arrived | truncated to the last seal |
+//! | the last seal, nothing after it, a record or payload of its epoch in the same segment bad | power lost during the fdatasync: never acknowledged | truncated to the seal before |
+//! | a bad record, a seal after it | damage: what a seal follows was synced | refused |
+//! | the last seal, more after it, a payload of its epoch bad | damage | refused; in earlier segments when it is read |
+//!
+//! Frames of the last epoch in earlier segments were synced before its seal was written, so they are never torn.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::Path;
+
+use proto::{BlockExtent, FrameHeader, Point, Seal};
+
+use super::record::{Payloads, RecordError};
+use super::segment::{list_segments, segment_path};
+use super::walk::{Bad, Expected, Item, Mark, Walker};
+use super::{Journal, JournalError, JournalOptions};
+
+/// Takes what recovery finds, in order.
+pub(crate) trait Sink {
+    /// A frame of the epoch that the next seal ends.
+    fn frame(&mut self, segment: u32, offset: u64, header: &FrameHeader, extents: &[BlockExtent]);
+    /// The frames since the last call are a committed epoch.
+    fn sealed(&mut self, seal: &Seal, end: Mark);
+    /// The frames since the last call to `sealed` never happened.
+    fn dropped(&mut self);
+}
+
+/// The newest seal, not yet believed.
+struct Held {
+    seal: Seal,
+    end: Mark,
+    /// A payload of its epoch, in the segment of the seal, that does not fit its checksum.
+    torn: Option<Bad>,
+}
+
+struct Recovery<'a> {
+    sink: &'a mut dyn Sink,
+    sealed: Option<Mark>,
+    newest: Option<Point>,
+    held: Option<Held>,
+    /// Whether there are frames after the newest seal.
+    open: bool,
+    bad_payload: Option<Bad>,
+}
+
+impl Recovery<'_> {
+    /// More was written after the held seal, or it is known to be synced: it stands, and damage in it is damage.
+    fn settle(&mut self) -> Result<(), JournalError> {
+        let Some(held) = self.held.take() else { return Ok(()) };
+        if let Some(bad) = held.torn {
+            return Err(JournalError::DamagedEpoch { bad: bad.into(), point: held.seal.point() });
+        }
+        self.sealed = Some(held.end);
+        self.newest = Some(held.seal.point());
+        self.sink.sealed(&held.seal, held.end);
+        Ok(())
+    }
+
+    /// Nothing is after the held seal: a bad frame of its epoch is a torn commit, unless it is known to have been synced.
+    fn settle_at_end(&mut self, synced: Option<Point>) -> Result<(), JournalError> {
+        let torn = |h: &mut Held| synced.is_none_or(|s| s < h.seal.point()).then(|| h.torn.take())?;
+        let Some(bad) = self.held.as_mut().and_then(torn) else { return self.settle() };
+        tracing::warn!("{bad}: the last commit was cut short by a crash and never acknowledged; dropped");
+        self.held = None;
+        self.open = true;
+        Ok(())
+    }
+
+    /// The walk stopped at `bad`, and no seal is after it.
+    fn end_at(&mut self, bad: Bad, synced: Option<Point>) -> Result<(), JournalError> {
+        // What cannot be read is not what cannot be true: an I/O error drops nothing.
+        if matches!(bad.error, RecordError::Io(_)) {
+            return Err(JournalError::Unreadable { bad: bad.into() });
+        }
+        // A seal that is whole in its place but does not fit its frames is a commit torn before its end; whatever
+        // else follows the held seal was begun after that seal's sync.
+        self.settle()?;
+        if let Some(synced) = synced
+            && self.newest.is_none_or(|p| p < synced)
+        {
+            return Err(JournalError::Lost { bad: bad.into(), synced });
+        }
+        tracing::info!("{bad}: the unfinished end of the journal; dropped");
+        self.open = true;
+        Ok(())
+    }
+
+    fn walk(&mut self, walker: &mut Walker, folder: &Path) -> Result<Option<Bad>, JournalError> {
+        loop {
+            match walker.next() {
+                Ok(Some(Item::Frame { segment, offset, header, extents, payload })) => {
+                    self.settle()?;
+                    if let Err(error) = payload {
+                        let path = segment_path(folder, segment);
+                        self.bad_payload.get_or_insert(Bad { path, segment, offset, error: error.into() });
+                    }
+                    self.sink.frame(segment, offset, &header, &extents);
+                    self.open = true;
+                }
+                Ok(Some(Item::Seal { seal, end })) => {
+                    self.settle()?;
+                    self.held = Some(Held { seal, end, torn: self.bad_payload.take() });
+                    self.open = false;
+                }
+                Ok(None) => return Ok(None),
+                Err(bad) => return Ok(Some(bad)),
+            }
+        }
+    }
+}
+
+/// Opens the journal in `folder`. `synced` is the newest point that is known to have been synced.
+pub(crate) fn open(
+    folder: &Path,
+    expected: &Expected,
+    synced: Option<Point>,
+    options: JournalOptions,
+    sink: &mut dyn Sink,
+) -> Result<Journal, JournalError> {
+    let io = |what| move |source| JournalError::Io { path: folder.to_owned(), what, source };
+    // Payloads are looked at in the last segment only, where a torn commit can be.
+    let last = list_segments(folder).map_err(io("list"))?.last().copied().unwrap_or(0);
+    let mut walker = Walker::new(folder, expected.clone(), None, (Payloads::Checksum, last)).map_err(io("list"))?;
+    let mut recovery = Recovery { sink, sealed: None, newest: expected.base, held: None, open: false, bad_payload: None };
+    match recovery.walk(&mut walker, folder)? {
+        None if recovery.open => recovery.settle()?,
+        None => recovery.settle_at_end(synced)?,
+        Some(bad) => {
+            if let Some(later) = walker.find_later_seal(&bad).map_err(io("read"))? {
+                // A seal that is the very last thing, of the epoch that was arriving, in the segment of the bad record: power
+                // went during the sync of that commit, and the seal reached the disk before its frames did.
+                let torn = later.is_end
+                    && later.segment == bad.segment
+                    && later.seal.epoch == walker.next_epoch()
+                    && synced.is_none_or(|s| s < later.seal.point());
+                if !torn {
+                    let (seal, offset) = (segment_path(folder, later.segment), later.offset);
+                    return Err(JournalError::Damaged { bad: bad.into(), seal, offset });
+                }
+            }
+            recovery.end_at(bad, synced)?;
+        }
+    }
+    if recovery.open {
+        recovery.sink.dropped();
+    }
+    let sealed = recovery.sealed;
+    Journal::resume(folder, expected, sealed, options)
+}
+
+/// Cuts the journal back to `sealed`: later segments first, then the tail, so that a crash in between leaves an unsealed
+/// end and no gap.
+pub(super) fn truncate_to(folder: &Path, first_segment: u32, sealed: Option<Mark>) -> io::Result<Option<File>> {
+    let keep_below = sealed.map_or(first_segment, |m| m.segment + 1);
+    let mut changed = false;
+    for number in list_segments(folder)?.into_iter().rev().filter(|n| *n >= keep_below) {
+        std::fs::remove_file(segment_path(folder, number))?;
+        changed = true;
+    }
+    let mut tail = None;
+    if let Some(mark) = sealed {
+        let file = OpenOptions::new().read(true).write(true).open(segment_path(folder, mark.segment))?;
+        if file.metadata()?.len() != mark.bytes {
+            file.set_len(mark.bytes)?;
+            file.sync_data()?;
+        }
+        tail = Some(file);
+    }
+    if changed {
+        crate::disk::sync_folder(folder)?;
+    }
+    Ok(tail)
+}

@@ -1,0 +1,246 @@
+//! Walks a journal from its first segment: headers, records, and the rules that tie them into sealed epochs.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use proto::codec::DecodeError;
+use proto::seal::Tally;
+use proto::{BlockExtent, EpochId, FrameHeader, FrameKind, Generation, Point, Seal};
+
+use super::record::{Payloads, Record, RecordError, SegmentReader};
+use super::segment::{FIRST_SEGMENT, GroupId, SEGMENT_HEADER_BYTES, SegmentHeader, list_segments, segment_path};
+
+/// A place in the journal: the first `bytes` of segment `segment`, and all of those before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mark {
+    pub(crate) segment: u32,
+    pub(crate) bytes: u64,
+}
+
+/// What a journal must fit.
+#[derive(Clone, Debug)]
+pub(crate) struct Expected {
+    pub(crate) group_id: GroupId,
+    pub(crate) first_segment: u32,
+    pub(crate) base: Option<Point>,
+    pub(crate) volume_blocks: Arc<[u64]>,
+}
+
+/// One step of a walk.
+#[derive(Debug)]
+pub(crate) enum Item {
+    Frame { segment: u32, offset: u64, header: FrameHeader, extents: Vec<BlockExtent>, payload: Result<(), DecodeError> },
+    Seal { seal: Seal, end: Mark },
+}
+
+/// Where and why a walk cannot go on.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: at offset {offset}: {error}", path.display())]
+pub(crate) struct Bad {
+    pub(crate) path: PathBuf,
+    pub(crate) segment: u32,
+    pub(crate) offset: u64,
+    #[source]
+    pub(crate) error: RecordError,
+}
+
+/// A seal found by searching.
+#[derive(Debug)]
+pub(crate) struct LaterSeal {
+    pub(crate) segment: u32,
+    pub(crate) offset: u64,
+    pub(crate) seal: Seal,
+    /// Nothing is after it.
+    pub(crate) is_end: bool,
+}
+
+/// What holds within the epoch being read.
+#[derive(Debug)]
+struct EpochState {
+    next: EpochId,
+    generation: Generation,
+    pass: u16,
+    tally: Tally,
+}
+
+impl EpochState {
+    fn frame(&mut self, header: &FrameHeader, head: &[u8; 40], extents: &[BlockExtent]) -> Result<(), DecodeError> {
+        let rule = |rule| DecodeError::Rule { what: "journal", rule };
+        if header.epoch != self.next {
+            return Err(rule("frames are of the epoch after the last seal"));
+        }
+        if header.pass < self.pass {
+            return Err(rule("passes of an epoch follow each other"));
+        }
+        self.pass = header.pass;
+        let blocks: u64 = extents.iter().map(|e| u64::from(e.blocks)).sum();
+        let (data, zero) = match header.kind {
+            FrameKind::Data => (blocks, 0),
+            FrameKind::Zero => (0, blocks),
+        };
+        self.tally.add(head, header.frame_bytes(), data, zero);
+        Ok(())
+    }
+
+    fn seal(&mut self, seal: &Seal) -> Result<(), DecodeError> {
+        let rule = |rule| DecodeError::Rule { what: "seal in the journal", rule };
+        if seal.epoch != self.next || seal.generation < self.generation {
+            return Err(rule("seals follow each other"));
+        }
+        if !self.tally.matches(seal) {
+            return Err(rule("counts and digest are those of its frames"));
+        }
+        *self = Self::after(seal.point());
+        Ok(())
+    }
+
+    fn after(point: Point) -> Self {
+        Self { next: point.epoch.next(), generation: point.generation, pass: 0, tally: Tally::default() }
+    }
+}
+
+/// A walk in progress.
+#[derive(Debug)]
+pub(crate) struct Walker {
+    folder: PathBuf,
+    expected: Expected,
+    segments: VecDeque<u32>,
+    end: Option<Mark>,
+    reader: Option<SegmentReader>,
+    last_closed: Option<Mark>,
+    state: EpochState,
+    payloads: (Payloads, u32),
+}
+
+impl Walker {
+    /// Starts at the first segment and goes on to `end`, or to the end of the last segment. Looks at payloads as told, from
+    /// the given segment on.
+    pub(crate) fn new(folder: &Path, expected: Expected, end: Option<Mark>, payloads: (Payloads, u32)) -> std::io::Result<Self> {
+        let mut segments: VecDeque<u32> = list_segments(folder)?.into();
+        segments.retain(|n| *n >= expected.first_segment && end.is_none_or(|e| *n <= e.segment));
+        let none = Point { generation: Generation(0), epoch: EpochId(0) };
+        let state = EpochState::after(expected.base.unwrap_or(none));
+        Ok(Self { folder: folder.to_owned(), expected, segments, end, reader: None, last_closed: None, state, payloads })
+    }
+
+    /// The next record that fits, `None` at the end. After `Bad` the walk stays where it is.
+    pub(crate) fn next(&mut self) -> Result<Option<Item>, Bad> {
+        loop {
+            let Some(mut reader) = self.reader.take() else {
+                let Some(number) = self.segments.front().copied() else { return Ok(None) };
+                self.reader = Some(self.open(number)?);
+                self.segments.pop_front();
+                continue;
+            };
+            let (segment, offset) = (reader.number(), reader.offset());
+            let step = self.step(&mut reader);
+            match step {
+                Ok(None) => self.last_closed = Some(Mark { segment, bytes: reader.bytes() }),
+                Ok(Some(item)) => {
+                    self.reader = Some(reader);
+                    return Ok(Some(item));
+                }
+                Err(error) => {
+                    reader.seek(offset);
+                    self.reader = Some(reader);
+                    return Err(self.bad(segment, offset, error));
+                }
+            }
+        }
+    }
+
+    /// The epoch that the next seal is of.
+    pub(crate) fn next_epoch(&self) -> EpochId {
+        self.state.next
+    }
+
+    fn step(&mut self, reader: &mut SegmentReader) -> Result<Option<Item>, RecordError> {
+        let (segment, offset) = (reader.number(), reader.offset());
+        let payloads = if segment >= self.payloads.1 { self.payloads.0 } else { Payloads::Skip };
+        Ok(match reader.next(payloads)? {
+            None => None,
+            Some(Record::Frame { header, head, extents, payload }) => {
+                self.state.frame(&header, &head, &extents)?;
+                Some(Item::Frame { segment, offset, header, extents, payload })
+            }
+            Some(Record::Seal(seal)) => {
+                self.state.seal(&seal)?;
+                Some(Item::Seal { seal, end: Mark { segment, bytes: reader.offset() } })
+            }
+        })
+    }
+
+    fn open(&self, number: u32) -> Result<SegmentReader, Bad> {
+        let bad = |offset, error| self.bad(number, offset, error);
+        let rule = |rule| RecordError::Bad(DecodeError::Rule { what: "segment header", rule });
+        let due = self.last_closed.map_or(self.expected.first_segment, |m| m.segment + 1);
+        if number != due {
+            return Err(self.bad(due, 0, rule("segments are numbered without a gap; this one is missing")));
+        }
+        let file = File::open(segment_path(&self.folder, number)).map_err(|e| bad(0, e.into()))?;
+        let bytes = file.metadata().map_err(|e| bad(0, e.into()))?.len();
+        let mut head = [0; SEGMENT_HEADER_BYTES];
+        let n = crate::disk::read_up_to(&file, &mut head, 0).map_err(|e| bad(0, e.into()))?;
+        let header = SegmentHeader::decode(head.get(..n).unwrap_or_default()).map_err(|e| bad(0, e.into()))?;
+        if header.group_id != self.expected.group_id || header.number != number {
+            return Err(bad(0, rule("the group's own identity and the number of the file's name")));
+        }
+        if header.first_epoch != self.state.next {
+            return Err(bad(0, rule("begins with the epoch after the last seal")));
+        }
+        // What came before the first kept segment is gone with it.
+        let previous = self.last_closed.map(|m| m.bytes).or((number == FIRST_SEGMENT).then_some(0));
+        if previous.is_some_and(|p| p != header.previous_bytes) {
+            return Err(bad(0, rule("the segment before it is as long as it was when this one was begun")));
+        }
+        let bytes = self.end.filter(|e| e.segment == number).map_or(bytes, |e| e.bytes.min(bytes));
+        let blocks = Arc::clone(&self.expected.volume_blocks);
+        Ok(SegmentReader::new(file, bytes, number, self.expected.group_id, blocks))
+    }
+
+    fn bad(&self, segment: u32, offset: u64, error: RecordError) -> Bad {
+        Bad { path: segment_path(&self.folder, segment), segment, offset, error }
+    }
+
+    /// The place and content of the first seal of this journal after a bad record, in whatever segment: its existence
+    /// means that the bad record is damage and not a torn end.
+    pub(crate) fn find_later_seal(&self, bad: &Bad) -> std::io::Result<Option<LaterSeal>> {
+        let numbers = list_segments(&self.folder)?;
+        let last = numbers.last().copied();
+        for number in numbers.into_iter().filter(|n| *n >= bad.segment) {
+            let file = match File::open(segment_path(&self.folder, number)) {
+                Ok(file) => file,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let bytes = file.metadata()?.len();
+            let blocks = Arc::clone(&self.expected.volume_blocks);
+            let reader = SegmentReader::new(file, bytes, number, self.expected.group_id, blocks);
+            // Not the bad record itself: a seal whose frames do not fit is found bad, not missing.
+            let from = if number == bad.segment { bad.offset + 1 } else { 0 };
+            if let Some((offset, seal)) = reader.find_seal(from)? {
+                let end = offset + super::segment::PLACED_SEAL_BYTES as u64;
+                let is_end = Some(number) == last && reader.bytes() == end;
+                return Ok(Some(LaterSeal { segment: number, offset, seal, is_end }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Goes on after the seal that [`find_later_seal`](Self::find_later_seal) found. Only `check` does so, to name more
+    /// than the first damage.
+    pub(crate) fn resume_after(&mut self, later: &LaterSeal) -> std::io::Result<()> {
+        let LaterSeal { segment: number, offset, seal, .. } = *later;
+        let file = File::open(segment_path(&self.folder, number))?;
+        let bytes = file.metadata()?.len();
+        let blocks = Arc::clone(&self.expected.volume_blocks);
+        let mut reader = SegmentReader::new(file, bytes, number, self.expected.group_id, blocks);
+        reader.seek(offset + super::segment::PLACED_SEAL_BYTES as u64);
+        self.reader = Some(reader);
+        self.segments = list_segments(&self.folder)?.into_iter().filter(|n| *n > number).collect();
+        self.state = EpochState::after(seal.point());
+        Ok(())
+    }
+}

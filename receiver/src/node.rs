@@ -1,0 +1,194 @@
+//! All groups of a store: who may see which, creation by the first admitted hello, selection by name.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use proto::fencing::GroupRole;
+use proto::{Fingerprint, Generation, Name, Point};
+
+use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
+use crate::core::{Cause, Stored};
+use crate::group::{Group, GroupError, SessionId, Usage};
+use crate::journal::{FIRST_SEGMENT, JournalOptions};
+use crate::store::{Store, StoreError};
+use crate::superblock::{Superblock, Volume};
+
+/// Why a group is not found.
+#[derive(Debug, thiserror::Error)]
+pub enum SelectError {
+    /// Nothing of that name.
+    #[error("no group '{given}' in this store: see `twinsite status`")]
+    Unknown {
+        /// As given.
+        given: String,
+    },
+    /// Several clients have a group of that name.
+    #[error("group '{given}' is ambiguous: write {}", choices.join(" or "))]
+    Ambiguous {
+        /// As given.
+        given: String,
+        /// What to write instead.
+        choices: Vec<String>,
+    },
+    /// It cannot be used.
+    #[error("group '{given}' cannot be used: {cause}")]
+    Broken {
+        /// As given.
+        given: String,
+        /// Why.
+        cause: Cause,
+    },
+}
+
+/// A group in the store.
+#[derive(Clone, Debug)]
+pub(crate) enum Slot {
+    Open(Arc<Group>),
+    /// The others go on.
+    Broken(Cause),
+}
+
+type Key = (Name, Name);
+
+/// The store and its groups.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) store: Store,
+    pub(crate) limits: Limits,
+    usages: BTreeMap<Name, Arc<Usage>>,
+    groups: Mutex<BTreeMap<Key, Slot>>,
+    sessions: AtomicU64,
+}
+
+impl Node {
+    /// Opens every group; one that cannot be opened is kept as broken and said so.
+    pub(crate) fn open(store: Store, clients: &[ClientConfig], limits: Limits) -> Result<Self, StoreError> {
+        let usage = |c: &ClientConfig| (c.name.clone(), Arc::new(Usage { used: AtomicU64::new(0), max: c.space_max_bytes }));
+        let mut usages: BTreeMap<_, _> = clients.iter().map(usage).collect();
+        let mut groups = BTreeMap::new();
+        for folder in store.groups()? {
+            let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
+            let key = (folder.client.clone(), folder.group.clone());
+            let slot = match Group::open(folder, usage, options(&limits)) {
+                Ok(group) => Slot::Open(group),
+                Err(error) => {
+                    tracing::error!("group {}/{} is not used: {error}", key.0, key.1);
+                    Slot::Broken(Arc::new(error))
+                }
+            };
+            groups.insert(key, slot);
+        }
+        Ok(Self { store, limits, usages, groups: Mutex::new(groups), sessions: AtomicU64::new(1) })
+    }
+
+    pub(crate) fn next_session(&self) -> SessionId {
+        SessionId(self.sessions.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// What `client` has under that name, as its key sees it.
+    pub(crate) fn lookup(&self, client: &Name, group: &Name, key: Fingerprint) -> Stored {
+        let groups = self.groups.lock();
+        match groups.get(&(client.clone(), group.clone())) {
+            Some(Slot::Open(group)) => Stored::Present(group.stored(key)),
+            Some(Slot::Broken(cause)) => Stored::Broken(Arc::clone(cause)),
+            None => Stored::Absent { groups: groups.keys().filter(|(c, _)| c == client).count() },
+        }
+    }
+
+    /// The group of that name, if it is open.
+    pub(crate) fn get(&self, client: &Name, group: &Name) -> Option<Arc<Group>> {
+        match self.groups.lock().get(&(client.clone(), group.clone())) {
+            Some(Slot::Open(group)) => Some(Arc::clone(group)),
+            _ => None,
+        }
+    }
+
+    /// Creates a group; if it was created meanwhile, that one. Blocks on file I/O.
+    pub(crate) fn create(
+        &self,
+        client: &Name,
+        group: &Name,
+        owner: Fingerprint,
+        generation: Generation,
+        volumes: Vec<Volume>,
+    ) -> Result<Arc<Group>, Cause> {
+        // Held throughout: creations are rare, and a second hello must find the group or nothing.
+        let mut groups = self.groups.lock();
+        let key = (client.clone(), group.clone());
+        match groups.get(&key) {
+            Some(Slot::Open(group)) => return Ok(Arc::clone(group)),
+            Some(Slot::Broken(cause)) => return Err(Arc::clone(cause)),
+            None => {}
+        }
+        let block = Superblock {
+            group_id: rand::random(),
+            owner,
+            generation,
+            role: GroupRole::Replica,
+            base: None,
+            synced: None,
+            fork: None,
+            first_segment: FIRST_SEGMENT,
+            created_unix_us: crate::clock::unix_us(),
+            volumes,
+        };
+        let usage = self.usages.get(client).cloned().unwrap_or_default();
+        let folder = self.store.create_group(client, group, block).map_err(|e| Arc::new(e) as Cause)?;
+        let group = Group::open(folder, usage, options(&self.limits)).map_err(|e| Arc::new(e) as Cause)?;
+        groups.insert(key, Slot::Open(Arc::clone(&group)));
+        Ok(group)
+    }
+
+    /// `group` or `client/group`.
+    pub(crate) fn select(&self, given: &str) -> Result<Arc<Group>, SelectError> {
+        let groups = self.groups.lock();
+        let matches = |(c, g): &Key| match given.split_once('/') {
+            Some((client, group)) => c.as_str() == client && g.as_str() == group,
+            None => g.as_str() == given,
+        };
+        let mut found = groups.iter().filter(|(key, _)| matches(key));
+        let given = || given.chars().take(130).collect::<String>();
+        match (found.next(), found.next()) {
+            (None, _) => Err(SelectError::Unknown { given: given() }),
+            (Some((_, Slot::Open(group))), None) => Ok(Arc::clone(group)),
+            (Some((_, Slot::Broken(cause))), None) => Err(SelectError::Broken { given: given(), cause: Arc::clone(cause) }),
+            (Some(_), Some(_)) => {
+                let choices = groups.keys().filter(|k| matches(k)).map(|(c, g)| format!("{c}/{g}")).collect();
+                Err(SelectError::Ambiguous { given: given(), choices })
+            }
+        }
+    }
+
+    pub(crate) fn all(&self) -> Vec<(Name, Name, Slot)> {
+        self.groups.lock().iter().map(|((c, g), slot)| (c.clone(), g.clone(), slot.clone())).collect()
+    }
+
+    pub(crate) fn open_groups(&self) -> Vec<Arc<Group>> {
+        let open = |slot: &Slot| match slot {
+            Slot::Open(group) => Some(Arc::clone(group)),
+            Slot::Broken(_) => None,
+        };
+        self.groups.lock().values().filter_map(open).collect()
+    }
+}
+
+fn options(limits: &Limits) -> JournalOptions {
+    JournalOptions { segment_bytes_max: limits.segment_bytes.min(SEGMENT_BYTES_MAX), faults: Default::default() }
+}
+
+/// Promotes a group and opens its fork; asked again, it gives the same.
+pub(crate) async fn activate(group: &Arc<Group>, point: Option<Point>) -> Result<Arc<crate::fork::OpenFork>, GroupError> {
+    let mut active = group.active.lock().await;
+    let promoted = group.promote(point).await?;
+    if let Some(fork) = active.as_ref() {
+        return Ok(Arc::clone(fork));
+    }
+    let shared = Arc::clone(&group.shared);
+    let opened = tokio::task::spawn_blocking(move || crate::fork::open(&shared, promoted.generation, &promoted.fork)).await;
+    let closed = || GroupError::Closed { group: group.shared.folder.group.clone() };
+    let fork = Arc::new(opened.map_err(|_| closed())??);
+    *active = Some(Arc::clone(&fork));
+    Ok(fork)
+}

@@ -1,0 +1,289 @@
+//! The running receiver: its endpoint, its store, and what the daemon asks of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use blockdev::BlockDevice;
+use proto::fencing::GroupRole;
+use proto::tls::IdentityError;
+use proto::{CloseCode, Fingerprint, Generation, Identity, Name, Point};
+use quinn::rustls::pki_types::CertificateDer;
+use quinn::{Endpoint, Incoming, VarInt};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+
+use crate::config::ReceiverConfig;
+use crate::group::{Group, GroupError};
+use crate::node::{Node, SelectError, Slot};
+use crate::session::{self, Client};
+use crate::status::{self, GroupStatus, PointInfo};
+use crate::store::{Store, StoreError};
+use crate::view::View;
+
+/// Why a receiver does not start, or does not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ReceiverError {
+    /// Two clients have one name or one key.
+    #[error("clients '{first}' and '{second}' have the same {what}: each client needs its own")]
+    SameClient {
+        /// One.
+        first: Name,
+        /// The other.
+        second: Name,
+        /// Name or key.
+        what: &'static str,
+    },
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Keys.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The socket.
+    #[error("cannot listen on UDP {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The group is not found.
+    #[error(transparent)]
+    Select(#[from] SelectError),
+    /// The group failed.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// A task was stopped with its runtime.
+    #[error("the node is stopping")]
+    Stopping,
+}
+
+/// A group that is the running server.
+#[derive(Clone)]
+pub struct Activated {
+    /// The client it was replicated from.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// The point it was started from.
+    pub point: Point,
+    /// The generation that holds since.
+    pub generation: Generation,
+    /// Name of the fork.
+    pub fork: Name,
+    /// Its disks, writable.
+    pub volumes: Vec<(Name, Arc<dyn BlockDevice>)>,
+}
+
+impl std::fmt::Debug for Activated {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Activated({}/{} at {})", self.client, self.group, self.point)
+    }
+}
+
+/// A running receiver.
+#[derive(Debug)]
+pub struct Receiver {
+    node: Arc<Node>,
+    endpoint: Endpoint,
+    stop: watch::Sender<bool>,
+    accepting: JoinHandle<()>,
+}
+
+impl Receiver {
+    /// Opens the store, with recovery of every group, and listens. Needs a multi-threaded tokio runtime.
+    ///
+    /// A group that cannot be opened is reported by [`status`](Self::status); the others go on.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn start(config: ReceiverConfig, identity: Identity) -> Result<Self, ReceiverError> {
+        let ReceiverConfig { listen, store, clients, limits } = config;
+        for (i, a) in clients.iter().enumerate() {
+            for b in clients.iter().skip(i + 1) {
+                let what = match (a.name == b.name, a.key == b.key) {
+                    (true, _) => "name",
+                    (_, true) => "key",
+                    _ => continue,
+                };
+                return Err(ReceiverError::SameClient { first: a.name.clone(), second: b.name.clone(), what });
+            }
+        }
+        let connections = Arc::new(Semaphore::new(limits.connections));
+        let configured = clients.clone();
+        let node = tokio::task::spawn_blocking(move || Node::open(Store::open(&store)?, &configured, limits))
+            .await
+            .map_err(|_| ReceiverError::Stopping)??;
+        let node = Arc::new(node);
+        let keys: BTreeSet<Fingerprint> = clients.iter().map(|c| c.key).collect();
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(identity.quic_server(keys)?));
+        server.transport_config(Arc::new(proto::transport::settings(true)));
+        let endpoint = Endpoint::server(server, listen).map_err(|source| ReceiverError::Listen { address: listen, source })?;
+        let clients: BTreeMap<Fingerprint, Arc<Client>> =
+            clients.into_iter().map(|config| (config.key, Arc::new(Client { key: config.key, config }))).collect();
+        let (stop, stopped) = watch::channel(false);
+        let accept = Accept { node: Arc::clone(&node), clients, connections, stopped };
+        let accepting = tokio::spawn(accept.run(endpoint.clone()));
+        Ok(Self { node, endpoint, stop, accepting })
+    }
+
+    /// The address it listens on.
+    ///
+    /// # Errors
+    /// [`ReceiverError::Listen`] if the socket is gone.
+    pub fn local_addr(&self) -> Result<SocketAddr, ReceiverError> {
+        let address = SocketAddr::from(([0, 0, 0, 0], 0));
+        self.endpoint.local_addr().map_err(|source| ReceiverError::Listen { address, source })
+    }
+
+    /// The state of every group, by client and group.
+    #[must_use]
+    pub fn status(&self) -> Vec<GroupStatus> {
+        let of = |(client, group, slot)| match slot {
+            Slot::Open(group) => status::of(&group),
+            Slot::Broken(cause) => status::broken(client, group, cause.to_string()),
+        };
+        self.node.all().into_iter().map(of).collect()
+    }
+
+    /// The kept points of a group (`group` or `client/group`), oldest first.
+    ///
+    /// # Errors
+    /// [`ReceiverError::Select`].
+    pub fn points(&self, group: &str) -> Result<Vec<PointInfo>, ReceiverError> {
+        let group = self.node.select(group)?;
+        let state = group.shared.state.read();
+        Ok(state.points.iter().map(PointInfo::from).collect())
+    }
+
+    /// Read-only disks of a group at a kept point (the newest by default), and that point.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn view(&self, group: &str, point: Option<Point>) -> Result<(Point, Vec<(Name, View)>), ReceiverError> {
+        let group = self.node.select(group)?;
+        let shared = Arc::clone(&group.shared);
+        let views = tokio::task::spawn_blocking(move || {
+            let empty = || GroupError::Empty { group: shared.folder.group.clone() };
+            let newest = shared.state.read().points.last().map(|p| p.point);
+            let point = point.or(newest).ok_or_else(empty)?;
+            let views = crate::view::views(&shared, shared.index_at(point)?)?;
+            let names = shared.volumes.iter().map(|v| v.name.clone());
+            Ok::<_, GroupError>((point, names.zip(views).collect()))
+        });
+        Ok(views.await.map_err(|_| ReceiverError::Stopping)??)
+    }
+
+    /// Makes the copy the running server: raises the generation durably, ends the primary's session for good, and opens
+    /// a writable fork of `point` (the newest by default). Asked again, it gives the same fork.
+    ///
+    /// # Errors
+    /// [`ReceiverError`]. After an error it can be asked again.
+    pub async fn failover(&self, group: &str, point: Option<Point>) -> Result<Activated, ReceiverError> {
+        let group = self.node.select(group)?;
+        activated(&group, point).await
+    }
+
+    /// The groups that are the running server, opened again after a start.
+    pub async fn activated(&self) -> Vec<Result<Activated, ReceiverError>> {
+        let mut all = Vec::new();
+        for group in self.node.open_groups() {
+            let role = group.shared.state.read().role;
+            if role == GroupRole::Active {
+                all.push(activated(&group, None).await);
+            }
+        }
+        all
+    }
+
+    /// Ends all sessions, syncs what has to be and gives the store up. Devices that are still in use stay usable.
+    pub async fn shutdown(self) {
+        let _ = self.stop.send(true);
+        let _ = self.accepting.await;
+        for group in self.node.open_groups() {
+            group.stop().await;
+        }
+        self.endpoint.close(VarInt::from_u32(CloseCode::Stopping as u32), b"the receiver is stopping");
+        self.endpoint.wait_idle().await;
+    }
+}
+
+async fn activated(group: &Arc<Group>, point: Option<Point>) -> Result<Activated, ReceiverError> {
+    let fork = crate::node::activate(group, point).await?;
+    Ok(Activated {
+        client: group.shared.folder.client.clone(),
+        group: group.shared.folder.group.clone(),
+        point: fork.point,
+        generation: fork.generation,
+        fork: fork.name.clone(),
+        volumes: fork.devices(),
+    })
+}
+
+/// Accepts connections until told to stop, then waits for the sessions.
+struct Accept {
+    node: Arc<Node>,
+    clients: BTreeMap<Fingerprint, Arc<Client>>,
+    /// One permit a connection, taken before anything is done for it.
+    connections: Arc<Semaphore>,
+    stopped: watch::Receiver<bool>,
+}
+
+impl Accept {
+    async fn run(mut self, endpoint: Endpoint) {
+        let mut sessions = tokio::task::JoinSet::new();
+        loop {
+            let incoming = tokio::select! {
+                biased;
+                _ = self.stopped.wait_for(|stop| *stop) => break,
+                Some(_) = sessions.join_next(), if !sessions.is_empty() => continue,
+                incoming = endpoint.accept() => incoming,
+            };
+            let Some(incoming) = incoming else { break };
+            let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
+                incoming.refuse();
+                continue;
+            };
+            let (node, clients, stopped) = (Arc::clone(&self.node), self.clients.clone(), self.stopped.clone());
+            sessions.spawn(async move {
+                greet(incoming, node, clients, stopped).await;
+                drop(permit);
+            });
+        }
+        while sessions.join_next().await.is_some() {}
+    }
+}
+
+/// The handshake; a key that is not pinned ends here.
+async fn greet(
+    incoming: Incoming,
+    node: Arc<Node>,
+    clients: BTreeMap<Fingerprint, Arc<Client>>,
+    mut stopped: watch::Receiver<bool>,
+) {
+    let peer = incoming.remote_address();
+    let connecting = match incoming.accept() {
+        Ok(connecting) => connecting,
+        Err(error) => return tracing::info!("{peer}: {error}"),
+    };
+    let connection = tokio::select! {
+        _ = stopped.wait_for(|stop| *stop) => return,
+        connection = connecting => connection,
+    };
+    let connection = match connection {
+        Ok(connection) => connection,
+        Err(error) => {
+            return tracing::warn!("{peer}: not let in: {error}: add its key to [[receiver.client]] if it is one of yours");
+        }
+    };
+    let key = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
+        .and_then(|keys| keys.first().map(|key| Fingerprint::of_spki(key.as_ref())));
+    match key.and_then(|key| clients.get(&key)) {
+        Some(client) => session::serve(connection, node, Arc::clone(client), stopped).await,
+        // The verifier let it in, so this cannot be; and if it were, it would get nothing.
+        None => connection.close(VarInt::from_u32(CloseCode::UnknownGroup as u32), b"unknown key"),
+    }
+}

@@ -1,0 +1,420 @@
+//! Drives one connection: turns QUIC into events of the core and performs its actions.
+//!
+//! Decides nothing about the protocol. Reads are cancel-safe, so one task serves control stream, pass stream and group.
+
+use std::future::pending;
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::control::{PASS_HEADER_BYTES, PassHeader};
+use proto::{CloseCode, DecodeError, Fingerprint, Message, Name};
+use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
+use tokio::sync::{mpsc, watch};
+
+use crate::batch::Assembler;
+use crate::config::ClientConfig;
+use crate::core::{Action, ClientPolicy, Core, Event, SessionError};
+use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
+use crate::node::Node;
+
+/// A connection that has not said hello by then is closed.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the last message is given to arrive before the connection is closed.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(2);
+/// Packets taken from a stream at once.
+const CHUNKS: usize = 64;
+
+/// What ends a session without an error of the protocol.
+#[derive(Debug, thiserror::Error)]
+enum Gone {
+    #[error("connection lost: {0}")]
+    Connection(#[from] quinn::ConnectionError),
+    #[error("the primary closed its control stream")]
+    ControlEnded,
+    #[error("no hello within {} seconds", HELLO_DEADLINE.as_secs())]
+    Silent,
+}
+
+/// The client behind a connection, known by its key.
+#[derive(Debug)]
+pub(crate) struct Client {
+    pub(crate) config: ClientConfig,
+    pub(crate) key: Fingerprint,
+}
+
+struct Session {
+    connection: Connection,
+    node: Arc<Node>,
+    client: Arc<Client>,
+    id: SessionId,
+    core: Core,
+    send: SendStream,
+    control: ControlReader,
+    pass: Option<PassReader>,
+    assembler: Assembler,
+    group: Option<(Arc<Group>, mpsc::Receiver<GroupEvent>)>,
+    interval_ms: u32,
+}
+
+/// Serves a connection whose key was verified until it ends.
+pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<Client>, stop: watch::Receiver<bool>) {
+    let peer = connection.remote_address();
+    let name = client.config.name.clone();
+    let opened = tokio::time::timeout(HELLO_DEADLINE, connection.accept_bi()).await;
+    let (send, recv) = match opened {
+        Ok(Ok(streams)) => streams,
+        Ok(Err(error)) => return tracing::info!("client '{name}' at {peer}: {error}"),
+        Err(_) => {
+            let reason = Gone::Silent.to_string();
+            connection.close(VarInt::from_u32(CloseCode::Misbehaved as u32), reason.as_bytes());
+            return tracing::warn!("client '{name}' at {peer}: {reason}");
+        }
+    };
+    let policy = ClientPolicy {
+        client: name.clone(),
+        groups: client.config.groups.clone(),
+        groups_max: node.limits.groups_per_client,
+        volumes_max: node.limits.volumes_per_group,
+    };
+    let mut session = Session {
+        connection,
+        id: node.next_session(),
+        node,
+        client,
+        core: Core::new(policy),
+        send,
+        control: ControlReader { recv, buffer: Vec::new() },
+        pass: None,
+        assembler: Assembler::default(),
+        group: None,
+        interval_ms: 0,
+    };
+    let reason = session.run(stop).await;
+    let group = session.group.take();
+    let label = group.as_ref().map_or_else(|| name.to_string(), |(g, _)| format!("{name}/{}", g.shared.folder.group));
+    match &reason {
+        End::Core(SessionError::Stopping | SessionError::Superseded { .. } | SessionError::PeerClosed { .. }) | End::Gone(_) => {
+            tracing::info!("{label} from {peer}: {reason}")
+        }
+        End::Core(_) => tracing::warn!("{label} from {peer}: {reason}"),
+    }
+    if let Some((group, _)) = group {
+        group.release(session.id, reason.to_string()).await;
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum End {
+    #[error("{0}")]
+    Core(SessionError),
+    #[error("{0}")]
+    Gone(#[from] Gone),
+}
+
+/// One thing that happened on the connection.
+enum Input {
+    Control(Message),
+    Opened(RecvStream),
+    Data(usize),
+    DataEnd,
+    DataReset,
+    Group(GroupEvent),
+    Stop,
+}
+
+impl Session {
+    /// Returns why the session ended.
+    async fn run(&mut self, mut stop: watch::Receiver<bool>) -> End {
+        let mut chunks: Vec<bytes::Bytes> = vec![bytes::Bytes::new(); CHUNKS];
+        let hello_by = tokio::time::Instant::now() + HELLO_DEADLINE;
+        loop {
+            let input = match self.next_input(&mut chunks, &mut stop, hello_by).await {
+                Ok(input) => input,
+                Err(InputError::Gone(gone)) => {
+                    self.connection.close(VarInt::from_u32(CloseCode::Stopping as u32), gone.to_string().as_bytes());
+                    return End::Gone(gone);
+                }
+                Err(InputError::Decode(error)) => {
+                    let mut actions = Vec::new();
+                    let error = self.core.fail(SessionError::Decode(error), &mut actions);
+                    self.perform(actions).await;
+                    return End::Core(error);
+                }
+            };
+            let mut actions = Vec::new();
+            let ended = self.take(input, &mut chunks, &mut actions).await;
+            let ended = self.perform(actions).await.or(ended);
+            if let Some(error) = ended {
+                return End::Core(error);
+            }
+        }
+    }
+
+    async fn next_input(
+        &mut self,
+        chunks: &mut [bytes::Bytes],
+        stop: &mut watch::Receiver<bool>,
+        hello_by: tokio::time::Instant,
+    ) -> Result<Input, InputError> {
+        let Self { connection, control, pass, group, core, .. } = self;
+        let wants_pass = core.wants_pass() && pass.is_none();
+        let greeted = group.is_some();
+        let events = async {
+            match group {
+                Some((_, events)) => events.recv().await,
+                None => pending().await,
+            }
+        };
+        let data = async {
+            match pass {
+                Some(pass) => pass.read(chunks).await,
+                None => pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => Ok(Input::Stop),
+            // The group's thread is gone: the node is stopping.
+            event = events => Ok(event.map_or(Input::Stop, Input::Group)),
+            message = control.next() => message.map(Input::Control),
+            stream = connection.accept_uni(), if wants_pass => Ok(Input::Opened(stream.map_err(Gone::from)?)),
+            data = data => data,
+            () = tokio::time::sleep_until(hello_by), if !greeted => Err(Gone::Silent.into()),
+        }
+    }
+
+    async fn take(&mut self, input: Input, chunks: &mut [bytes::Bytes], actions: &mut Vec<Action>) -> Option<SessionError> {
+        match input {
+            Input::Control(message) => {
+                if let Message::Hello(hello) = &message {
+                    self.interval_ms = hello.interval_ms;
+                }
+                self.core.handle(Event::Message(message), actions)
+            }
+            Input::Opened(stream) => {
+                self.pass = Some(PassReader { stream, header: Vec::new(), begun: false });
+                None
+            }
+            Input::Data(count) => self.data(chunks.get(..count).unwrap_or_default(), actions).await,
+            Input::DataEnd => {
+                let begun = self.pass.take().is_some_and(|p| p.begun);
+                let whole = if begun {
+                    self.assembler.end()
+                } else {
+                    Err(DecodeError::Truncated { what: "pass header", needed: PASS_HEADER_BYTES, left: 0 })
+                };
+                if let Err(error) = whole {
+                    return Some(self.core.fail(error.into(), actions));
+                }
+                self.flush().await;
+                self.core.handle(Event::PassEnd, actions)
+            }
+            Input::DataReset => {
+                self.pass = None;
+                self.core.handle(Event::PassReset, actions)
+            }
+            Input::Group(event) => {
+                let event = match event {
+                    GroupEvent::Committed(point) => Event::Committed(point),
+                    GroupEvent::Superseded => Event::Superseded,
+                    GroupEvent::Fenced(generation) => Event::Fenced(generation),
+                    GroupEvent::Storage(cause) => Event::Storage(cause),
+                };
+                self.core.handle(event, actions)
+            }
+            Input::Stop => self.core.handle(Event::Stopping, actions),
+        }
+    }
+
+    async fn data(&mut self, chunks: &[bytes::Bytes], actions: &mut Vec<Action>) -> Option<SessionError> {
+        for chunk in chunks {
+            let mut bytes: &[u8] = chunk;
+            let Some(pass) = self.pass.as_mut() else { break };
+            if !pass.begun {
+                let (now, later) = bytes.split_at(bytes.len().min(PASS_HEADER_BYTES - pass.header.len()));
+                pass.header.extend_from_slice(now);
+                bytes = later;
+                let Some(header) = pass.header.first_chunk::<PASS_HEADER_BYTES>() else { continue };
+                pass.begun = true;
+                let ended = match PassHeader::decode(header) {
+                    Ok(header) => self.core.handle(Event::Pass(header), actions),
+                    Err(error) => Some(self.core.fail(error.into(), actions)),
+                };
+                if ended.is_some() {
+                    return ended;
+                }
+            }
+            // Counted afterwards: the core cannot decide on a frame and count another at once.
+            let mut arrived = Vec::new();
+            let core = &self.core;
+            let pushed = self.assembler.push::<SessionError>(bytes, &mut |header| core.frame_begins(header), &mut |frame| {
+                arrived.push((*frame.header, *frame.head, frame.blocks))
+            });
+            for (header, head, blocks) in arrived {
+                self.core.frame_arrived(&header, &head, blocks);
+            }
+            if let Err(error) = pushed {
+                return Some(self.core.fail(error, actions));
+            }
+            if self.assembler.is_ready() {
+                self.flush().await;
+            }
+        }
+        None
+    }
+
+    /// Hands whole frames to the group.
+    async fn flush(&mut self) {
+        if let Some(batch) = self.assembler.take()
+            && let Some((group, _)) = &self.group
+        {
+            group.append(self.id, batch).await;
+        }
+    }
+
+    /// Performs actions in order; those that are answered may bring more. Returns why the session ended, if it did.
+    async fn perform(&mut self, actions: Vec<Action>) -> Option<SessionError> {
+        let mut queue = std::collections::VecDeque::from(actions);
+        let mut ended = None;
+        while let Some(action) = queue.pop_front() {
+            let mut more = Vec::new();
+            match action {
+                Action::Send(message) => {
+                    // A failure shows up as a lost connection at the next read.
+                    let _ = self.send.write_all(&message.encode()).await;
+                }
+                Action::Lookup { group } => {
+                    let stored = self.node.lookup(&self.client.config.name, &group, self.client.key);
+                    ended = self.core.handle(Event::Stored(stored), &mut more).or(ended);
+                }
+                Action::Claim { group, generation, create, volumes } => {
+                    let event = self.claim(group, generation, create, volumes).await;
+                    ended = self.core.handle(event, &mut more).or(ended);
+                }
+                Action::Commit(seal) => {
+                    if let Some((group, _)) = &self.group {
+                        group.commit(self.id, seal).await;
+                    }
+                }
+                Action::Abandon => {
+                    self.assembler.clear();
+                    if let Some((group, _)) = &self.group {
+                        group.abandon(self.id).await;
+                    }
+                }
+                Action::Close { code, reason } => self.close(code, &reason).await,
+            }
+            queue.extend(more);
+        }
+        ended
+    }
+
+    async fn claim(
+        &mut self,
+        group: Name,
+        generation: proto::Generation,
+        create: bool,
+        volumes: Vec<crate::superblock::Volume>,
+    ) -> Event {
+        let (client, key) = (self.client.config.name.clone(), self.client.key);
+        let handle = if create {
+            let node = Arc::clone(&self.node);
+            let (client, group) = (client.clone(), group.clone());
+            let created = tokio::task::spawn_blocking(move || node.create(&client, &group, key, generation, volumes)).await;
+            match created {
+                Ok(Ok(handle)) => Some(handle),
+                Ok(Err(cause)) => return Event::Storage(cause),
+                Err(error) => return Event::Storage(Arc::new(error)),
+            }
+        } else {
+            self.node.get(&client, &group)
+        };
+        let Some(handle) = handle else { return Event::Stored(self.node.lookup(&client, &group, key)) };
+        if create && !handle.stored(key).owned {
+            return Event::Stored(self.node.lookup(&client, &group, key));
+        }
+        let peer = Peer {
+            address: self.connection.remote_address(),
+            since_unix_us: crate::clock::unix_us(),
+            interval_ms: self.interval_ms,
+        };
+        let (claimed, events) = handle.claim(self.id, peer, generation).await;
+        match claimed {
+            Claimed::Yes { committed } => {
+                tracing::info!(
+                    "{client}/{group} from {}: session in generation {generation}, at {}",
+                    peer.address,
+                    committed.map_or_else(|| "no point yet".to_owned(), |p| format!("point {p}"))
+                );
+                self.group = Some((handle, events));
+                Event::Claimed { committed }
+            }
+            Claimed::Changed => Event::Stored(self.node.lookup(&client, &group, key)),
+            Claimed::No(cause) => Event::Storage(cause),
+        }
+    }
+
+    /// Closes the connection after the last message has arrived, or a deadline.
+    async fn close(&mut self, code: u16, reason: &str) {
+        if self.send.finish().is_ok() {
+            let _ = tokio::time::timeout(LAST_WORDS_DEADLINE, self.send.stopped()).await;
+        }
+        self.connection.close(VarInt::from_u32(code.into()), reason.as_bytes());
+    }
+}
+
+enum InputError {
+    Gone(Gone),
+    Decode(DecodeError),
+}
+
+impl From<Gone> for InputError {
+    fn from(gone: Gone) -> Self {
+        Self::Gone(gone)
+    }
+}
+
+/// Cuts the control stream into messages; keeps what it has when its future is dropped.
+struct ControlReader {
+    recv: RecvStream,
+    buffer: Vec<u8>,
+}
+
+impl ControlReader {
+    async fn next(&mut self) -> Result<Message, InputError> {
+        loop {
+            if let Some((prefix, rest)) = self.buffer.split_first_chunk::<4>() {
+                let len = Message::check_length(*prefix).map_err(InputError::Decode)?;
+                if let Some(body) = rest.get(..len) {
+                    let message = Message::decode(body).map_err(InputError::Decode);
+                    self.buffer.drain(..4 + len);
+                    return message;
+                }
+            }
+            match self.recv.read_chunk(proto::control::MESSAGE_BYTES_MAX, true).await {
+                Ok(Some(chunk)) => self.buffer.extend_from_slice(&chunk.bytes),
+                Ok(None) => return Err(Gone::ControlEnded.into()),
+                Err(ReadError::ConnectionLost(error)) => return Err(Gone::Connection(error).into()),
+                Err(_) => return Err(Gone::ControlEnded.into()),
+            }
+        }
+    }
+}
+
+struct PassReader {
+    stream: RecvStream,
+    header: Vec<u8>,
+    begun: bool,
+}
+
+impl PassReader {
+    async fn read(&mut self, chunks: &mut [bytes::Bytes]) -> Result<Input, InputError> {
+        match self.stream.read_chunks(chunks).await {
+            Ok(Some(count)) => Ok(Input::Data(count)),
+            Ok(None) => Ok(Input::DataEnd),
+            Err(ReadError::Reset(_)) => Ok(Input::DataReset),
+            Err(ReadError::ConnectionLost(error)) => Err(Gone::Connection(error).into()),
+            Err(_) => Ok(Input::DataReset),
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! What a receiver tells about itself.
+
+use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
+
+use proto::fencing::GroupRole;
+use proto::{Generation, Name, Point};
+use serde::{Deserialize, Serialize};
+
+use crate::group::Group;
+
+/// Role of a group, as text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Following a primary.
+    Replica,
+    /// A fork of it is the running server.
+    Active,
+    /// It cannot be used; `last_error` says why.
+    Broken,
+}
+
+/// State of one group.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GroupStatus {
+    /// The client.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// What it does.
+    pub role: Role,
+    /// Its generation.
+    pub generation: Generation,
+    /// Its volumes.
+    pub volumes: Vec<VolumeStatus>,
+    /// The primary that is connected.
+    pub peer: Option<PeerStatus>,
+    /// Newest committed point.
+    pub committed: Option<PointInfo>,
+    /// Age of that point's cut in seconds, by this machine's clock against the primary's; not negative.
+    pub committed_age_s: Option<f64>,
+    /// Kept points.
+    pub points: u64,
+    /// Bytes of the journal.
+    pub journal_bytes: u64,
+    /// Bytes of frames received since the node was started.
+    pub bytes_received: u64,
+    /// Estimated resident bytes of index and frame table.
+    pub index_bytes: u64,
+    /// The fork in use.
+    pub active: Option<ActiveStatus>,
+    /// Queues and their limits.
+    pub queues: Vec<QueueStatus>,
+    /// Why the last session ended or what failed.
+    pub last_error: Option<String>,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// Its name.
+    pub name: Name,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// A connected primary.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Its address.
+    pub address: SocketAddr,
+    /// When the session began, microseconds since 1970.
+    pub since_unix_us: u64,
+    /// Its epoch interval in milliseconds.
+    pub interval_ms: u32,
+}
+
+/// The fork that is the running server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ActiveStatus {
+    /// Name of the fork.
+    pub fork: Name,
+    /// The point it started from.
+    pub point: Point,
+}
+
+/// A queue: what is in it, and its limit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueStatus {
+    /// Its name.
+    pub name: String,
+    /// Entries or bytes, as the name says.
+    pub used: u64,
+    /// The limit.
+    pub limit: u64,
+}
+
+/// A committed point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PointInfo {
+    /// The point.
+    pub point: Point,
+    /// Its cut, microseconds since 1970 on the primary's clock.
+    pub cut_unix_us: u64,
+    /// The oldest write in it, microseconds since 1970 on the primary's clock; 0 if it has none.
+    pub first_write_unix_us: u64,
+    /// Bytes of its frames.
+    pub frame_bytes: u64,
+    /// Blocks of data in it.
+    pub data_blocks: u64,
+    /// Zeroed blocks in it.
+    pub zero_blocks: u64,
+}
+
+impl From<&crate::group::PointEntry> for PointInfo {
+    fn from(p: &crate::group::PointEntry) -> Self {
+        Self {
+            point: p.point,
+            cut_unix_us: p.cut_unix_us,
+            first_write_unix_us: p.first_write_unix_us,
+            frame_bytes: p.frame_bytes,
+            data_blocks: p.data_blocks,
+            zero_blocks: p.zero_blocks,
+        }
+    }
+}
+
+/// The state of an open group.
+pub(crate) fn of(group: &Group) -> GroupStatus {
+    let shared = &group.shared;
+    let state = shared.state.read();
+    let committed = state.points.last().map(PointInfo::from);
+    let now = crate::clock::unix_us();
+    let queue =
+        |name: &str, used: usize, limit: usize| QueueStatus { name: name.to_owned(), used: used as u64, limit: limit as u64 };
+    GroupStatus {
+        client: shared.folder.client.clone(),
+        group: shared.folder.group.clone(),
+        role: match state.role {
+            GroupRole::Replica => Role::Replica,
+            GroupRole::Active => Role::Active,
+        },
+        generation: state.generation,
+        volumes: shared.volumes.iter().map(|v| VolumeStatus { name: v.name.clone(), size_bytes: v.size_bytes }).collect(),
+        peer: state.peer.map(|p| PeerStatus { address: p.address, since_unix_us: p.since_unix_us, interval_ms: p.interval_ms }),
+        committed,
+        committed_age_s: committed.map(|p| now.saturating_sub(p.cut_unix_us) as f64 / 1e6),
+        points: state.points.len() as u64,
+        journal_bytes: state.journal_bytes,
+        bytes_received: shared.bytes_received.load(Ordering::Relaxed),
+        index_bytes: state.index.memory_bytes() + shared.frames.table.read().memory_bytes(),
+        active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point }),
+        queues: vec![
+            queue("journal commands", group.queue_used(), crate::group::GROUP_QUEUE_MAX),
+            queue("decoded frame bytes", shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
+        ],
+        last_error: state.last_error.clone(),
+    }
+}
+
+/// The state of a group that could not be opened.
+pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
+    GroupStatus {
+        client,
+        group,
+        role: Role::Broken,
+        generation: Generation(0),
+        volumes: Vec::new(),
+        peer: None,
+        committed: None,
+        committed_age_s: None,
+        points: 0,
+        journal_bytes: 0,
+        bytes_received: 0,
+        index_bytes: 0,
+        active: None,
+        queues: Vec::new(),
+        last_error: Some(error),
+    }
+}

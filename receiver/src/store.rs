@@ -1,0 +1,245 @@
+//! The store's layout: `STORE/<client>/<group>/{superblock, base/, journal/, forks/}`, and the lock that keeps a second
+//! process away.
+//!
+//! Names are `proto::Name` only, so a peer's text never leaves its folder. Folders are 0700 and files 0600: they hold disks.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use proto::Name;
+use proto::fencing::GroupRole;
+use rustix::fs::{FlockOperation, flock};
+
+use crate::disk::sync_folder;
+use crate::superblock::{Superblock, SuperblockError, SuperblockFile};
+
+/// The lock file. A leading dot is no name, so no client can be called like it.
+const LOCK_FILE: &str = ".lock";
+/// Prefix of a group's folder while it is being created.
+const UNFINISHED_PREFIX: &str = ".new-";
+
+/// Why a store is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Another process has it.
+    #[error("store {} belongs to a running node (pid {pid}): stop it, or ask it through its control socket", path.display())]
+    InUse {
+        /// The store.
+        path: PathBuf,
+        /// Who, as far as the lock file says.
+        pid: String,
+    },
+    /// A file or folder operation failed.
+    #[error("{}: cannot {what}: {source}", path.display())]
+    Io {
+        /// What it was about.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A file or folder that is none of ours.
+    #[error("{}: not a name of a {kind}: move it out of the store", path.display())]
+    Foreign {
+        /// The entry.
+        path: PathBuf,
+        /// What was expected there.
+        kind: &'static str,
+    },
+    /// The new group's superblock.
+    #[error(transparent)]
+    Superblock(#[from] SuperblockError),
+}
+
+/// Adds path and action to an I/O error.
+pub(crate) fn at<'a>(path: &'a Path, what: &'static str) -> impl FnOnce(io::Error) -> StoreError + 'a {
+    move |source| StoreError::Io { path: path.to_owned(), what, source }
+}
+
+/// A store this process holds.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    /// Dropping it gives the store up; the kernel does so after SIGKILL.
+    _lock: File,
+}
+
+/// A group's folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupFolder {
+    /// The client it belongs to.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// The folder.
+    pub path: PathBuf,
+}
+
+impl GroupFolder {
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.path.join("journal")
+    }
+
+    pub(crate) fn base(&self, volume: &Name) -> PathBuf {
+        self.path.join("base").join(format!("{volume}.raw"))
+    }
+
+    pub(crate) fn fork(&self, fork: &Name) -> PathBuf {
+        self.path.join("forks").join(fork.as_str())
+    }
+}
+
+impl Store {
+    /// Opens the store at `root`, creating the folder if it is not there, and locks it.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        create_folders(root).map_err(at(root, "create the store"))?;
+        Self::lock(root)
+    }
+
+    /// Locks a store that must exist.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn lock(root: &Path) -> Result<Self, StoreError> {
+        let path = root.join(LOCK_FILE);
+        let mut lock = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)
+            .map_err(at(&path, "open the lock file"))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                let mut pid = String::new();
+                let _ = (&lock).take(20).read_to_string(&mut pid);
+                let pid = pid.trim();
+                let known = !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit());
+                return Err(StoreError::InUse { path: root.to_owned(), pid: if known { pid } else { "unknown" }.to_owned() });
+            }
+            Err(error) => return Err(at(&path, "lock it")(error.into())),
+        }
+        lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(at(&path, "write the lock file"))?;
+        Ok(Self { root: root.to_owned(), _lock: lock })
+    }
+
+    /// The store's folder.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Every group of every client, in order. What a creation left unfinished is removed: it never held a commit.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn groups(&self) -> Result<Vec<GroupFolder>, StoreError> {
+        let mut groups = Vec::new();
+        for (client, path) in named_folders(&self.root, "client", false)? {
+            for (group, path) in named_folders(&path, "group", true)? {
+                groups.push(GroupFolder { client: client.clone(), group, path });
+            }
+        }
+        groups.sort_by(|a, b| (&a.client, &a.group).cmp(&(&b.client, &b.group)));
+        Ok(groups)
+    }
+
+    /// Creates a group's folder with an empty base, an empty journal and its first superblock. The folder appears
+    /// under its name when all of it is durable.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn create_group(&self, client: &Name, group: &Name, block: Superblock) -> Result<GroupFolder, StoreError> {
+        debug_assert!(block.role == GroupRole::Replica);
+        let parent = self.root.join(client.as_str());
+        let building = parent.join(format!("{UNFINISHED_PREFIX}{group}"));
+        if building.exists() {
+            std::fs::remove_dir_all(&building).map_err(at(&building, "remove what a failed creation left"))?;
+        }
+        for sub in ["base", "journal", "forks"] {
+            let path = building.join(sub);
+            create_folders(&path).map_err(at(&path, "create the folder"))?;
+        }
+        for volume in &block.volumes {
+            let path = building.join("base").join(format!("{}.raw", volume.name));
+            create_file(&path)
+                .and_then(|file| file.set_len(volume.size_bytes).and_then(|()| file.sync_all()))
+                .map_err(at(&path, "create the base"))?;
+        }
+        SuperblockFile::create(&building, block)?;
+        for folder in [&building.join("base"), &building] {
+            sync_folder(folder).map_err(at(folder, "sync the folder"))?;
+        }
+        let path = parent.join(group.as_str());
+        std::fs::rename(&building, &path).map_err(at(&path, "name the group's folder"))?;
+        for folder in [&parent, &self.root] {
+            sync_folder(folder).map_err(at(folder, "sync the folder"))?;
+        }
+        Ok(GroupFolder { client: client.clone(), group: group.clone(), path })
+    }
+}
+
+fn named_folders(root: &Path, kind: &'static str, clean: bool) -> Result<Vec<(Name, PathBuf)>, StoreError> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(root).map_err(at(root, "list the folder"))? {
+        let path = entry.map_err(at(root, "list the folder"))?.path();
+        let text = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        if clean && text.starts_with(UNFINISHED_PREFIX) {
+            tracing::warn!("{}: a group's creation was not finished; removed", path.display());
+            std::fs::remove_dir_all(&path).map_err(at(&path, "remove what a failed creation left"))?;
+            continue;
+        }
+        if text.starts_with('.') || text == "lost+found" {
+            continue;
+        }
+        match text.parse::<Name>() {
+            Ok(name) if path.is_dir() => found.push((name, path)),
+            _ => return Err(StoreError::Foreign { path, kind }),
+        }
+    }
+    Ok(found)
+}
+
+/// Creates a folder and its parents, each for its owner only.
+pub(crate) fn create_folders(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Creates a file that must not exist, for its owner only.
+pub(crate) fn create_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_holder_is_told_who_has_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        let error = Store::open(store.root()).unwrap_err().to_string();
+        let wanted = format!("belongs to a running node (pid {})", std::process::id());
+        assert!(error.contains(&wanted), "{error}");
+        let root = store.root().to_owned();
+        drop(store);
+        Store::open(&root).unwrap();
+    }
+
+    #[test]
+    fn a_foreign_entry_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        std::fs::write(dir.path().join("notes"), "x").unwrap();
+        let error = store.groups().unwrap_err().to_string();
+        assert!(error.contains("notes: not a name of a client"), "{error}");
+    }
+}

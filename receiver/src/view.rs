@@ -1,0 +1,181 @@
+//! A read-only disk: one volume at one point.
+//!
+//! An index snapshot says for each block whether it is in a frame of the journal, zero, or in the base. Nothing that is committed
+//! later, and no epoch that is arriving, is ever seen through it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, ZeroMode};
+use proto::units::BLOCK_BYTES;
+use rustix::fs::{SeekFrom, seek};
+
+use crate::group::{GroupError, Shared};
+use crate::index::{Index, Place};
+use crate::journal::JournalError;
+
+/// One volume of a group at one point.
+#[derive(Debug)]
+pub struct View {
+    shared: Arc<Shared>,
+    index: Arc<Index>,
+    volume: usize,
+    size: u64,
+    base: File,
+    base_path: PathBuf,
+}
+
+/// The views of all volumes of a group from one index.
+pub(crate) fn views(shared: &Arc<Shared>, index: Index) -> Result<Vec<View>, GroupError> {
+    let index = Arc::new(index);
+    let view = |(volume, spec): (usize, &crate::superblock::Volume)| {
+        let base_path = shared.folder.base(&spec.name);
+        let base = File::open(&base_path).map_err(|source| JournalError::Io {
+            path: base_path.clone(),
+            what: "open the base of",
+            source,
+        })?;
+        Ok(View { shared: Arc::clone(shared), index: Arc::clone(&index), volume, size: spec.size_bytes, base, base_path })
+    };
+    shared.volumes.iter().enumerate().map(view).collect()
+}
+
+impl View {
+    /// Calls `each` for the places of a byte range: place, first byte of the piece, its length.
+    fn pieces(&self, offset: u64, length: u64, mut each: impl FnMut(Place, u64, u64) -> io::Result<bool>) -> io::Result<()> {
+        let Some(map) = self.index.volume(self.volume) else { return Err(io::ErrorKind::NotFound.into()) };
+        let (mut at, end) = (offset, offset + length);
+        while at < end {
+            let block = at / BLOCK_BYTES;
+            let (place, run) = map.find(block, end.div_ceil(BLOCK_BYTES) - block);
+            let stop = ((block + run) * BLOCK_BYTES).min(end);
+            if !each(place, at, stop - at)? {
+                break;
+            }
+            at = stop;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` from `offset`.
+    pub(crate) fn read_into(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let length = buf.len() as u64;
+        self.pieces(offset, length, |place, at, bytes| {
+            let from = (at - offset) as usize;
+            let Some(part) = buf.get_mut(from..from + bytes as usize) else { return Ok(false) };
+            match place {
+                Place::Zero => part.fill(0),
+                Place::Base => self.read_base(at, part)?,
+                Place::Frame(frame) => self.read_frame(frame, at, part)?,
+            }
+            Ok(true)
+        })
+    }
+
+    fn read_base(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
+        self.base.read_exact_at(part, at).inspect_err(|error| {
+            tracing::error!("{}: cannot read the base at offset {at}: {error}", self.base_path.display());
+        })
+    }
+
+    fn read_frame(&self, frame: crate::index::FrameId, at: u64, mut part: &mut [u8]) -> io::Result<()> {
+        let io_error = |error: crate::frames::FrameError| {
+            tracing::error!("{error}");
+            io::Error::other(error)
+        };
+        let decoded = self.shared.frames.load(frame).map_err(io_error)?;
+        let mut at = at;
+        while !part.is_empty() {
+            let content = decoded.from(self.volume, at / BLOCK_BYTES);
+            let content = content.and_then(|c| c.get((at % BLOCK_BYTES) as usize..)).filter(|c| !c.is_empty());
+            let content = content.ok_or_else(|| io_error(self.shared.frames.mismatch(frame)))?;
+            let n = content.len().min(part.len());
+            let (now, later) = part.split_at_mut(n);
+            now.copy_from_slice(content.get(..n).unwrap_or_default());
+            part = later;
+            at += n as u64;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn find_extents(&self, offset: u64, length: u64, extents_max: usize) -> io::Result<Vec<Extent>> {
+        let mut extents: Vec<Extent> = Vec::new();
+        self.pieces(offset, length, |place, at, bytes| {
+            let mut done = 0;
+            while done < bytes {
+                let (kind, run) = match place {
+                    Place::Frame(_) => (ExtentKind::Data, bytes - done),
+                    Place::Zero => (ExtentKind::Hole, bytes - done),
+                    Place::Base => self.base_extent(at + done, bytes - done)?,
+                };
+                let full = extents.len() >= extents_max;
+                match extents.last_mut() {
+                    Some(last) if last.kind == kind => last.length += run,
+                    _ if full => return Ok(false),
+                    _ => extents.push(Extent { length: run, kind }),
+                }
+                done += run;
+            }
+            Ok(true)
+        })?;
+        Ok(extents)
+    }
+
+    fn base_extent(&self, at: u64, bytes: u64) -> io::Result<(ExtentKind, u64)> {
+        let end = at + bytes;
+        let data = match seek(&self.base, SeekFrom::Data(at)) {
+            Ok(data) => data.min(end),
+            Err(rustix::io::Errno::NXIO) => end,
+            Err(error) => return Err(error.into()),
+        };
+        if data > at {
+            return Ok((ExtentKind::Hole, data - at));
+        }
+        let hole = seek(&self.base, SeekFrom::Hole(at))?.clamp(at + 1, end);
+        Ok((ExtentKind::Data, hole - at))
+    }
+}
+
+fn read_only<'a, T: 'a>() -> IoFuture<'a, T> {
+    Box::pin(std::future::ready(Err(io::ErrorKind::ReadOnlyFilesystem.into())))
+}
+
+impl BlockDevice for View {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_only(&self) -> bool {
+        true
+    }
+
+    fn read<'a>(&'a self, offset: u64, mut buf: Buf) -> IoFuture<'a, Buf> {
+        Box::pin(async move {
+            self.read_into(offset, &mut buf)?;
+            Ok(buf)
+        })
+    }
+
+    fn write<'a>(&'a self, _offset: u64, _data: Buf) -> IoFuture<'a, Buf> {
+        read_only()
+    }
+
+    fn flush<'a>(&'a self) -> IoFuture<'a, ()> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn write_zeroes<'a>(&'a self, _offset: u64, _length: u64, _mode: ZeroMode) -> IoFuture<'a, ()> {
+        read_only()
+    }
+
+    fn trim<'a>(&'a self, _offset: u64, _length: u64) -> IoFuture<'a, ()> {
+        read_only()
+    }
+
+    fn extents<'a>(&'a self, offset: u64, length: u64, extents_max: usize) -> IoFuture<'a, Vec<Extent>> {
+        Box::pin(std::future::ready(self.find_extents(offset, length, extents_max)))
+    }
+}

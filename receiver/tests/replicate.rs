@@ -1,0 +1,152 @@
+//! A primary over QUIC against a real receiver: commits, points, views, restarts, failover.
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use blockdev::{Buf, IoThreads};
+use common::*;
+use proto::{Generation, Message};
+
+const SIZE: u64 = 3 * 1024 * 4096 + 1000;
+
+/// Every point, also those across restarts, in several passes, several volumes and several segments, reads as it was cut.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_point_reads_as_it_was_cut_also_after_a_restart() {
+    let site = Site::new(&["a"]);
+    let io = IoThreads::new(1).unwrap();
+    let receiver = site.start().await;
+    let volumes = [("root", SIZE), ("logs", 64 * 4096)];
+    let mut primary = Primary::open(site.connect(&receiver, 0).await, hello("db", &volumes)).await;
+    assert_eq!(primary.generation, 1);
+    primary.commit(vec![data(0, 32, 1), data(100, 7, 2), Change::Data { volume: 1, start: 3, blocks: 2, seed: 9 }]).await;
+    // Several passes: the later one wins. More than one segment.
+    let passes: Vec<Vec<Change>> = vec![
+        (0..40).map(|i| data(i * 32, 32, i as u8)).collect(),
+        vec![data(10, 3, 77), zero(40, 50)],
+        vec![data(45, 1, 78), data(3071, 1, 5), zero(3072, 1)],
+    ];
+    let point = primary.send(&passes).await;
+    primary.committed(point).await;
+    // An empty epoch, then some in flight at once.
+    primary.commit(vec![]).await;
+    let mut sent = Vec::new();
+    for i in 0..10 {
+        sent.push(primary.send(&[vec![data(i * 5, 9, i as u8 + 100), zero(i * 9, 2)]]).await);
+    }
+    for point in sent {
+        primary.committed(point).await;
+    }
+    check_images(&io, &receiver, "db", &primary.images).await;
+    let status = receiver.status();
+    assert_eq!((status[0].points, status[0].committed.unwrap().point), (13, point_of(13)));
+    assert!(status[0].peer.is_some() && status[0].journal_bytes > 1000 && status[0].index_bytes > 0);
+    let Primary { mut images, disks, control, .. } = primary;
+    receiver.shutdown().await;
+    drop(control);
+
+    let receiver = site.start().await;
+    check_images(&io, &receiver, "a/db", &images).await;
+    let mut hello = hello("db", &volumes);
+    hello.generation = Generation(1);
+    let mut primary = Primary::open(site.connect(&receiver, 0).await, hello).await;
+    assert_eq!(primary.next, 14);
+    primary.disks = disks;
+    primary.commit(vec![data(1, 1, 200)]).await;
+    images.append(&mut primary.images);
+    check_images(&io, &receiver, "db", &images).await;
+    receiver.shutdown().await;
+}
+
+fn point_of(epoch: u64) -> proto::Point {
+    point(1, epoch)
+}
+
+/// An epoch that was not sealed leaves no trace: not after a reset, not after a lost session, not for the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unsealed_epoch_leaves_no_trace() {
+    let site = Site::new(&["a"]);
+    let io = IoThreads::new(1).unwrap();
+    let receiver = site.start().await;
+    let volumes = [("root", SIZE)];
+    let mut primary = Primary::open(site.connect(&receiver, 0).await, hello("db", &volumes)).await;
+    primary.commit(vec![data(0, 32, 1)]).await;
+    let journal = receiver.status()[0].journal_bytes;
+    // Three megabytes of an epoch, over segments, then a reset.
+    let frames: Vec<_> = (0..90).map(|i| data(i * 32, 32, i as u8).frame(2, 0)).collect();
+    let mut stream = primary.control.connection.open_uni().await.unwrap();
+    let header = proto::control::PassHeader { epoch: proto::EpochId(2), pass: 0, kind: proto::control::PassKind::Fuzzy };
+    stream.write_all(&header.encode()).await.unwrap();
+    stream.write_all(&frames.concat()).await.unwrap();
+    let arrived = |receiver: &receiver::Receiver| receiver.status()[0].bytes_received;
+    let deadline = Instant::now() + DEADLINE;
+    while arrived(&receiver) < 60_000 {
+        assert!(Instant::now() < deadline, "frames arrive");
+        tokio::task::yield_now().await;
+    }
+    stream.reset(7_u32.into()).unwrap();
+    // The same epoch again, with other content.
+    primary.commit(vec![data(5, 1, 50)]).await;
+    check_images(&io, &receiver, "db", &primary.images).await;
+    assert!(receiver.status()[0].journal_bytes < journal + 10_000, "the reset frames are gone");
+    // A second session takes over; the first is told.
+    let mut second = Primary::open(site.connect(&receiver, 0).await, hello("db", &volumes)).await;
+    assert_eq!(second.next, 3);
+    let (code, reason) = primary.control.hear_close().await;
+    assert_eq!((code, reason.as_str()), (5, "another session of group 'db' took over"));
+    second.disks = primary.disks.clone();
+    second.commit(vec![data(6, 1, 51)]).await;
+    check_images(&io, &receiver, "db", &second.images).await;
+    check_images(&io, &receiver, "db", &primary.images).await;
+    receiver.shutdown().await;
+}
+
+/// Failover: the primary is fenced, now and later; the fork is writable, the same after a restart, and asked twice it is the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failover_fences_and_gives_a_fork_that_survives_restarts() {
+    let site = Site::new(&["a"]);
+    let io = IoThreads::new(2).unwrap();
+    let receiver = site.start().await;
+    let volumes = [("root", SIZE)];
+    let mut primary = Primary::open(site.connect(&receiver, 0).await, hello("db", &volumes)).await;
+    primary.commit(vec![data(0, 32, 1)]).await;
+    primary.commit(vec![data(5, 3, 2)]).await;
+    let active = receiver.failover("db", Some(point(1, 2))).await.unwrap();
+    assert_eq!((active.generation, active.point), (Generation(2), point(1, 2)));
+    assert_eq!(primary.control.hear().await, Message::Fenced { generation: Generation(2) });
+    let (_, answer) = Control::open(site.connect(&receiver, 0).await, hello("db", &volumes)).await;
+    assert_eq!(answer, Message::Fenced { generation: Generation(2) });
+
+    let mut image = primary.images[&point(1, 2)][0].clone();
+    let device = Arc::clone(&active.volumes[0].1);
+    let write = |device: Arc<dyn blockdev::BlockDevice>, at: u64, bytes: Vec<u8>| {
+        io.call(move || async move {
+            device.write(at, Buf::copy_of(&bytes)).await?;
+            device.flush().await
+        })
+    };
+    write(Arc::clone(&device), 4000, vec![7; 5000]).await.unwrap().unwrap();
+    image[4000..9000].fill(7);
+    assert!(read_all(&io, Arc::clone(&device)).await.unwrap() == image);
+    let again = receiver.failover("a/db", None).await.unwrap();
+    assert!(Arc::ptr_eq(&again.volumes[0].1, &device));
+    let error = receiver.failover("db", Some(point(1, 1))).await.unwrap_err().to_string();
+    assert_eq!(error, "group 'db' is active already, from point 1.2: it cannot be activated from point 1.1 too");
+    let status = receiver.status();
+    assert_eq!((status[0].role, status[0].generation), (receiver::Role::Active, Generation(2)));
+    drop((active, again, device));
+    receiver.shutdown().await;
+
+    let receiver = site.start().await;
+    let started = Instant::now();
+    let mut found = receiver.activated().await;
+    let active = found.pop().unwrap().unwrap();
+    assert!(found.is_empty() && active.generation == Generation(2));
+    assert!(read_all(&io, Arc::clone(&active.volumes[0].1)).await.unwrap() == image);
+    assert!(started.elapsed().as_secs() < 5);
+    let (_, answer) = Control::open(site.connect(&receiver, 0).await, hello("db", &volumes)).await;
+    assert_eq!(answer, Message::Fenced { generation: Generation(2) });
+    drop(active);
+    receiver.shutdown().await;
+}
