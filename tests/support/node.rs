@@ -1,0 +1,279 @@
+//! A real `twinsite` process with a folder, a configuration and a log of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use super::{Process, eventually, text};
+
+/// Most time a node takes to answer on its control socket.
+const UP_WITHIN: Duration = Duration::from_secs(20);
+/// Most time a healthy group takes to its next commit.
+pub(crate) const COMMIT_WITHIN: Duration = Duration::from_secs(60);
+
+/// A node: its folder, and its process while it runs.
+#[derive(Debug)]
+pub(crate) struct Node {
+    /// Its folder.
+    pub(crate) folder: PathBuf,
+    namespace: Option<String>,
+    process: Option<Process>,
+    log_from: u64,
+}
+
+impl Node {
+    /// A node with a folder below `parent` and no configuration yet.
+    pub(crate) fn new(parent: &Path, name: &str) -> Self {
+        let folder = parent.join(name);
+        std::fs::create_dir_all(&folder).expect("the node's folder");
+        Self { folder, namespace: None, process: None, log_from: 0 }
+    }
+
+    /// The same, with every command run in a network namespace.
+    pub(crate) fn within(parent: &Path, name: &str, namespace: &str) -> Self {
+        Self { namespace: Some(namespace.to_owned()), ..Self::new(parent, name) }
+    }
+
+    /// `twinsite.toml`.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.folder.join("twinsite.toml")
+    }
+
+    /// Writes the configuration: `[node]` of this folder, then `rest`.
+    pub(crate) fn configure(&self, rest: &str) {
+        let state = self.folder.join("state");
+        let text = format!("[node]\nstate_dir = \"{}\"\n\n{rest}", state.display());
+        std::fs::write(self.config(), text).expect("the configuration");
+    }
+
+    /// A `twinsite` command of this node, with its configuration named.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let program = env!("CARGO_BIN_EXE_twinsite");
+        let mut command = match &self.namespace {
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace, program]);
+                command
+            }
+            None => Command::new(program),
+        };
+        command.args(args).arg("--config").arg(self.config()).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command of this node to its end, whatever that is.
+    pub(crate) fn ask(&self, args: &[&str]) -> Output {
+        self.command(args).output().expect("the twinsite binary")
+    }
+
+    /// Runs a command that must succeed; returns what it printed.
+    #[track_caller]
+    pub(crate) fn cli(&self, args: &[&str]) -> String {
+        let output = self.ask(args);
+        assert!(output.status.success(), "twinsite {}: {}\n{}\n{}", args.join(" "), output.status, text(&output), self.log());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The same with `--json`.
+    #[track_caller]
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
+        let printed = self.cli(&[args, &["--json"]].concat());
+        serde_json::from_str(&printed).unwrap_or_else(|e| panic!("twinsite {}: not JSON: {e}\n{printed}", args.join(" ")))
+    }
+
+    /// The fingerprint of its key, made at first use.
+    #[track_caller]
+    pub(crate) fn key(&self) -> String {
+        if !self.config().exists() {
+            // Enough of a configuration to have a state folder.
+            self.configure("[receiver]\nlisten = \"127.0.0.1:7447\"\nstore = \"store\"\n");
+        }
+        self.json(&["id"])["key"].as_str().expect("a key").to_owned()
+    }
+
+    /// Starts `twinsite run` and waits until it answers.
+    #[track_caller]
+    pub(crate) fn start(&mut self) {
+        self.launch();
+        let log = self.folder.join("log");
+        eventually("the node answers", UP_WITHIN, || {
+            let runs = self.process.as_mut().expect("launched").runs();
+            assert!(runs, "the node ended:\n{}", std::fs::read_to_string(&log).unwrap_or_default());
+            self.ask(&["status", "--json"]).status.success().then_some(())
+        });
+    }
+
+    /// Starts `twinsite run` and does not wait.
+    #[track_caller]
+    pub(crate) fn launch(&mut self) {
+        let path = self.folder.join("log");
+        let log = std::fs::OpenOptions::new().create(true).append(true).open(&path).expect("its log");
+        self.log_from = log.metadata().expect("its log").len();
+        let errors = log.try_clone().expect("its log");
+        self.process = Some(Process::start(self.command(&["run"]).stdout(log).stderr(errors)));
+    }
+
+    /// What this run printed so far.
+    pub(crate) fn log(&self) -> String {
+        let all = std::fs::read(self.folder.join("log")).unwrap_or_default();
+        let from = usize::try_from(self.log_from).unwrap_or_default().min(all.len());
+        String::from_utf8_lossy(&all[from..]).into_owned()
+    }
+
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.as_ref().expect("a running node").pid()
+    }
+
+    /// SIGKILL: what the loss of a machine leaves of a process.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill();
+        }
+    }
+
+    /// An orderly stop.
+    #[track_caller]
+    pub(crate) fn stop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.signal(Signal::TERM);
+            let status = process.ended(Duration::from_secs(40));
+            assert!(status.success(), "stopped with {status}:\n{}", self.log());
+        }
+    }
+
+    /// Waits for the end of a run that ends by itself; returns what it printed.
+    #[track_caller]
+    pub(crate) fn ended(&mut self, within: Duration) -> (bool, String) {
+        let status = self.process.take().expect("a running node").ended(within);
+        (status.success(), self.log())
+    }
+
+    /// `status --json`.
+    #[track_caller]
+    pub(crate) fn status(&self) -> Value {
+        self.json(&["status"])
+    }
+
+    /// A group this node is the primary of.
+    #[track_caller]
+    pub(crate) fn primary(&self, group: &str) -> Value {
+        let status = self.status();
+        let found = status["primary"].as_array().and_then(|all| all.iter().find(|g| g["group"] == group));
+        found.unwrap_or_else(|| panic!("no group {group} in {status:#}")).clone()
+    }
+
+    /// A copy that this node keeps; `Null` while there is none.
+    #[track_caller]
+    pub(crate) fn copy(&self, client: &str, group: &str) -> Value {
+        let status = self.status();
+        let groups = status["receiver"]["groups"].as_array();
+        groups.and_then(|all| all.iter().find(|g| g["client"] == client && g["group"] == group)).cloned().unwrap_or(Value::Null)
+    }
+
+    /// Waits until everything written before this call is committed at the receiver.
+    #[track_caller]
+    pub(crate) fn committed(&self, group: &str) -> Value {
+        let deadline = Instant::now() + COMMIT_WITHIN;
+        loop {
+            let status = self.primary(group);
+            if !status["committed"].is_null() && status["dirty_bytes"] == 0 {
+                return status;
+            }
+            let waiting = Instant::now() < deadline;
+            assert!(waiting, "group {group} is not committed within {COMMIT_WITHIN:?}: {status:#}\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The points of a group, oldest first: name and cut.
+    #[track_caller]
+    pub(crate) fn points(&self, group: &str) -> Vec<(String, u64)> {
+        let answer = self.json(&["points", group]);
+        let points = answer["points"].as_array().unwrap_or_else(|| panic!("no points in {answer:#}"));
+        points
+            .iter()
+            .map(|p| (p["point"].as_str().expect("a name").to_owned(), p["cut_unix_us"].as_u64().expect("a time")))
+            .collect()
+    }
+
+    /// Fails over and returns the point that was activated.
+    #[track_caller]
+    pub(crate) fn failover(&self, group: &str, point: Option<&str>, socket: &Path) -> String {
+        let export = format!("unix:{}", socket.display());
+        let mut args = vec!["failover", group, "--export", &export, "--yes"];
+        if let Some(point) = point {
+            args.extend(["--point", point]);
+        }
+        self.json(&args)["point"].as_str().expect("the point").to_owned()
+    }
+}
+
+/// An address of loopback that nobody listens on now.
+pub(crate) fn free_address() -> String {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    socket.local_addr().expect("its address").to_string()
+}
+
+/// `[receiver]` with one client that may send any group.
+pub(crate) fn receiver_config(listen: &str, store: &Path, client: &str, key: &str) -> String {
+    format!(
+        "[receiver]\nlisten = \"{listen}\"\nstore = \"{}\"\n\n[[receiver.client]]\nname = \"{client}\"\nkey = \"{key}\"\n",
+        store.display()
+    )
+}
+
+/// `[[group]]` with its disks: name, image, socket of the export.
+pub(crate) fn group_config(group: &str, peer: &str, peer_key: &str, interval: &str, disks: &[(&str, &Path, &Path)]) -> String {
+    let mut text =
+        format!("[[group]]\nname = \"{group}\"\npeer = \"{peer}\"\npeer_key = \"{peer_key}\"\ninterval = \"{interval}\"\n");
+    for (name, image, socket) in disks {
+        text += &format!(
+            "\n[[group.disk]]\nname = \"{name}\"\npath = \"{}\"\nexport = \"unix:{}\"\n",
+            image.display(),
+            socket.display()
+        );
+    }
+    text + "\n"
+}
+
+/// Two paired nodes on loopback, one group.
+#[derive(Debug)]
+pub(crate) struct Pair {
+    /// Runs the receiver.
+    pub(crate) receiver: Node,
+    /// Runs the group.
+    pub(crate) primary: Node,
+    /// The receiver's store.
+    pub(crate) store: PathBuf,
+    /// Sockets of the disks' exports at the primary.
+    pub(crate) sockets: Vec<PathBuf>,
+    /// Images of the disks at the primary.
+    pub(crate) images: Vec<PathBuf>,
+}
+
+impl Pair {
+    /// Starts both; `disks` are names and sizes, made as sparse images.
+    #[track_caller]
+    pub(crate) fn start(folder: &Path, group: &str, interval: &str, disks: &[(&str, u64)]) -> Self {
+        let (mut receiver, mut primary) = (Node::new(folder, "receiver"), Node::new(folder, "primary"));
+        let (listen, store) = (free_address(), folder.join("receiver/store"));
+        let (receiver_key, primary_key) = (receiver.key(), primary.key());
+        let path = |name: &str, kind: &str| primary.folder.join(format!("{name}.{kind}"));
+        let images: Vec<_> = disks.iter().map(|(name, _)| path(name, "raw")).collect();
+        let sockets: Vec<_> = disks.iter().map(|(name, _)| path(name, "sock")).collect();
+        for (image, (_, bytes)) in images.iter().zip(disks) {
+            super::sparse(image, *bytes);
+        }
+        let listed: Vec<_> =
+            disks.iter().zip(images.iter().zip(&sockets)).map(|((name, _), (i, s))| (*name, i.as_path(), s.as_path())).collect();
+        receiver.configure(&receiver_config(&listen, &store, "primary", &primary_key));
+        primary.configure(&group_config(group, &listen, &receiver_key, interval, &listed));
+        receiver.start();
+        primary.start();
+        Self { receiver, primary, store, sockets, images }
+    }
+}
