@@ -13,7 +13,7 @@ use common::{MIB, Server, noise, run, succeed};
 const LIBNBD: &str = "libnbd-bin";
 
 fn openssl(folder: &Path, args: &str) {
-    let args: Vec<String> = args.split(' ').map(|arg| arg.replace('%', folder.to_str().unwrap())).collect();
+    let args: Vec<String> = args.split(' ').map(|arg| arg.replace('%', &folder.display().to_string())).collect();
     succeed("openssl", "openssl", &args.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
@@ -24,7 +24,7 @@ fn certificates(folder: &Path) {
     openssl(folder, &format!("req -x509 {key} -subj /CN=authority -keyout %/ca-key.pem -out %/ca-cert.pem {usage}"));
     for (name, subject) in [("server", "/CN=localhost"), ("client", "/CN=client")] {
         let extensions = format!("{}/{name}.ext", folder.display());
-        std::fs::write(&extensions, "subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n").unwrap();
+        std::fs::write(&extensions, "subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n").expect("a temporary file");
         openssl(folder, &format!("req {key} -subj {subject} -keyout %/{name}-key.pem -out %/{name}.csr"));
         openssl(
             folder,

@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, seek};
 use rustix::io::ReadWriteFlags;
 
 pub use error::FileError;
@@ -79,7 +79,7 @@ impl FileDevice {
         let writable = !options.read_only;
         let mut open = std::fs::OpenOptions::new();
         open.read(true).write(writable).create(writable && options.create_size.is_some()).mode(0o600);
-        // Never wait for a FIFO's writer; no effect on files and disks. O_EXCL keeps mounted disks out.
+        // Never wait for a FIFO's writer. O_EXCL keeps mounted disks out.
         let exclusive = if existing_block_device && writable { libc::O_EXCL } else { 0 };
         open.custom_flags(libc::O_NONBLOCK | exclusive);
         let file = open.open(path).map_err(|source| match source.raw_os_error() {
@@ -92,6 +92,9 @@ impl FileDevice {
         if !block_device && !kind.is_file() {
             return Err(FileError::NotADisk { path: owned() });
         }
+        // Left on, it would make io_uring answer EAGAIN where the file system cannot say whether it waits.
+        let flags = fcntl_getfl(&file).map_err(|e| prepare("cannot read its flags")(e.into()))?;
+        fcntl_setfl(&file, flags - OFlags::NONBLOCK).map_err(|e| prepare("cannot set its flags")(e.into()))?;
         if !lock::try_lock(&file, writable).map_err(prepare("cannot lock"))? {
             return Err(FileError::InUse { path: owned() });
         }
@@ -271,7 +274,9 @@ impl BlockDevice for FileDevice {
     }
 
     fn extents<'a>(&'a self, offset: u64, length: u64, extents_max: usize) -> IoFuture<'a, Vec<Extent>> {
-        let result = if self.block_device {
+        // Seeking takes the inode's lock. While writers are throttled under it, the io thread must not queue up behind them,
+        // and "data" is always a true answer.
+        let result = if self.block_device || !self.gate.is_open() {
             Ok(vec![Extent { length, kind: ExtentKind::Data }])
         } else {
             self.seek_extents(offset, length, extents_max)

@@ -37,7 +37,7 @@ use crate::{BlockDevice, Buf};
 /// Requests of one connection that wait for the device. When full, the socket is not read until one is done.
 pub(super) const REQUESTS_IN_FLIGHT_MAX: usize = 256;
 /// Bytes of payloads and unsent replies of one connection; same effect when full. A single request always fits.
-pub(super) const BYTES_IN_FLIGHT_MAX: usize = 64 << 20;
+pub(super) const BYTES_IN_FLIGHT_MAX: usize = 32 << 20;
 
 /// Requests handled before other tasks of the thread get a turn.
 const REQUESTS_PER_TURN: u32 = 128;

@@ -14,8 +14,8 @@ use crate::{BlockDevice, Buf, Extent, ExtentKind};
 const HOLE_PROBE_BYTES_MIN: u32 = 64 << 10;
 /// Pieces that one read may be answered in.
 const FRAGMENTS_MAX: usize = 64;
-/// Extents in one answer to BLOCK_STATUS.
-const EXTENTS_MAX: usize = 1024;
+/// Extents in one answer to BLOCK_STATUS; a client asks again for the rest. Bounds the time that one request takes.
+const EXTENTS_MAX: usize = 256;
 
 /// What to answer.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use crate::Buf;
 
 /// Most bytes that idle buffers of one connection may keep; beyond it they are freed.
-const IDLE_BYTES_MAX: usize = 16 << 20;
+const IDLE_BYTES_MAX: usize = 8 << 20;
 /// Most idle buffers; bounds the search.
 const IDLE_BUFS_MAX: usize = 64;
 

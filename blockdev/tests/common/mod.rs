@@ -1,5 +1,5 @@
 //! Shared by the tests: a server on a socket in a temporary folder, other people's tools, and a plain blocking client.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test binary uses a part; helpers of tests")]
 
 pub mod client;
 
