@@ -1,0 +1,39 @@
+# make demo [DISK=image.raw] [SECONDS=15]   both sites on this machine, a disaster, and the proof
+# make test                                 every test of the workspace
+# make bench                                measurements beside the peers
+# make check                                what .ci/run does before the tests: format and lints
+#
+# Each target installs the Debian packages it is missing (as root), or prints the command that does.
+
+CARGO ?= cargo
+SECONDS ?= 15
+
+# Needed to build the cryptographic library.
+BUILD_TOOLS := gcc:gcc cmake:cmake make:make
+# Real clients and servers that the tests hold ours against: program:package.
+TEST_TOOLS := fio:fio nbdkit:nbdkit nbdcopy:libnbd-bin nbdinfo:libnbd-bin nbdfuse:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils \
+	qemu-nbd:qemu-utils mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs psql:postgresql ip:iproute2 losetup:mount mount:mount \
+	openssl:openssl
+BENCH_TOOLS := $(TEST_TOOLS) qemu-storage-daemon:qemu-utils
+
+.PHONY: demo test bench check build
+
+demo:
+	@./dist/packages.sh $(BUILD_TOOLS)
+	$(CARGO) run --quiet --release -p twinsite -- demo --seconds $(SECONDS) $(if $(DISK),--disk "$(DISK)")
+
+test:
+	@./dist/packages.sh $(BUILD_TOOLS) $(TEST_TOOLS)
+	$(CARGO) test --workspace --no-fail-fast
+
+bench:
+	@./dist/packages.sh $(BUILD_TOOLS) $(BENCH_TOOLS)
+	$(CARGO) run --release -p twinsite-bench -- all
+
+check:
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+build:
+	@./dist/packages.sh $(BUILD_TOOLS)
+	$(CARGO) build --release -p twinsite
