@@ -64,6 +64,31 @@ impl Daemon {
         Ok(())
     }
 
+    /// The last thing it said.
+    pub(crate) fn last_line(&self) -> String {
+        last_line(&self.log)
+    }
+
+    /// Waits for its own successful end.
+    pub(crate) fn finish(mut self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.child.try_wait().with_context(|| format!("{}: cannot be waited for", self.name))? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => bail!("{}: {status}: {}", self.name, self.last_line()),
+                None if Instant::now() > deadline => bail!("{}: not done within {} s", self.name, limit.as_secs()),
+                None => thread::sleep(Duration::from_millis(1)),
+            }
+            os::check_stop()?;
+        }
+    }
+
+    /// Ends it with SIGKILL, as a crash would.
+    pub(crate) fn kill(mut self) -> Result<()> {
+        self.child.kill().and_then(|()| self.child.wait()).with_context(|| format!("{}: cannot be killed", self.name))?;
+        Ok(())
+    }
+
     /// Ends it in order.
     pub(crate) fn stop(mut self) -> Result<()> {
         match end(&mut self.child, STOP_MAX) {
@@ -119,6 +144,17 @@ fn spawn(bench: &Bench, name: &str, mut command: Command) -> Result<(Child, Path
 
 /// Runs `command` to its end and returns what it printed.
 pub(crate) fn run(bench: &Bench, name: &str, command: Command, limit: Duration) -> Result<String> {
+    run_watched(bench, name, command, limit, &mut || Ok(()))
+}
+
+/// As [`run`], calling `watch` every [`LOOK`] or so meanwhile.
+pub(crate) fn run_watched(
+    bench: &Bench,
+    name: &str,
+    command: Command,
+    limit: Duration,
+    watch: &mut dyn FnMut() -> Result<()>,
+) -> Result<String> {
     let (child, log, out) = spawn(bench, name, command)?;
     let mut daemon = Daemon { name: name.to_owned(), child, log };
     let deadline = Instant::now() + limit;
@@ -130,6 +166,7 @@ pub(crate) fn run(bench: &Bench, name: &str, command: Command, limit: Duration) 
         if Instant::now() > deadline {
             bail!("{name}: not done within {} s", limit.as_secs());
         }
+        watch()?;
         thread::sleep(LOOK);
     };
     let text = fs::read_to_string(&out).with_context(|| format!("{}: cannot read", out.display()))?;

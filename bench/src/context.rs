@@ -20,6 +20,7 @@ pub(crate) struct Bench {
     dir: PathBuf,
     keep: bool,
     no_build: bool,
+    built: RefCell<Vec<&'static str>>,
     out: PathBuf,
     pub(crate) quick: bool,
     rounds: Option<u32>,
@@ -47,6 +48,7 @@ impl Bench {
             dir,
             keep: options.keep,
             no_build: options.no_build,
+            built: RefCell::default(),
             out,
             quick: options.quick,
             rounds: options.rounds,
@@ -59,6 +61,13 @@ impl Bench {
     /// A path in the temporary folder.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.dir.join(name)
+    }
+
+    /// A name that was not used yet in this experiment.
+    pub(crate) fn fresh(&self, name: &str) -> String {
+        let n = self.logs.get();
+        self.logs.set(n + 1);
+        format!("{name}{n}")
     }
 
     /// Folder of the results.
@@ -77,6 +86,13 @@ impl Bench {
     /// Bytes, by whether the run is a quick one.
     pub(crate) fn bytes(&self, quick: u64, full: u64) -> u64 {
         if self.quick { quick } else { full }
+    }
+
+    /// Writes everything that the disk's file system holds dirty, so that nobody pays for the write-back of the one before.
+    pub(crate) fn sync(&self) -> Result<()> {
+        let failed = || format!("{}: cannot be synced", self.dir.display());
+        let folder = File::open(&self.dir).with_context(failed)?;
+        rustix::fs::syncfs(&folder).with_context(failed)
     }
 
     /// A new file for what a process says.
@@ -113,7 +129,7 @@ impl Bench {
     /// A release binary of this workspace, built first unless the user said not to.
     pub(crate) fn binary(&self, target: &Target) -> Result<PathBuf> {
         let path = release_folder()?.join(target.path);
-        if !self.no_build {
+        if !self.no_build && !self.built.borrow().contains(&target.path) {
             let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
             command.args(["build", "--release", "--quiet"]).args(target.build).stdin(Stdio::null());
             command.current_dir(env!("CARGO_MANIFEST_DIR"));
@@ -121,6 +137,7 @@ impl Bench {
             if !status.success() {
                 bail!("{}: does not build: run cargo build --release {}", target.path, target.build.join(" "));
             }
+            self.built.borrow_mut().push(target.path);
         }
         if !path.is_file() {
             bail!("{}: not there: run cargo build --release {}", path.display(), target.build.join(" "));
@@ -149,6 +166,9 @@ pub(crate) struct Target {
 /// The NBD export alone.
 pub(crate) const NBD_EXPORT: Target =
     Target { path: "examples/nbd_export", build: &["-p", "twinsite-blockdev", "--example", "nbd_export"] };
+
+/// The product.
+pub(crate) const TWINSITE: Target = Target { path: "twinsite", build: &["-p", "twinsite"] };
 
 /// Where this program lies, which is where cargo puts its siblings.
 fn release_folder() -> Result<PathBuf> {

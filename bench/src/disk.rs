@@ -9,12 +9,25 @@ use anyhow::{Context, Result};
 use crate::os;
 
 const CHUNK: usize = 1 << 20;
+const BLOCK: usize = 4096;
+const TEXT: &[u8] = b"Twinsite keeps a live, consistent copy of a server's disks at a second site. ";
 
 /// What a disk is filled with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
     /// Nothing compresses it.
     Random,
+    /// Every 4 KiB block is half random, half the same text: LZ4 halves it.
+    Half,
+}
+
+impl Content {
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Random => "random data",
+            Self::Half => "data that compresses to about half",
+        }
+    }
 }
 
 /// Makes `path` with `size` bytes of random data, so that every block is allocated, written (no unwritten extents) and in the
@@ -34,6 +47,13 @@ pub(crate) fn fill(path: &Path, size: u64, content: Content) -> Result<()> {
         os::check_stop()?;
         match content {
             Content::Random => noise(&mut state, &mut chunk),
+            Content::Half => {
+                for block in chunk.chunks_exact_mut(BLOCK) {
+                    let (random, text) = block.split_at_mut(BLOCK / 2);
+                    noise(&mut state, random);
+                    text.iter_mut().zip(TEXT.iter().cycle()).for_each(|(to, from)| *to = *from);
+                }
+            }
         }
         let take = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         file.write_all(chunk.get(..take).unwrap_or_default()).with_context(failed)?;

@@ -26,6 +26,8 @@ pub(crate) struct Load {
     pub(crate) iodepth: u32,
     /// Shown as MB/s instead of IOPS.
     pub(crate) bandwidth: bool,
+    /// Further options.
+    pub(crate) more: &'static [&'static str],
 }
 
 /// What one run gave.
@@ -95,7 +97,18 @@ fn parse(text: &str) -> Result<Outcome> {
 }
 
 /// Runs `load` for `seconds` against the export `disk` of the server at `socket`.
-pub(crate) fn run(bench: &Bench, socket: &Path, load: &Load, seconds: u32, more: &[String]) -> Result<Outcome> {
+pub(crate) fn run(bench: &Bench, socket: &Path, load: &Load, seconds: u32) -> Result<Outcome> {
+    run_watched(bench, socket, load, seconds, &mut || Ok(()))
+}
+
+/// As [`run`], calling `watch` often meanwhile.
+pub(crate) fn run_watched(
+    bench: &Bench,
+    socket: &Path,
+    load: &Load,
+    seconds: u32,
+    watch: &mut dyn FnMut() -> Result<()>,
+) -> Result<Outcome> {
     let mut command = Command::new("fio");
     command
         .args(["--name=load", "--ioengine=nbd", "--output-format=json", "--time_based"])
@@ -104,8 +117,8 @@ pub(crate) fn run(bench: &Bench, socket: &Path, load: &Load, seconds: u32, more:
         .arg(format!("--bs={}", load.bs))
         .arg(format!("--iodepth={}", load.iodepth))
         .arg(format!("--runtime={seconds}"))
-        .args(more);
-    let text = child::run(bench, "fio", command, Duration::from_secs(seconds.into()) + GRACE)?;
+        .args(load.more);
+    let text = child::run_watched(bench, "fio", command, Duration::from_secs(seconds.into()) + GRACE, watch)?;
     parse(&text).with_context(|| format!("fio, {}: cannot use its output", load.title))
 }
 

@@ -12,9 +12,14 @@ mod context;
 mod disk;
 mod experiment;
 mod fio;
+mod http;
+mod nbd_client;
+mod node;
 mod os;
 mod peers;
 mod procfs;
+mod qemu_mirror;
+mod qmp;
 mod report;
 mod stats;
 mod tools;
@@ -68,6 +73,16 @@ struct Options {
 enum Experiment {
     /// NBD export against qemu-nbd, qemu-storage-daemon and nbdkit.
     Nbd,
+    /// Random writes while replicating, against qemu-storage-daemon's blockdev-mirror.
+    Mirror,
+    /// The first full copy, against blockdev-mirror.
+    FirstSync,
+    /// From the failover command to the first read of a 1 TiB disk.
+    Failover,
+    /// Peak resident memory while a 1 TiB disk is written at random.
+    Memory,
+    /// All of them.
+    All,
 }
 
 type Run = fn(&Bench) -> Result<Report>;
@@ -76,6 +91,14 @@ impl Experiment {
     fn list(self) -> Vec<Run> {
         match self {
             Self::Nbd => vec![experiment::nbd::run],
+            Self::Mirror => vec![experiment::mirror::run],
+            Self::FirstSync => vec![experiment::first_sync::run],
+            Self::Failover => vec![experiment::failover::run],
+            Self::Memory => vec![experiment::memory::run],
+            Self::All => [Self::Nbd, Self::Mirror, Self::FirstSync, Self::Failover, Self::Memory]
+                .into_iter()
+                .flat_map(Self::list)
+                .collect(),
         }
     }
 }

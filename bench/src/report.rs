@@ -63,6 +63,11 @@ impl Check {
         Self { what: what.into(), value, relation: "at least", bound, unit, pass: value >= bound }
     }
 
+    /// `value` must be at most `bound`. No figure (NaN) fails.
+    pub(crate) fn at_most(what: impl Into<String>, value: f64, bound: f64, unit: &'static str) -> Self {
+        Self { what: what.into(), value, relation: "at most", bound, unit, pass: value <= bound }
+    }
+
     fn print(&self) {
         let verdict = if self.pass { "PASS" } else { "FAIL" };
         // As many digits as it takes to see on which side of the bound it is.
@@ -200,5 +205,7 @@ mod tests {
         assert!(Check::at_least("x", 1.0, 1.0, "").pass);
         assert!(!Check::at_least("x", 0.999_999, 1.0, "").pass);
         assert!(!Check::at_least("x", f64::NAN, 1.0, "").pass);
+        assert!(Check::at_most("x", 1.0, 1.0, "").pass);
+        assert!(!Check::at_most("x", f64::NAN, 1.0, "").pass);
     }
 }

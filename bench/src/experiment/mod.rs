@@ -1,3 +1,7 @@
 //! One experiment a file: each returns a [`Report`](crate::report::Report), prints nothing but progress, and leaves nothing behind.
 
+pub(crate) mod failover;
+pub(crate) mod first_sync;
+pub(crate) mod memory;
+pub(crate) mod mirror;
 pub(crate) mod nbd;

@@ -1,9 +1,8 @@
 //! Our NBD export against the peers' on one raw file, in one run, in rounds whose order rotates.
 
-use std::fs::File;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
 
@@ -17,11 +16,11 @@ use crate::{disk, tools};
 
 /// The five jobs of the project's bound.
 pub(crate) const LOADS: [Load; 5] = [
-    Load { title: "4 KiB random write, depth 1", rw: "randwrite", bs: "4k", iodepth: 1, bandwidth: false },
-    Load { title: "4 KiB random write, depth 32", rw: "randwrite", bs: "4k", iodepth: 32, bandwidth: false },
-    Load { title: "4 KiB random read, depth 32", rw: "randread", bs: "4k", iodepth: 32, bandwidth: false },
-    Load { title: "1 MiB sequential write, depth 8", rw: "write", bs: "1m", iodepth: 8, bandwidth: true },
-    Load { title: "1 MiB sequential read, depth 8", rw: "read", bs: "1m", iodepth: 8, bandwidth: true },
+    Load { title: "4 KiB random write, depth 1", rw: "randwrite", bs: "4k", iodepth: 1, bandwidth: false, more: &[] },
+    Load { title: "4 KiB random write, depth 32", rw: "randwrite", bs: "4k", iodepth: 32, bandwidth: false, more: &[] },
+    Load { title: "4 KiB random read, depth 32", rw: "randread", bs: "4k", iodepth: 32, bandwidth: false, more: &[] },
+    Load { title: "1 MiB sequential write, depth 8", rw: "write", bs: "1m", iodepth: 8, bandwidth: true, more: &[] },
+    Load { title: "1 MiB sequential read, depth 8", rw: "read", bs: "1m", iodepth: 8, bandwidth: true, more: &[] },
 ];
 /// Seconds of load before each measurement that are not counted.
 const WARM_UP_S: u32 = 1;
@@ -101,13 +100,12 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
 
 /// Starts the server afresh (an image has one user at a time), warms up, measures, stops it.
 fn measure(bench: &Bench, server: &Server, file: &Path, load: &Load, seconds: u32) -> Result<Sample> {
-    // No one pays for the write-back of the one before.
-    File::open(file).and_then(|f| f.sync_all()).with_context(|| format!("{}: cannot be synced", file.display()))?;
+    bench.sync()?;
     let socket = bench.path("nbd.sock");
     let daemon = server.start(bench, file, &socket)?;
-    fio::run(bench, &socket, load, WARM_UP_S, &[])?;
+    fio::run(bench, &socket, load, WARM_UP_S)?;
     let before = daemon.cpu()?;
-    let outcome = fio::run(bench, &socket, load, seconds, &[])?;
+    let outcome = fio::run(bench, &socket, load, seconds)?;
     let cpu = daemon.cpu()?.saturating_sub(before);
     daemon.stop()?;
     Ok(sample(load, &outcome, cpu.as_secs_f64()))

@@ -1,0 +1,308 @@
+//! Twinsite nodes: their folders, configuration and pairing, and what their control sockets say.
+
+use std::fs;
+use std::net::UdpSocket;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::child::{self, Daemon};
+use crate::context::{Bench, TWINSITE};
+use crate::{http, os};
+
+const START_MAX: Duration = Duration::from_secs(30);
+/// Name of every disk, which is also its export's.
+pub(crate) const DISK: &str = "disk";
+/// Name of every group; two primaries are told apart by their keys.
+const GROUP: &str = "bench";
+
+/// A node's folder.
+#[derive(Debug)]
+struct Site {
+    name: String,
+    binary: PathBuf,
+    folder: PathBuf,
+}
+
+impl Site {
+    fn new(bench: &Bench, binary: &Path, name: &str) -> Result<Self> {
+        let folder = bench.path(name);
+        fs::create_dir(&folder).with_context(|| format!("{}: cannot be made", folder.display()))?;
+        Ok(Self { name: name.to_owned(), binary: binary.to_path_buf(), folder })
+    }
+
+    fn config(&self) -> PathBuf {
+        self.folder.join("twinsite.toml")
+    }
+
+    fn control(&self) -> PathBuf {
+        self.folder.join("control.sock")
+    }
+
+    fn write(&self, roles: &str) -> Result<()> {
+        let text = format!(
+            "[node]\nname = \"{}\"\nstate_dir = \"state\"\ncontrol = \"control.sock\"\nlog = \"warn\"\n\n{roles}",
+            self.name
+        );
+        fs::write(self.config(), text).with_context(|| format!("{}: cannot be written", self.config().display()))
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(&self.binary);
+        command.args(words).arg("--config").arg(self.config());
+        command
+    }
+
+    /// Its key, made at the first call.
+    fn key(&self, bench: &Bench) -> Result<String> {
+        #[derive(Deserialize)]
+        struct Id {
+            key: String,
+        }
+        let text = child::run(bench, &format!("{}-id", self.name), self.command(&["id", "--json"]), START_MAX)?;
+        Ok(serde_json::from_str::<Id>(&text).with_context(|| format!("{}: twinsite id: not as expected", self.name))?.key)
+    }
+
+    fn start(&self, bench: &Bench) -> Result<Daemon> {
+        let mut daemon = Daemon::spawn(bench, &self.name, self.command(&["run"]))?;
+        let control = self.control();
+        daemon.wait_until("answers on its control socket", START_MAX, || Ok(http::get(&control, "/v1/id").is_ok()))?;
+        Ok(daemon)
+    }
+
+    fn status(&self) -> Result<NodeStatus> {
+        let body = http::get(&self.control(), "/v1/status")?;
+        serde_json::from_slice(&body).with_context(|| format!("{}: GET /v1/status: not as expected", self.name))
+    }
+}
+
+/// A queue and its limit.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Queue {
+    pub(crate) name: String,
+    pub(crate) unit: String,
+    pub(crate) limit: u64,
+}
+
+/// The part of the primary's status that experiments use.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct GroupStatus {
+    pub(crate) state: String,
+    pub(crate) error: Option<String>,
+    pub(crate) committed: Option<serde_json::Value>,
+    pub(crate) lag_ms: u64,
+    pub(crate) dirty_bytes: u64,
+    pub(crate) captured_bytes: u64,
+    pub(crate) zero_bytes: u64,
+    pub(crate) sent_bytes: u64,
+    pub(crate) wire_bytes: u64,
+    pub(crate) copied_before_write: u64,
+    pub(crate) epochs_committed: u64,
+    pub(crate) epochs_merged: u64,
+    pub(crate) queues: Vec<Queue>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "run")]
+enum Primaries {
+    Running(Box<GroupStatus>),
+    Failed { error: String },
+}
+
+#[derive(Debug, Deserialize)]
+struct Connection {
+    queues: Vec<Queue>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Export {
+    connections: Vec<Connection>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Copy {
+    queues: Vec<Queue>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ReceiverStatus {
+    error: Option<String>,
+    groups: Vec<Copy>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeStatus {
+    primary: Vec<Primaries>,
+    receiver: Option<ReceiverStatus>,
+    exports: Vec<Export>,
+}
+
+/// A primary to be made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PrimarySpec<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) disk: &'a Path,
+    pub(crate) interval: &'a str,
+}
+
+/// A primary of one group of one disk.
+#[derive(Debug)]
+pub(crate) struct Primary {
+    site: Site,
+    disk: PathBuf,
+    peer: String,
+    peer_key: String,
+}
+
+/// A receiver.
+#[derive(Debug)]
+pub(crate) struct Receiver {
+    site: Site,
+}
+
+/// Makes a receiver and primaries that know each other's keys; starts none.
+pub(crate) fn pair(bench: &Bench, receiver: &str, specs: &[PrimarySpec<'_>]) -> Result<(Receiver, Vec<Primary>)> {
+    let binary = bench.binary(&TWINSITE)?;
+    let site = Site::new(bench, &binary, receiver)?;
+    let listen = free_udp_address()?;
+    let role = format!("[receiver]\nlisten = \"{listen}\"\nstore = \"store\"\n");
+    site.write(&role)?;
+    let peer_key = site.key(bench)?;
+    let mut clients = String::new();
+    let mut primaries = Vec::new();
+    for spec in specs {
+        let primary = Primary {
+            site: Site::new(bench, &binary, spec.name)?,
+            disk: spec.disk.to_path_buf(),
+            peer: listen.clone(),
+            peer_key: peer_key.clone(),
+        };
+        primary.configure(spec.interval)?;
+        let key = primary.site.key(bench)?;
+        clients.push_str(&format!("\n[[receiver.client]]\nname = \"{}\"\nkey = \"{key}\"\n", spec.name));
+        primaries.push(primary);
+    }
+    site.write(&format!("{role}{clients}"))?;
+    Ok((Receiver { site }, primaries))
+}
+
+/// One primary and its receiver.
+pub(crate) fn pair_of_one(bench: &Bench, name: &str, disk: &Path, interval: &str) -> Result<(Receiver, Primary)> {
+    let primary = format!("p{name}");
+    let specs = [PrimarySpec { name: &primary, disk, interval }];
+    let (receiver, mut primaries) = pair(bench, &format!("r{name}"), &specs)?;
+    Ok((receiver, primaries.pop().context("no primary was made")?))
+}
+
+impl Primary {
+    /// Writes the configuration, for the next start.
+    pub(crate) fn configure(&self, interval: &str) -> Result<()> {
+        self.site.write(&format!(
+            "[[group]]\nname = \"{GROUP}\"\npeer = \"{}\"\npeer_key = \"{}\"\ninterval = \"{interval}\"\n\n\
+             [[group.disk]]\nname = \"{DISK}\"\npath = \"{}\"\nexport = \"unix:nbd.sock\"\n",
+            self.peer,
+            self.peer_key,
+            self.disk.display(),
+        ))
+    }
+
+    pub(crate) fn start(&self, bench: &Bench) -> Result<Daemon> {
+        self.site.start(bench)
+    }
+
+    /// Where the disk is exported.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.site.folder.join("nbd.sock")
+    }
+
+    pub(crate) fn status(&self) -> Result<GroupStatus> {
+        match self.site.status()?.primary.into_iter().next() {
+            Some(Primaries::Running(status)) => Ok(*status),
+            Some(Primaries::Failed { error }) => bail!("{}: the group does not run: {error}", self.site.name),
+            None => bail!("{}: no group in its status", self.site.name),
+        }
+    }
+
+    /// Waits until the copy is complete and nothing is left to send; `settled` says whether to wait for the latter.
+    fn wait(&self, daemon: &mut Daemon, limit: Duration, settled: bool) -> Result<()> {
+        let mut last = String::new();
+        let end = Instant::now() + limit;
+        loop {
+            os::check_stop()?;
+            daemon.check_alive()?;
+            let now = self.status()?;
+            if now.state == "streaming" && now.committed.is_some() && (!settled || now.dirty_bytes == 0) {
+                return Ok(());
+            }
+            if now.state == "refused" || Instant::now() > end {
+                bail!("{}: not in sync after {} s: {last}", self.site.name, limit.as_secs());
+            }
+            last = format!("{}, {} bytes dirty, {}", now.state, now.dirty_bytes, now.error.as_deref().unwrap_or("no error"));
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits for the first complete copy.
+    pub(crate) fn wait_first_copy(&self, daemon: &mut Daemon, limit: Duration) -> Result<()> {
+        self.wait(daemon, limit, false)
+    }
+
+    /// Waits until nothing is left to send.
+    pub(crate) fn settle(&self, daemon: &mut Daemon, limit: Duration) -> Result<()> {
+        self.wait(daemon, limit, true)
+    }
+
+    /// Queues in bytes: the group's and those of its NBD connections.
+    pub(crate) fn buffers(&self) -> Result<Vec<Queue>> {
+        self.site.buffers()
+    }
+}
+
+impl Receiver {
+    pub(crate) fn start(&self, bench: &Bench) -> Result<Daemon> {
+        let daemon = self.site.start(bench)?;
+        if let Some(error) = self.site.status()?.receiver.and_then(|r| r.error) {
+            bail!("{}: the receiver does not run: {error}", self.site.name);
+        }
+        Ok(daemon)
+    }
+
+    /// The command that activates the newest point of `primary`'s group and exports it on `socket`.
+    pub(crate) fn failover(&self, primary: &Primary, socket: &Path) -> Command {
+        let group = format!("{}/{GROUP}", primary.site.name);
+        let export = format!("unix:{}", socket.display());
+        self.site.command(&["failover", &group, "--export", &export, "--yes", "--json"])
+    }
+
+    /// Folder of the copies.
+    pub(crate) fn store(&self) -> PathBuf {
+        self.site.folder.join("store")
+    }
+
+    pub(crate) fn buffers(&self) -> Result<Vec<Queue>> {
+        self.site.buffers()
+    }
+}
+
+impl Site {
+    fn buffers(&self) -> Result<Vec<Queue>> {
+        let status = self.status()?;
+        let groups = status.primary.into_iter().filter_map(|p| match p {
+            Primaries::Running(status) => Some(status.queues),
+            Primaries::Failed { .. } => None,
+        });
+        let copies = status.receiver.into_iter().flat_map(|r| r.groups).map(|c| c.queues);
+        let clients = status.exports.into_iter().flat_map(|e| e.connections).map(|c| c.queues);
+        Ok(groups.chain(copies).chain(clients).flatten().filter(|q| q.unit == "bytes").collect())
+    }
+}
+
+/// An address of this machine that nobody uses right now.
+fn free_udp_address() -> Result<String> {
+    let socket = UdpSocket::bind("127.0.0.1:0").context("cannot bind a UDP socket on 127.0.0.1")?;
+    Ok(socket.local_addr().context("a UDP socket without address")?.to_string())
+}
