@@ -398,6 +398,10 @@ impl Shared {
 
     /// The index at `point`: at once for the newest, else by walking the journal's headers up to it.
     pub(crate) fn index_at(&self, point: Point) -> Result<Index, GroupError> {
+        let empty = || Index::new(self.volumes.iter().map(|v| v.size_bytes));
+        if self.expected.base == Some(point) {
+            return Ok(empty());
+        }
         let entry = {
             let state = self.state.read();
             if state.points.last().is_some_and(|p| p.point == point) {
@@ -411,8 +415,7 @@ impl Shared {
         let folder = self.folder.journal();
         let list = |source| JournalError::Io { path: folder.clone(), what: "list", source };
         let mut walker = Walker::new(&folder, self.expected.clone(), Some(entry.end), (Payloads::Skip, 0)).map_err(list)?;
-        let mut index = Index::new(self.volumes.iter().map(|v| v.size_bytes));
-        let mut table = crate::index::FrameTable::default();
+        let (mut index, mut table) = (empty(), crate::index::FrameTable::default());
         loop {
             match walker.next() {
                 Ok(Some(Item::Frame { segment, offset, header, extents, .. })) => {

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+pub mod check;
 mod clock;
 mod config;
 pub mod core;

@@ -102,11 +102,17 @@ impl Store {
         Self::lock(root)
     }
 
-    /// Locks a store that must exist.
+    /// Locks a store that must exist; a folder that never was one is left as it is.
     ///
     /// # Errors
     /// [`StoreError`].
-    pub fn lock(root: &Path) -> Result<Self, StoreError> {
+    pub fn lock_existing(root: &Path) -> Result<Self, StoreError> {
+        let lock = root.join(LOCK_FILE);
+        std::fs::metadata(&lock).map_err(at(root, "find a store there"))?;
+        Self::lock(root)
+    }
+
+    fn lock(root: &Path) -> Result<Self, StoreError> {
         let path = root.join(LOCK_FILE);
         let mut lock = OpenOptions::new()
             .read(true)
@@ -137,14 +143,14 @@ impl Store {
         &self.root
     }
 
-    /// Every group of every client, in order. What a creation left unfinished is removed: it never held a commit.
+    /// Every group of every client, in order. What a creation left unfinished is no group.
     ///
     /// # Errors
     /// [`StoreError`].
     pub fn groups(&self) -> Result<Vec<GroupFolder>, StoreError> {
         let mut groups = Vec::new();
-        for (client, path) in named_folders(&self.root, "client", false)? {
-            for (group, path) in named_folders(&path, "group", true)? {
+        for (client, path) in named_folders(&self.root, "client")? {
+            for (group, path) in named_folders(&path, "group")? {
                 groups.push(GroupFolder { client: client.clone(), group, path });
             }
         }
@@ -187,16 +193,11 @@ impl Store {
     }
 }
 
-fn named_folders(root: &Path, kind: &'static str, clean: bool) -> Result<Vec<(Name, PathBuf)>, StoreError> {
+fn named_folders(root: &Path, kind: &'static str) -> Result<Vec<(Name, PathBuf)>, StoreError> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(root).map_err(at(root, "list the folder"))? {
         let path = entry.map_err(at(root, "list the folder"))?.path();
         let text = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-        if clean && text.starts_with(UNFINISHED_PREFIX) {
-            tracing::warn!("{}: a group's creation was not finished; removed", path.display());
-            std::fs::remove_dir_all(&path).map_err(at(&path, "remove what a failed creation left"))?;
-            continue;
-        }
         if text.starts_with('.') || text == "lost+found" {
             continue;
         }

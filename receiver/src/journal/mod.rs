@@ -68,6 +68,12 @@ pub enum JournalError {
         /// Offset of the seal.
         offset: u64,
     },
+    /// A bad record in a segment that was synced, or a segment that does not belong here.
+    #[error("{bad}; the journal is damaged: run `twinsite check`")]
+    DamagedSegment {
+        /// The record.
+        bad: BadRecord,
+    },
     /// A bad payload in an epoch that was synced.
     #[error("{bad}; the journal is damaged, since point {point} was committed: run `twinsite check`")]
     DamagedEpoch {
@@ -83,10 +89,14 @@ pub enum JournalError {
         bad: BadRecord,
     },
     /// A point that the superblock knows of is not there.
-    #[error("{bad}; the journal is damaged, since point {synced} was committed after that: run `twinsite check`")]
+    #[error(
+        "{}: the journal is damaged: it ends at {}, and point {synced} was committed: run `twinsite check`", path.display(), end.map_or_else(|| "nothing".to_owned(), |p| format!("point {p}"))
+    )]
     Lost {
-        /// Where the journal ends.
-        bad: BadRecord,
+        /// The journal's folder.
+        path: PathBuf,
+        /// Its newest point.
+        end: Option<Point>,
         /// The point.
         synced: Point,
     },

@@ -7,7 +7,8 @@
 //! | frames without a seal at the end | killed while an epoch arrived | truncated to the last seal |
 //! | a bad record, no seal after it | power lost while an epoch arrived | truncated to the last seal |
 //! | the last seal, nothing after it, a record or payload of its epoch in the same segment bad | power lost during the fdatasync: never acknowledged | truncated to the seal before |
-//! | a bad record, a seal after it | damage: what a seal follows was synced | refused |
+//! | a bad record, a seal or a segment after it | damage: it was synced before that was begun | refused |
+//! | a segment that is missing, or whose header is whole and does not fit | damage | refused |
 //! | the last seal, more after it, a payload of its epoch bad | damage | refused; in earlier segments when it is read |
 //!
 //! Frames of the last epoch in earlier segments were synced before its seal was written, so they are never torn.
@@ -18,7 +19,7 @@ use std::path::Path;
 
 use proto::{BlockExtent, FrameHeader, Point, Seal};
 
-use super::record::{Payloads, RecordError};
+use super::record::Payloads;
 use super::segment::{list_segments, segment_path};
 use super::walk::{Bad, Expected, Item, Mark, Walker};
 use super::{Journal, JournalError, JournalOptions};
@@ -75,19 +76,14 @@ impl Recovery<'_> {
     }
 
     /// The walk stopped at `bad`, and no seal is after it.
-    fn end_at(&mut self, bad: Bad, synced: Option<Point>) -> Result<(), JournalError> {
+    fn end_at(&mut self, bad: Bad) -> Result<(), JournalError> {
         // What cannot be read is not what cannot be true: an I/O error drops nothing.
-        if matches!(bad.error, RecordError::Io(_)) {
+        if bad.is_io() {
             return Err(JournalError::Unreadable { bad: bad.into() });
         }
         // A seal that is whole in its place but does not fit its frames is a commit torn before its end; whatever
         // else follows the held seal was begun after that seal's sync.
         self.settle()?;
-        if let Some(synced) = synced
-            && self.newest.is_none_or(|p| p < synced)
-        {
-            return Err(JournalError::Lost { bad: bad.into(), synced });
-        }
         tracing::info!("{bad}: the unfinished end of the journal; dropped");
         self.open = true;
         Ok(())
@@ -100,7 +96,7 @@ impl Recovery<'_> {
                     self.settle()?;
                     if let Err(error) = payload {
                         let path = segment_path(folder, segment);
-                        self.bad_payload.get_or_insert(Bad { path, segment, offset, error: error.into() });
+                        self.bad_payload.get_or_insert(Bad { path, segment, offset, foreign: false, error: error.into() });
                     }
                     self.sink.frame(segment, offset, &header, &extents);
                     self.open = true;
@@ -133,6 +129,10 @@ pub(crate) fn open(
     match recovery.walk(&mut walker, folder)? {
         None if recovery.open => recovery.settle()?,
         None => recovery.settle_at_end(synced)?,
+        // Nothing is dropped in a segment that was synced when the next one was begun, nor in one that is not ours.
+        Some(bad) if !bad.is_io() && (bad.foreign || bad.segment < last) => {
+            return Err(JournalError::DamagedSegment { bad: bad.into() });
+        }
         Some(bad) => {
             if let Some(later) = walker.find_later_seal(&bad).map_err(io("read"))? {
                 // A seal that is the very last thing, of the epoch that was arriving, in the segment of the bad record: power
@@ -146,8 +146,13 @@ pub(crate) fn open(
                     return Err(JournalError::Damaged { bad: bad.into(), seal, offset });
                 }
             }
-            recovery.end_at(bad, synced)?;
+            recovery.end_at(bad)?;
         }
+    }
+    if let Some(synced) = synced
+        && recovery.newest.is_none_or(|p| p < synced)
+    {
+        return Err(JournalError::Lost { path: folder.to_owned(), end: recovery.newest, synced });
     }
     if recovery.open {
         recovery.sink.dropped();
@@ -160,22 +165,18 @@ pub(crate) fn open(
 /// end and no gap.
 pub(super) fn truncate_to(folder: &Path, first_segment: u32, sealed: Option<Mark>) -> io::Result<Option<File>> {
     let keep_below = sealed.map_or(first_segment, |m| m.segment + 1);
-    let mut changed = false;
-    for number in list_segments(folder)?.into_iter().rev().filter(|n| *n >= keep_below) {
-        std::fs::remove_file(segment_path(folder, number))?;
-        changed = true;
+    let later: Vec<u32> = list_segments(folder)?.into_iter().filter(|n| *n >= keep_below).collect();
+    for number in later.iter().rev() {
+        std::fs::remove_file(segment_path(folder, *number))?;
     }
-    let mut tail = None;
-    if let Some(mark) = sealed {
-        let file = OpenOptions::new().read(true).write(true).open(segment_path(folder, mark.segment))?;
-        if file.metadata()?.len() != mark.bytes {
-            file.set_len(mark.bytes)?;
-            file.sync_data()?;
-        }
-        tail = Some(file);
-    }
-    if changed {
+    if !later.is_empty() {
         crate::disk::sync_folder(folder)?;
     }
-    Ok(tail)
+    let Some(mark) = sealed else { return Ok(None) };
+    let file = OpenOptions::new().read(true).write(true).open(segment_path(folder, mark.segment))?;
+    if file.metadata()?.len() != mark.bytes {
+        file.set_len(mark.bytes)?;
+        file.sync_data()?;
+    }
+    Ok(Some(file))
 }

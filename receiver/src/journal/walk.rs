@@ -42,8 +42,17 @@ pub(crate) struct Bad {
     pub(crate) path: PathBuf,
     pub(crate) segment: u32,
     pub(crate) offset: u64,
+    /// The header of the segment is whole and says that it does not belong here; no torn write leaves that.
+    pub(crate) foreign: bool,
     #[source]
     pub(crate) error: RecordError,
+}
+
+impl Bad {
+    /// Whether the disk did not give the bytes, so that nothing is known about them.
+    pub(crate) fn is_io(&self) -> bool {
+        matches!(self.error, RecordError::Io(_))
+    }
 }
 
 /// A seal found by searching.
@@ -174,10 +183,13 @@ impl Walker {
 
     fn open(&self, number: u32) -> Result<SegmentReader, Bad> {
         let bad = |offset, error| self.bad(number, offset, error);
-        let rule = |rule| RecordError::Bad(DecodeError::Rule { what: "segment header", rule });
+        let foreign = |number, rule| {
+            let error = RecordError::Bad(DecodeError::Rule { what: "segment header", rule });
+            Bad { foreign: true, ..self.bad(number, 0, error) }
+        };
         let due = self.last_closed.map_or(self.expected.first_segment, |m| m.segment + 1);
         if number != due {
-            return Err(self.bad(due, 0, rule("segments are numbered without a gap; this one is missing")));
+            return Err(foreign(due, "segments are numbered without a gap; this one is missing"));
         }
         let file = File::open(segment_path(&self.folder, number)).map_err(|e| bad(0, e.into()))?;
         let bytes = file.metadata().map_err(|e| bad(0, e.into()))?.len();
@@ -185,15 +197,15 @@ impl Walker {
         let n = crate::disk::read_up_to(&file, &mut head, 0).map_err(|e| bad(0, e.into()))?;
         let header = SegmentHeader::decode(head.get(..n).unwrap_or_default()).map_err(|e| bad(0, e.into()))?;
         if header.group_id != self.expected.group_id || header.number != number {
-            return Err(bad(0, rule("the group's own identity and the number of the file's name")));
+            return Err(foreign(number, "the group's own identity and the number of the file's name"));
         }
         if header.first_epoch != self.state.next {
-            return Err(bad(0, rule("begins with the epoch after the last seal")));
+            return Err(foreign(number, "begins with the epoch after the last seal"));
         }
         // What came before the first kept segment is gone with it.
         let previous = self.last_closed.map(|m| m.bytes).or((number == FIRST_SEGMENT).then_some(0));
         if previous.is_some_and(|p| p != header.previous_bytes) {
-            return Err(bad(0, rule("the segment before it is as long as it was when this one was begun")));
+            return Err(foreign(number, "the segment before it is as long as it was when this one was begun"));
         }
         let bytes = self.end.filter(|e| e.segment == number).map_or(bytes, |e| e.bytes.min(bytes));
         let blocks = Arc::clone(&self.expected.volume_blocks);
@@ -201,7 +213,7 @@ impl Walker {
     }
 
     fn bad(&self, segment: u32, offset: u64, error: RecordError) -> Bad {
-        Bad { path: segment_path(&self.folder, segment), segment, offset, error }
+        Bad { path: segment_path(&self.folder, segment), segment, offset, foreign: false, error }
     }
 
     /// The place and content of the first seal of this journal after a bad record, in whatever segment: its existence

@@ -1,0 +1,232 @@
+//! Reads a whole store offline and names every finding with file and offset. Changes nothing.
+//!
+//! Uses the decoders of the running receiver. An unsealed end of a journal is no finding: the next start cuts it off.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use proto::units::blocks_of;
+use serde::{Deserialize, Serialize};
+
+use crate::journal::{Bad, Expected, Item, Mark, Payloads, Walker, list_segments, segment_path};
+use crate::store::{GroupFolder, Store, StoreError};
+use crate::superblock::{FILE_NAME, Superblock, SuperblockFile};
+
+/// Progress is told after so many bytes at least.
+const PROGRESS_BYTES: u64 = 16 << 20;
+/// Findings kept of one group; more of them are counted only.
+pub const FINDINGS_MAX: usize = 1000;
+
+/// What a check found.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// By client and group.
+    pub groups: Vec<GroupReport>,
+}
+
+impl Report {
+    /// Whether nothing was found.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.groups.iter().all(|g| g.findings.is_empty())
+    }
+}
+
+/// What a check found in one group.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct GroupReport {
+    /// `client/group`.
+    pub group: String,
+    /// Committed points.
+    pub points: u64,
+    /// Frames in them.
+    pub frames: u64,
+    /// Segments read.
+    pub segments: u64,
+    /// Bytes read.
+    pub bytes: u64,
+    /// Bytes after the last seal, which the next start cuts off.
+    pub unsealed_bytes: u64,
+    /// Everything that does not fit.
+    pub findings: Vec<Finding>,
+    /// Findings beyond the first [`FINDINGS_MAX`].
+    pub findings_left_out: u64,
+}
+
+/// One thing that does not fit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// The file.
+    pub path: PathBuf,
+    /// Where in it, in bytes.
+    pub offset: u64,
+    /// What.
+    pub problem: String,
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: at offset {}: {}", self.path.display(), self.offset, self.problem)
+    }
+}
+
+/// How far a check is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes read so far.
+    pub bytes_done: u64,
+    /// Bytes to read in all.
+    pub bytes_total: u64,
+}
+
+/// Checks the store at `root`, which no running node may hold.
+///
+/// # Errors
+/// [`StoreError`] if the store is in use or cannot be listed; what is wrong within it is in the report.
+pub fn check(root: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Report, StoreError> {
+    let store = Store::lock_existing(root)?;
+    let folders = store.groups()?;
+    let size = |folder: &GroupFolder| -> u64 {
+        let journal = folder.journal();
+        let numbers = list_segments(&journal).unwrap_or_default();
+        numbers.iter().filter_map(|n| std::fs::metadata(segment_path(&journal, *n)).ok()).map(|m| m.len()).sum()
+    };
+    let bytes_total = folders.iter().map(size).sum();
+    let mut meter = Meter { progress, done: 0, told: 0, total: bytes_total };
+    let mut report = Report::default();
+    for folder in &folders {
+        let mut check = GroupCheck {
+            report: GroupReport { group: format!("{}/{}", folder.client, folder.group), ..GroupReport::default() },
+            meter: &mut meter,
+        };
+        check.group(folder);
+        report.groups.push(check.report);
+    }
+    meter.tell();
+    Ok(report)
+}
+
+struct Meter<'a> {
+    progress: &'a mut dyn FnMut(Progress),
+    done: u64,
+    told: u64,
+    total: u64,
+}
+
+impl Meter<'_> {
+    fn add(&mut self, bytes: u64) {
+        self.done += bytes;
+        if self.done - self.told >= PROGRESS_BYTES {
+            self.tell();
+        }
+    }
+
+    fn tell(&mut self) {
+        self.told = self.done;
+        (self.progress)(Progress { bytes_done: self.done.min(self.total), bytes_total: self.total });
+    }
+}
+
+struct GroupCheck<'a, 'b> {
+    report: GroupReport,
+    meter: &'a mut Meter<'b>,
+}
+
+impl GroupCheck<'_, '_> {
+    fn find(&mut self, path: &Path, offset: u64, problem: impl ToString) {
+        if self.report.findings.len() < FINDINGS_MAX {
+            self.report.findings.push(Finding { path: path.to_owned(), offset, problem: problem.to_string() });
+        } else {
+            self.report.findings_left_out += 1;
+        }
+    }
+
+    fn group(&mut self, folder: &GroupFolder) {
+        let path = folder.path.join(FILE_NAME);
+        let read = File::open(&path).map_err(|e| e.to_string());
+        let read = read.and_then(|file| SuperblockFile::read(&file, &path).map_err(|e| e.to_string()));
+        let block = match read {
+            Ok((_, block, damaged)) => {
+                if let Some((offset, error)) = damaged {
+                    self.find(&path, offset as u64, format!("{error}; the other slot of the superblock holds"));
+                }
+                block
+            }
+            Err(problem) => return self.find(&path, 0, problem),
+        };
+        for volume in &block.volumes {
+            let base = folder.base(&volume.name);
+            match std::fs::metadata(&base) {
+                Ok(m) if m.len() == volume.size_bytes => {}
+                Ok(m) => self.find(&base, m.len(), format!("the base has {} bytes, the volume {}", m.len(), volume.size_bytes)),
+                Err(error) => self.find(&base, 0, error),
+            }
+        }
+        let journal = folder.journal();
+        if let Err(error) = self.journal(&journal, &block) {
+            self.find(&journal, 0, error);
+        }
+    }
+
+    fn journal(&mut self, journal: &Path, block: &Superblock) -> io::Result<()> {
+        let expected = Expected {
+            group_id: block.group_id,
+            first_segment: block.first_segment,
+            base: block.base,
+            volume_blocks: block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect::<Arc<[u64]>>(),
+        };
+        self.report.segments = list_segments(journal)?.len() as u64;
+        let mut walker = Walker::new(journal, expected, None, (Payloads::Decode, 0))?;
+        let (mut open_frames, mut open_from) = (0_u64, None::<Mark>);
+        loop {
+            match walker.next() {
+                Ok(Some(Item::Frame { segment, offset, header, payload, .. })) => {
+                    if let Err(error) = payload {
+                        self.find(&segment_path(journal, segment), offset, error);
+                    }
+                    open_from.get_or_insert(Mark { segment, bytes: offset });
+                    open_frames += 1;
+                    self.add(header.frame_bytes() as u64);
+                }
+                Ok(Some(Item::Seal { .. })) => {
+                    self.report.points += 1;
+                    self.report.frames += std::mem::take(&mut open_frames);
+                    open_from = None;
+                    self.add(crate::journal::PLACED_SEAL_BYTES as u64);
+                }
+                Ok(None) => break,
+                Err(bad) => {
+                    let Some(later) = walker.find_later_seal(&bad)? else {
+                        self.unsealed_end(&bad, &mut open_from);
+                        break;
+                    };
+                    self.find(&bad.path, bad.offset, &bad.error);
+                    walker.resume_after(&later)?;
+                    (open_frames, open_from) = (0, None);
+                }
+            }
+        }
+        if let Some(from) = open_from {
+            for number in list_segments(journal)?.into_iter().filter(|n| *n >= from.segment) {
+                let bytes = std::fs::metadata(segment_path(journal, number))?.len();
+                self.report.unsealed_bytes += bytes - if number == from.segment { from.bytes.min(bytes) } else { 0 };
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing committed is after `bad`: an unfinished end, unless the disk did not give it.
+    fn unsealed_end(&mut self, bad: &Bad, open_from: &mut Option<Mark>) {
+        if bad.is_io() {
+            self.find(&bad.path, bad.offset, &bad.error);
+        }
+        open_from.get_or_insert(Mark { segment: bad.segment, bytes: bad.offset });
+    }
+
+    fn add(&mut self, bytes: u64) {
+        self.report.bytes += bytes;
+        self.meter.add(bytes);
+    }
+}
