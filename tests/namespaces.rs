@@ -16,7 +16,7 @@ use support::{eventually, need, need_root, one_at_a_time, run, scratch};
 const TOOLS: &[(&str, &str)] = &[
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
-    ("nbdfuse", "nbdfuse"),
+    ("nbdfuse", "libnbd-bin"),
     ("mount", "mount"),
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),

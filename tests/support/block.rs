@@ -9,7 +9,7 @@ use super::{Process, eventually, run, sparse};
 
 /// Tools that [`Disk`] uses, with their Debian packages.
 pub(crate) const TOOLS: &[(&str, &str)] =
-    &[("nbdfuse", "nbdfuse"), ("losetup", "mount"), ("mount", "mount"), ("umount", "mount")];
+    &[("nbdfuse", "libnbd-bin"), ("losetup", "mount"), ("mount", "mount"), ("umount", "mount")];
 
 /// An NBD export as a block device.
 #[derive(Debug)]
