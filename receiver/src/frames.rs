@@ -7,6 +7,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blockdev::{Buf, SharedFile};
 use parking_lot::{Mutex, RwLock};
 use proto::codec::DecodeError;
 use proto::units::BLOCK_BYTES;
@@ -96,7 +97,7 @@ pub(crate) struct FrameStore {
     folder: PathBuf,
     volume_blocks: Arc<[u64]>,
     pub(crate) table: RwLock<FrameTable>,
-    files: Mutex<Lru<u32, Arc<File>>>,
+    files: Mutex<Lru<u32, SharedFile>>,
     cache: Mutex<Lru<u32, Arc<Decoded>>>,
 }
 
@@ -126,27 +127,30 @@ impl FrameStore {
         self.cache.lock().used
     }
 
-    /// Reads, verifies and decodes a frame.
-    pub(crate) fn load(&self, frame: FrameId) -> Result<Arc<Decoded>, FrameError> {
+    /// Reads, verifies and decodes a frame; on an io thread, which does not wait for the disk.
+    pub(crate) async fn load(&self, frame: FrameId) -> Result<Arc<Decoded>, FrameError> {
         if let Some(decoded) = self.cached(frame) {
             return Ok(decoded);
         }
-        let (place, mut bytes) = self.place(frame)?;
-        let path = segment_path(&self.folder, place.segment);
-        let file =
-            self.file(place.segment).map_err(|source| FrameError::Io { path: path.clone(), offset: place.offset, source })?;
-        let n = crate::disk::read_up_to(&file, &mut bytes, place.offset).map_err(|source| FrameError::Io {
-            path,
+        let place = self.table.read().get(frame);
+        let place = place.ok_or_else(|| FrameError::Unknown { path: self.folder.clone(), frame: frame.0 })?;
+        let bytes = self.bytes(place).await.map_err(|source| FrameError::Io {
+            path: segment_path(&self.folder, place.segment),
             offset: place.offset,
             source,
         })?;
-        self.decode(frame, place, bytes.get(..n).unwrap_or_default())
+        self.decode(frame, place, &bytes)
     }
 
-    fn place(&self, frame: FrameId) -> Result<(FramePlace, Vec<u8>), FrameError> {
-        let place = self.table.read().get(frame);
-        let place = place.ok_or_else(|| FrameError::Unknown { path: self.folder.clone(), frame: frame.0 })?;
-        Ok((place, vec![0; place.bytes_max]))
+    async fn bytes(&self, place: FramePlace) -> io::Result<Buf> {
+        let file = self.file(place.segment)?;
+        let left = file.file().metadata()?.len().saturating_sub(place.offset);
+        let mut buf = Buf::zeroed(place.bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        let length = buf.len();
+        // The newest frames are in the page cache.
+        let slices = &mut [io::IoSliceMut::new(&mut buf)];
+        let cached = rustix::io::preadv2(file.file(), slices, place.offset, rustix::io::ReadWriteFlags::NOWAIT);
+        if cached.is_ok_and(|n| n == length) { Ok(buf) } else { file.read_exact_at(place.offset, buf).await }
     }
 
     fn decode(&self, id: FrameId, place: FramePlace, bytes: &[u8]) -> Result<Arc<Decoded>, FrameError> {
@@ -165,13 +169,13 @@ impl FrameStore {
         Ok(decoded)
     }
 
-    fn file(&self, segment: u32) -> io::Result<Arc<File>> {
+    fn file(&self, segment: u32) -> io::Result<SharedFile> {
         let mut files = self.files.lock();
         if let Some(file) = files.get(segment) {
             return Ok(file);
         }
-        let file = Arc::new(File::open(segment_path(&self.folder, segment))?);
-        files.put(segment, Arc::clone(&file), 1);
+        let file = SharedFile::new(File::open(segment_path(&self.folder, segment))?);
+        files.put(segment, file.clone(), 1);
         Ok(file)
     }
 

@@ -4,6 +4,9 @@
 //! session that lost the group cannot write (its commands carry its number), and a promotion stands between two
 //! commits, never in one. Frames of the next epoch wait in the channel while the thread syncs.
 
+mod stage;
+mod worker;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,10 +22,12 @@ use crate::batch::Batch;
 use crate::core::{Cause, StoredGroup};
 use crate::fork::OpenFork;
 use crate::frames::FrameStore;
-use crate::index::Index;
-use crate::journal::{self, Expected, Item, Journal, JournalError, JournalOptions, Mark, Payloads, Sink, Walker};
+use crate::index::{FrameId, Index};
+use crate::journal::{self, Expected, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Walker};
 use crate::store::GroupFolder;
 use crate::superblock::{ForkInUse, SuperblockError, SuperblockFile, Volume};
+use stage::Stage;
+use worker::Worker;
 
 /// Commands waiting for a group's thread, most of them batches of up to 390 KiB. When full, the session stops reading, QUIC flow
 /// control stops the primary, and its current epoch grows.
@@ -147,7 +152,9 @@ pub(crate) enum GroupEvent {
 /// Answer to a claim.
 #[derive(Debug)]
 pub(crate) enum Claimed {
-    Yes { committed: Option<Point> },
+    Yes {
+        committed: Option<Point>,
+    },
     /// Generation or role are not what they were when the group was looked up.
     Changed,
     No(Cause),
@@ -228,7 +235,7 @@ pub(crate) struct Group {
 /// Collects what recovery finds.
 struct Recovered<'a> {
     committed: Index,
-    pending: Index,
+    stage: Stage,
     points: Vec<PointEntry>,
     frames: &'a FrameStore,
     next_committed: u32,
@@ -236,18 +243,18 @@ struct Recovered<'a> {
 
 impl Sink for Recovered<'_> {
     fn frame(&mut self, segment: u32, offset: u64, header: &FrameHeader, extents: &[BlockExtent]) {
-        let mut table = self.frames.table.write();
-        apply_frame(&mut table, &mut self.pending, segment, offset, header.volume, header.kind, extents);
+        let id = number_frame(&mut self.frames.table.write(), segment, offset, header.kind);
+        self.stage.add(|| self.committed.clone(), (header.volume, header.kind, id), extents);
     }
 
     fn sealed(&mut self, seal: &Seal, end: Mark) {
-        self.committed = self.pending.clone();
+        self.stage.seal(&mut self.committed);
         self.points.push(PointEntry::new(seal, end));
         self.next_committed = next_frame(self.frames);
     }
 
     fn dropped(&mut self) {
-        self.pending = self.committed.clone();
+        self.stage.clear();
         self.frames.table.write().truncate(self.next_committed);
     }
 }
@@ -256,22 +263,16 @@ fn next_frame(frames: &FrameStore) -> u32 {
     frames.table.read().next().map_or(u32::MAX, |f| f.0)
 }
 
-/// Enters a frame into table and index. The same order of frames gives the same numbers, here and in every rebuild.
-fn apply_frame(
-    table: &mut crate::index::FrameTable,
-    index: &mut Index,
-    segment: u32,
-    offset: u64,
-    volume: proto::VolumeIndex,
-    kind: FrameKind,
-    extents: &[BlockExtent],
-) {
-    let id =
-        if kind == FrameKind::Zero { crate::index::FrameId::ZERO } else { table.next().unwrap_or(crate::index::FrameId::MAX) };
-    if kind == FrameKind::Data {
-        table.push(segment, u32::try_from(offset).unwrap_or(u32::MAX));
+/// Enters a frame into the table. The same order of frames gives the same numbers, here and in every rebuild.
+fn number_frame(table: &mut crate::index::FrameTable, segment: u32, offset: u64, kind: FrameKind) -> FrameId {
+    match kind {
+        FrameKind::Zero => FrameId::ZERO,
+        FrameKind::Data => {
+            let id = table.next().unwrap_or(FrameId::MAX);
+            table.push(segment, u32::try_from(offset).unwrap_or(u32::MAX));
+            id
+        }
     }
-    index.apply(volume, kind, extents, id);
 }
 
 impl Group {
@@ -289,7 +290,7 @@ impl Group {
         let frames = FrameStore::new(&folder.journal(), volume_blocks);
         let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes));
         let mut found =
-            Recovered { committed: empty.clone(), pending: empty, points: Vec::new(), frames: &frames, next_committed: 0 };
+            Recovered { committed: empty, stage: Stage::default(), points: Vec::new(), frames: &frames, next_committed: 0 };
         let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
         let Recovered { committed, points, .. } = found;
         let newest = points.last().map(|p| p.point).or(block.base);
@@ -299,7 +300,7 @@ impl Group {
             generation: block.generation,
             role: block.role,
             fork: block.fork.clone(),
-            index: committed.clone(),
+            index: committed,
             points,
             peer: None,
             last_error: None,
@@ -321,7 +322,7 @@ impl Group {
             shared: Arc::clone(&shared),
             journal,
             superblock,
-            pending: committed,
+            stage: Stage::default(),
             session: None,
             usage,
         };
@@ -419,7 +420,8 @@ impl Shared {
         loop {
             match walker.next() {
                 Ok(Some(Item::Frame { segment, offset, header, extents, .. })) => {
-                    apply_frame(&mut table, &mut index, segment, offset, header.volume, header.kind, &extents);
+                    let id = number_frame(&mut table, segment, offset, header.kind);
+                    index.apply(header.volume, header.kind, &extents, id);
                 }
                 Ok(Some(Item::Seal { seal, .. })) if seal.point() == point => return Ok(index),
                 Ok(Some(Item::Seal { .. })) => {}
@@ -428,244 +430,4 @@ impl Shared {
             }
         }
     }
-}
-
-struct ActiveSession {
-    id: SessionId,
-    events: mpsc::Sender<GroupEvent>,
-}
-
-/// The thread's own state.
-struct Worker {
-    shared: Arc<Shared>,
-    journal: Journal,
-    superblock: SuperblockFile,
-    /// The index with the epoch that is arriving; nobody else sees it.
-    pending: Index,
-    next_committed: u32,
-    session: Option<ActiveSession>,
-    usage: Arc<Usage>,
-    /// Journal bytes that are in `usage`.
-    counted: u64,
-}
-
-impl Worker {
-    fn run(&mut self, mut inbox: mpsc::Receiver<Command>) {
-        while let Some(command) = inbox.blocking_recv() {
-            match command {
-                Command::Claim { session, peer, generation, events, reply } => {
-                    let _ = reply.send(self.claim(session, peer, generation, events));
-                }
-                Command::Append { session, batch } if self.has(session) => {
-                    let done = self.append(&batch);
-                    self.end_on_error(done);
-                }
-                Command::Commit { session, seal } if self.has(session) => {
-                    let done = self.commit(&seal);
-                    self.end_on_error(done);
-                }
-                Command::Abandon { session } if self.has(session) => {
-                    let done = self.abandon();
-                    self.end_on_error(done);
-                }
-                Command::Release { session, reason } if self.has(session) => {
-                    self.session = None;
-                    let done = self.abandon();
-                    {
-                        let mut state = self.shared.state.write();
-                        state.peer = None;
-                        state.last_error = Some(reason);
-                    }
-                    self.end_on_error(done);
-                }
-                // Of a session that lost the group.
-                Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
-                Command::Promote { point, reply } => {
-                    let _ = reply.send(self.promote(point));
-                }
-                Command::Stop => break,
-            }
-        }
-        self.stop();
-    }
-
-    fn has(&self, session: SessionId) -> bool {
-        self.session.as_ref().is_some_and(|s| s.id == session)
-    }
-
-    fn claim(&mut self, id: SessionId, peer: Peer, generation: Generation, events: mpsc::Sender<GroupEvent>) -> Claimed {
-        let (role, ours) = (self.superblock.get().role, self.superblock.get().generation);
-        if role != GroupRole::Replica || ours != generation {
-            return Claimed::Changed;
-        }
-        self.end_session(GroupEvent::Superseded);
-        if let Err(error) = self.abandon() {
-            let cause: Cause = Arc::new(error);
-            self.note(&cause);
-            return Claimed::No(cause);
-        }
-        self.session = Some(ActiveSession { id, events });
-        let mut state = self.shared.state.write();
-        state.peer = Some(peer);
-        state.last_error = None;
-        Claimed::Yes { committed: state.points.last().map(|p| p.point).or(self.superblock.get().base) }
-    }
-
-    fn append(&mut self, batch: &Batch) -> Result<(), GroupError> {
-        let bytes = batch.bytes.len() as u64;
-        if let Some(max) = self.usage.max
-            && self.usage.used.load(Ordering::Relaxed) + bytes > max
-        {
-            return Err(GroupError::Space { client: self.shared.folder.client.clone(), max });
-        }
-        let mut table = self.shared.frames.table.write();
-        if u64::from(next_of(&table)) + batch.frames.len() as u64 > u64::from(crate::index::FrameId::MAX.0) {
-            return Err(JournalError::Full { path: self.shared.folder.journal() }.into());
-        }
-        drop(table);
-        let (segment, mut offset) = self.journal.append(&batch.bytes)?;
-        self.count();
-        self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
-        let mut extents = batch.extents.as_slice();
-        table = self.shared.frames.table.write();
-        for frame in &batch.frames {
-            let (now, later) = extents.split_at(usize::from(frame.extents));
-            apply_frame(&mut table, &mut self.pending, segment, offset, frame.volume, frame.kind, now);
-            extents = later;
-            offset += u64::from(frame.bytes);
-        }
-        Ok(())
-    }
-
-    fn commit(&mut self, seal: &Seal) -> Result<(), GroupError> {
-        let end = self.journal.commit(seal)?;
-        self.count();
-        self.next_committed = next_frame(&self.shared.frames);
-        let snapshot = self.pending.clone();
-        {
-            let mut state = self.shared.state.write();
-            state.index = snapshot;
-            state.points.push(PointEntry::new(seal, end));
-            state.journal_bytes = self.journal.bytes();
-        }
-        self.tell(GroupEvent::Committed(seal.point()));
-        Ok(())
-    }
-
-    fn abandon(&mut self) -> Result<(), GroupError> {
-        self.pending = self.shared.state.read().index.clone();
-        self.shared.frames.table.write().truncate(self.next_committed);
-        self.shared.frames.forget_from(self.next_committed);
-        let keep = self.shared.state.read().points.last().map_or(0, |p| p.end.segment + 1);
-        self.shared.frames.close_from(keep);
-        let done = self.journal.abandon();
-        self.count();
-        self.shared.state.write().journal_bytes = self.journal.bytes();
-        Ok(done?)
-    }
-
-    /// Generation, role and the promise of the fork are one write of the superblock: before it nothing has happened, after it
-    /// everything that is left can be done again.
-    fn promote(&mut self, point: Option<Point>) -> Result<Promoted, GroupError> {
-        let block = self.superblock.get().clone();
-        let group = || self.shared.folder.group.clone();
-        if let (GroupRole::Active, Some(fork)) = (block.role, &block.fork) {
-            return match point {
-                Some(wanted) if wanted != fork.point => {
-                    Err(GroupError::ActiveElsewhere { group: group(), active: fork.point, wanted })
-                }
-                _ => Ok(Promoted { generation: block.generation, fork: fork.clone() }),
-            };
-        }
-        let (newest, known) = {
-            let state = self.shared.state.read();
-            let known = |p: &Point| state.points.binary_search_by_key(p, |e| e.point).is_ok();
-            (state.points.last().map(|p| p.point), point.as_ref().is_none_or(known))
-        };
-        let Some(newest) = newest else { return Err(GroupError::Empty { group: group() }) };
-        let point = point.unwrap_or(newest);
-        if !known {
-            return Err(GroupError::NoPoint { group: group(), point });
-        }
-        let generation = Generation(block.generation.0 + 1);
-        let name = format!("active-{generation}").parse();
-        let Ok(name) = name else { return Err(GroupError::NoPoint { group: group(), point }) };
-        let fork = ForkInUse { name, point };
-        // All points up to here were synced when they were committed.
-        self.superblock.write(crate::superblock::Superblock {
-            generation,
-            role: GroupRole::Active,
-            fork: Some(fork.clone()),
-            synced: Some(newest),
-            ..block
-        })?;
-        {
-            let mut state = self.shared.state.write();
-            state.generation = generation;
-            state.role = GroupRole::Active;
-            state.fork = Some(fork.clone());
-        }
-        self.end_session(GroupEvent::Fenced(generation));
-        if let Err(error) = self.abandon() {
-            // The unsealed end is dropped at the next start then; no point is touched by it.
-            tracing::warn!("{error}");
-        }
-        Ok(Promoted { generation, fork })
-    }
-
-    fn stop(&mut self) {
-        if let Err(error) = self.abandon() {
-            tracing::warn!("{error}");
-        }
-        let newest = self.shared.state.read().points.last().map(|p| p.point);
-        if newest != self.superblock.get().synced && !self.journal.is_poisoned() {
-            let block = crate::superblock::Superblock { synced: newest, ..self.superblock.get().clone() };
-            if let Err(error) = self.superblock.write(block) {
-                tracing::warn!("{error}");
-            }
-        }
-    }
-
-    fn end_on_error(&mut self, done: Result<(), GroupError>) {
-        let Err(error) = done else { return };
-        let cause: Cause = Arc::new(error);
-        self.note(&cause);
-        self.end_session(GroupEvent::Storage(Arc::clone(&cause)));
-        if let Err(error) = self.abandon() {
-            let cause: Cause = Arc::new(error);
-            self.note(&cause);
-        }
-    }
-
-    fn note(&self, cause: &Cause) {
-        tracing::error!("{}/{}: {cause}", self.shared.folder.client, self.shared.folder.group);
-        self.shared.state.write().last_error = Some(cause.to_string());
-    }
-
-    fn tell(&self, event: GroupEvent) {
-        if let Some(session) = &self.session {
-            // Full or gone: the session is on its way out, and its primary learns the commit from the next welcome.
-            let _ = session.events.try_send(event);
-        }
-    }
-
-    fn end_session(&mut self, event: GroupEvent) {
-        self.tell(event);
-        self.session = None;
-        self.shared.state.write().peer = None;
-    }
-
-    fn count(&mut self) {
-        let now = self.journal.bytes();
-        if now >= self.counted {
-            self.usage.used.fetch_add(now - self.counted, Ordering::Relaxed);
-        } else {
-            self.usage.used.fetch_sub(self.counted - now, Ordering::Relaxed);
-        }
-        self.counted = now;
-    }
-}
-
-fn next_of(table: &crate::index::FrameTable) -> u32 {
-    table.next().map_or(u32::MAX, |f| f.0)
 }

@@ -5,11 +5,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, ZeroMode};
+use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, ZeroMode};
 use proto::units::BLOCK_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
@@ -24,7 +23,7 @@ pub struct View {
     index: Arc<Index>,
     volume: usize,
     size: u64,
-    base: File,
+    base: SharedFile,
     base_path: PathBuf,
 }
 
@@ -33,7 +32,7 @@ pub(crate) fn views(shared: &Arc<Shared>, index: Index) -> Result<Vec<View>, Gro
     let index = Arc::new(index);
     let view = |(volume, spec): (usize, &crate::superblock::Volume)| {
         let base_path = shared.folder.base(&spec.name);
-        let base = File::open(&base_path).map_err(|source| JournalError::Io {
+        let base = File::open(&base_path).map(SharedFile::new).map_err(|source| JournalError::Io {
             path: base_path.clone(),
             what: "open the base of",
             source,
@@ -44,66 +43,67 @@ pub(crate) fn views(shared: &Arc<Shared>, index: Index) -> Result<Vec<View>, Gro
 }
 
 impl View {
-    /// Calls `each` for the places of a byte range: place, first byte of the piece, its length.
-    fn pieces(&self, offset: u64, length: u64, mut each: impl FnMut(Place, u64, u64) -> io::Result<bool>) -> io::Result<()> {
-        let Some(map) = self.index.volume(self.volume) else { return Err(io::ErrorKind::NotFound.into()) };
+    /// The places of a byte range in order: place, first byte of the piece, its length.
+    fn pieces(&self, offset: u64, length: u64) -> impl Iterator<Item = (Place, u64, u64)> + '_ {
+        let map = self.index.volume(self.volume);
         let (mut at, end) = (offset, offset + length);
-        while at < end {
+        std::iter::from_fn(move || {
+            let map = map.filter(|_| at < end)?;
             let block = at / BLOCK_BYTES;
             let (place, run) = map.find(block, end.div_ceil(BLOCK_BYTES) - block);
             let stop = ((block + run) * BLOCK_BYTES).min(end);
-            if !each(place, at, stop - at)? {
-                break;
-            }
+            let piece = (self.known(place), at, stop - at);
             at = stop;
+            Some(piece)
+        })
+    }
+
+    /// A base that nothing was folded into is all zeroes.
+    fn known(&self, place: Place) -> Place {
+        if place == Place::Base && self.shared.expected.base.is_none() { Place::Zero } else { place }
+    }
+
+    async fn fill(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        for (place, at, bytes) in self.pieces(offset, buf.len() as u64) {
+            let from = (at - offset) as usize;
+            let part = buf.get_mut(from..from + bytes as usize).unwrap_or_default();
+            match place {
+                Place::Zero => part.fill(0),
+                Place::Base => self.read_base(at, part).await?,
+                Place::Frame(frame) => {
+                    let decoded = self.shared.frames.load(frame).await.map_err(logged)?;
+                    self.copy(&decoded, at, part).ok_or_else(|| logged(self.shared.frames.mismatch(frame)))?;
+                }
+            }
         }
         Ok(())
     }
 
-    /// Fills `buf` from `offset`.
-    pub(crate) fn read_into(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let length = buf.len() as u64;
-        self.pieces(offset, length, |place, at, bytes| {
-            let from = (at - offset) as usize;
-            let Some(part) = buf.get_mut(from..from + bytes as usize) else { return Ok(false) };
-            match place {
-                Place::Zero => part.fill(0),
-                Place::Base => self.read_base(at, part)?,
-                Place::Frame(frame) => self.read_frame(frame, at, part)?,
-            }
-            Ok(true)
-        })
-    }
-
-    fn read_base(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
-        self.base.read_exact_at(part, at).inspect_err(|error| {
+    async fn read_base(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
+        let read = self.base.read_exact_at(at, Buf::zeroed(part.len())).await;
+        let content = read.inspect_err(|error| {
             tracing::error!("{}: cannot read the base at offset {at}: {error}", self.base_path.display());
-        })
+        })?;
+        part.copy_from_slice(&content);
+        Ok(())
     }
 
-    fn read_frame(&self, frame: crate::index::FrameId, at: u64, mut part: &mut [u8]) -> io::Result<()> {
-        let io_error = |error: crate::frames::FrameError| {
-            tracing::error!("{error}");
-            io::Error::other(error)
-        };
-        let decoded = self.shared.frames.load(frame).map_err(io_error)?;
-        let mut at = at;
+    /// Copies the content of a frame from byte `at` on; `None` if the frame does not hold all of it.
+    fn copy(&self, decoded: &crate::frames::Decoded, mut at: u64, mut part: &mut [u8]) -> Option<()> {
         while !part.is_empty() {
-            let content = decoded.from(self.volume, at / BLOCK_BYTES);
-            let content = content.and_then(|c| c.get((at % BLOCK_BYTES) as usize..)).filter(|c| !c.is_empty());
-            let content = content.ok_or_else(|| io_error(self.shared.frames.mismatch(frame)))?;
+            let content = decoded.from(self.volume, at / BLOCK_BYTES)?.get((at % BLOCK_BYTES) as usize..)?;
             let n = content.len().min(part.len());
             let (now, later) = part.split_at_mut(n);
-            now.copy_from_slice(content.get(..n).unwrap_or_default());
+            now.copy_from_slice(content.get(..n).filter(|c| !c.is_empty())?);
             part = later;
             at += n as u64;
         }
-        Ok(())
+        Some(())
     }
 
     pub(crate) fn find_extents(&self, offset: u64, length: u64, extents_max: usize) -> io::Result<Vec<Extent>> {
         let mut extents: Vec<Extent> = Vec::new();
-        self.pieces(offset, length, |place, at, bytes| {
+        for (place, at, bytes) in self.pieces(offset, length) {
             let mut done = 0;
             while done < bytes {
                 let (kind, run) = match place {
@@ -114,13 +114,12 @@ impl View {
                 let full = extents.len() >= extents_max;
                 match extents.last_mut() {
                     Some(last) if last.kind == kind => last.length += run,
-                    _ if full => return Ok(false),
+                    _ if full => return Ok(extents),
                     _ => extents.push(Extent { length: run, kind }),
                 }
                 done += run;
             }
-            Ok(true)
-        })?;
+        }
         Ok(extents)
     }
 
@@ -139,6 +138,12 @@ impl View {
     }
 }
 
+/// Says what does not fit, file and offset, in the log; the reader gets an I/O error.
+fn logged(error: crate::frames::FrameError) -> io::Error {
+    tracing::error!("{error}");
+    io::Error::other(error)
+}
+
 fn read_only<'a, T: 'a>() -> IoFuture<'a, T> {
     Box::pin(std::future::ready(Err(io::ErrorKind::ReadOnlyFilesystem.into())))
 }
@@ -154,7 +159,7 @@ impl BlockDevice for View {
 
     fn read<'a>(&'a self, offset: u64, mut buf: Buf) -> IoFuture<'a, Buf> {
         Box::pin(async move {
-            self.read_into(offset, &mut buf)?;
+            self.fill(offset, &mut buf).await?;
             Ok(buf)
         })
     }
@@ -177,5 +182,18 @@ impl BlockDevice for View {
 
     fn extents<'a>(&'a self, offset: u64, length: u64, extents_max: usize) -> IoFuture<'a, Vec<Extent>> {
         Box::pin(std::future::ready(self.find_extents(offset, length, extents_max)))
+    }
+    fn try_read(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
+        for (place, at, bytes) in self.pieces(offset, buf.len() as u64) {
+            let from = (at - offset) as usize;
+            let part = buf.get_mut(from..from + bytes as usize)?;
+            match place {
+                Place::Zero => part.fill(0),
+                Place::Base => return None,
+                // What does not fit is found again, and said, by the read proper.
+                Place::Frame(frame) => self.copy(&*self.shared.frames.cached(frame)?, at, part)?,
+            }
+        }
+        Some(Ok(()))
     }
 }

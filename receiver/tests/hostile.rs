@@ -1,6 +1,8 @@
 //! Peers that break rules: each gets one exact line, the receiver's status shows the same, nothing is lost, and the other
 //! groups go on.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::time::Instant;

@@ -1,5 +1,7 @@
 //! A primary over QUIC against a real receiver: commits, points, views, restarts, failover.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 mod common;
 
 use std::sync::Arc;
@@ -147,6 +149,73 @@ async fn failover_fences_and_gives_a_fork_that_survives_restarts() {
     assert!(started.elapsed().as_secs() < 5);
     let (_, answer) = Control::open(site.connect(&receiver, 0).await, hello("db", &volumes)).await;
     assert_eq!(answer, Message::Fenced { generation: Generation(2) });
+    drop(active);
+    receiver.shutdown().await;
+}
+
+/// A frame that rots in the journal reads as an error, never as data; everything else reads on, and `check` names it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotten_frame_is_an_error_and_never_data() {
+    let site = Site::new(&["a"]);
+    let io = IoThreads::new(1).unwrap();
+    let receiver = site.start().await;
+    let mut primary = Primary::open(site.connect(&receiver, 0).await, hello("db", &[("root", SIZE)])).await;
+    let frame = data(0, 8, 2).frame(1, 0);
+    primary.commit(vec![data(0, 8, 2)]).await;
+    primary.commit(vec![data(100, 8, 4)]).await;
+    let segment = only_file(&site.store().join("a/db/journal"));
+    let mut bytes = std::fs::read(&segment).unwrap();
+    bytes[64 + frame.len() - 1] ^= 1;
+    std::fs::write(&segment, &bytes).unwrap();
+    let (_, mut views) = receiver.view("db", None).await.unwrap();
+    let view = Arc::new(views.pop().unwrap().1);
+    let read = |at: u64, length: usize| {
+        let view = Arc::clone(&view);
+        io.call(move || async move { blockdev::BlockDevice::read(&*view, at, Buf::zeroed(length)).await })
+    };
+    let error = read(4096, 100).await.unwrap().unwrap_err().to_string();
+    let begin = format!("{}: the frame at offset 64 is damaged (frame payload: checksum", segment.display());
+    assert!(error.starts_with(&begin), "{error}");
+    let good = read(100 * 4096, 8 * 4096).await.unwrap().unwrap();
+    assert!(*good == primary.disks[0][100 * 4096..108 * 4096]);
+    receiver.shutdown().await;
+    let mut told = Vec::new();
+    let report = receiver::check::check(&site.store(), &mut |p| told.push(p)).unwrap();
+    let group = &report.groups[0];
+    assert_eq!((group.points, group.frames, group.findings.len()), (2, 2, 1));
+    assert_eq!((&group.findings[0].path, group.findings[0].offset), (&segment, 64));
+    assert!(told.last().is_some_and(|p| p.bytes_total == bytes.len() as u64 && p.bytes_done > 0));
+}
+
+/// The first read after a failover of a sparse 1 TiB disk, also after a restart, does not depend on its size.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn failover_of_a_tebibyte_answers_within_a_second() {
+    let site = Site::new(&["a"]);
+    let io = IoThreads::new(1).unwrap();
+    let receiver = site.start().await;
+    let mut small = hello("db", &[("root", 4096)]);
+    small.volumes[0].size_bytes = 1 << 40;
+    let (mut control, _) = Control::open(site.connect(&receiver, 0).await, small).await;
+    let frame = data((1 << 28) - 4, 4, 2).frame(1, 0);
+    let header = proto::control::PassHeader { epoch: proto::EpochId(1), pass: 0, kind: proto::control::PassKind::Frozen };
+    control.pass(header, &frame).await;
+    control.say(&Message::Seal(seal_of(1, 1, 1, &[frame]))).await;
+    assert_eq!(control.hear().await, Message::Committed { point: point(1, 1) });
+    receiver.shutdown().await;
+    let receiver = site.start().await;
+    let started = Instant::now();
+    let active = receiver.failover("db", None).await.unwrap();
+    let device = Arc::clone(&active.volumes[0].1);
+    let last = io
+        .call(move || async move {
+            device.read(1 << 39, Buf::zeroed(4096)).await?;
+            device.read((1 << 40) - 4096, Buf::zeroed(4096)).await
+        })
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(started.elapsed().as_millis() < 1000, "{:?}", started.elapsed());
+    assert!(*last == fill(2, (1 << 28) - 1)[..]);
     drop(active);
     receiver.shutdown().await;
 }

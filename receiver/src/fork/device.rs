@@ -76,10 +76,6 @@ impl ForkDevice {
         (is_own, stop.saturating_mul(BLOCK_BYTES).min(end))
     }
 
-    fn all_own(&self, offset: u64, length: u64) -> bool {
-        length == 0 || self.run_at(offset, offset + length) == (true, offset + length)
-    }
-
     fn mark(&self, blocks: Range<u64>) {
         if blocks.is_empty() {
             return;
@@ -253,7 +249,12 @@ impl BlockDevice for ForkDevice {
     }
 
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
-        if self.all_own(offset, buf.len() as u64) { self.data.try_read(offset, buf) } else { None }
+        let end = offset + buf.len() as u64;
+        match self.run_at(offset, end) {
+            (true, stop) if stop == end => self.data.try_read(offset, buf),
+            (false, stop) if stop == end => self.view.try_read(offset, buf),
+            _ => None,
+        }
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Option<io::Result<()>> {

@@ -181,9 +181,9 @@ fn unaligned_writers_of_one_block_do_not_undo_each_other() {
         let mut tasks = Vec::new();
         for i in 0..32_u64 {
             let device = Arc::clone(&device);
-            tasks.push(io.call(move || async move {
-                device.write(base + i * 256, Buf::copy_of(&[i as u8 + 100; 256])).await.map(drop)
-            }));
+            tasks.push(
+                io.call(move || async move { device.write(base + i * 256, Buf::copy_of(&[i as u8 + 100; 256])).await.map(drop) }),
+            );
         }
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(async {

@@ -300,8 +300,7 @@ fn a_full_disk_costs_the_epoch_only() {
             }
             Fault::Sync => Ok(()),
         });
-        let (mut journal, _) =
-            open_at(dir.path(), JournalOptions { segment_bytes_max: 300, faults }, None).unwrap();
+        let (mut journal, _) = open_at(dir.path(), JournalOptions { segment_bytes_max: 300, faults }, None).unwrap();
         write_epoch(&mut journal, 1, 2).unwrap();
         *left.lock() = after;
         let error = write_epoch(&mut journal, 2, 5).unwrap_err().to_string();
@@ -330,7 +329,8 @@ fn a_failed_sync_poisons_the_journal() {
     bad.store(true, std::sync::atomic::Ordering::Relaxed);
     assert!(write_epoch(&mut journal, 2, 2).unwrap_err().to_string().contains("cannot sync the journal: bad disk"));
     bad.store(false, std::sync::atomic::Ordering::Relaxed);
-    for error in [journal.append(&[1]).unwrap_err(), journal.abandon().unwrap_err(), write_epoch(&mut journal, 2, 0).unwrap_err()] {
+    for error in [journal.append(&[1]).unwrap_err(), journal.abandon().unwrap_err(), write_epoch(&mut journal, 2, 0).unwrap_err()]
+    {
         assert!(matches!(error, JournalError::Poisoned { .. }), "{error}");
     }
     let (mut journal, found) = open_at(dir.path(), options(1 << 20), None).unwrap();

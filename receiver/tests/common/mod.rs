@@ -1,6 +1,6 @@
 //! A primary for tests: speaks the protocol over QUIC on loopback and keeps an oracle of every point.
 
-#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "each test file uses its part")]
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -1,0 +1,137 @@
+//! The state machine without a driver: orders of events that a network makes rare.
+
+use proto::control::VolumeHello;
+
+use super::*;
+
+fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+fn core() -> Core {
+    Core::new(ClientPolicy { client: name("a"), groups: None, groups_max: 4, volumes_max: 4 })
+}
+
+fn hello() -> Hello {
+    Hello {
+        version_min: 1,
+        version_max: 7,
+        block_bytes: 4096,
+        interval_ms: 1000,
+        group: name("db"),
+        generation: Generation(0),
+        committed: EpochId(0),
+        volumes: vec![VolumeHello { name: name("root"), size_bytes: 8192 }],
+    }
+}
+
+fn seal(epoch: u64) -> Seal {
+    Seal {
+        passes: 1,
+        epoch: EpochId(epoch),
+        generation: Generation(1),
+        cut_unix_us: 0,
+        frames: 0,
+        frame_bytes: 0,
+        data_blocks: 0,
+        zero_blocks: 0,
+        first_write_unix_us: 0,
+        digest: Tally::default().digest(),
+    }
+}
+
+fn pass(epoch: u64) -> PassHeader {
+    PassHeader { epoch: EpochId(epoch), pass: 0, kind: PassKind::Frozen }
+}
+
+/// Takes an event that must not end the session.
+fn good(core: &mut Core, event: Event) -> Vec<Action> {
+    let mut out = Vec::new();
+    let ended = core.handle(event, &mut out);
+    assert!(ended.is_none(), "{ended:?}");
+    out
+}
+
+fn streaming() -> Core {
+    let mut core = core();
+    good(&mut core, Event::Message(Message::Hello(hello())));
+    good(&mut core, Event::Stored(Stored::Absent { groups: 0 }));
+    let out = good(&mut core, Event::Claimed { committed: None });
+    let welcome =
+        Message::Welcome { version: 1, generation: Generation(1), committed: None, epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX };
+    assert_eq!(out, [Action::Send(welcome)]);
+    core
+}
+
+/// The next pass is not read between the end of an epoch's frozen pass and its seal: the journal is sequential.
+#[test]
+fn a_pass_waits_for_the_seal_before_it() {
+    let mut core = streaming();
+    assert!(core.wants_pass());
+    good(&mut core, Event::Pass(pass(1)));
+    assert!(!core.wants_pass());
+    good(&mut core, Event::PassEnd);
+    assert!(!core.wants_pass(), "the seal is not here yet");
+    assert_eq!(good(&mut core, Event::Message(Message::Seal(seal(1)))), [Action::Commit(seal(1))]);
+    assert!(core.wants_pass(), "the next epoch arrives while this one syncs");
+    good(&mut core, Event::Pass(pass(2)));
+    let point = seal(1).point();
+    assert_eq!(good(&mut core, Event::Committed(point)), [Action::Send(Message::Committed { point })]);
+}
+
+/// Seals overtake passes; each is used when its own epoch is complete.
+#[test]
+fn seals_that_come_early_wait_for_their_epoch() {
+    let mut core = streaming();
+    for epoch in 1..=3 {
+        assert_eq!(good(&mut core, Event::Message(Message::Seal(seal(epoch)))), []);
+    }
+    for epoch in 1..=3 {
+        good(&mut core, Event::Pass(pass(epoch)));
+        assert_eq!(good(&mut core, Event::PassEnd), [Action::Commit(seal(epoch))]);
+    }
+}
+
+/// What changed between looking a group up and claiming it is decided on again.
+#[test]
+fn a_promotion_between_lookup_and_claim_fences() {
+    let mut core = core();
+    good(&mut core, Event::Message(Message::Hello(hello())));
+    let stored = |generation, role| {
+        let volumes = vec![Volume { name: name("root"), size_bytes: 8192 }];
+        Event::Stored(Stored::Present(StoredGroup { generation: Generation(generation), role, owned: true, volumes }))
+    };
+    good(&mut core, stored(1, GroupRole::Replica));
+    let mut out = Vec::new();
+    let ended = core.handle(stored(2, GroupRole::Active), &mut out).unwrap();
+    assert!(matches!(ended, SessionError::Fenced { generation: Generation(2), .. }));
+    assert!(out.contains(&Action::Send(Message::Fenced { generation: Generation(2) })));
+}
+
+/// A session that ended stays ended: nothing that arrives late does anything.
+#[test]
+fn late_events_after_the_end_do_nothing() {
+    let mut core = streaming();
+    let mut out = Vec::new();
+    assert!(core.handle(Event::Superseded, &mut out).is_some());
+    let point = seal(1).point();
+    for event in [Event::Committed(point), Event::PassEnd, Event::Superseded, Event::Claimed { committed: None }] {
+        assert_eq!(good(&mut core, event), []);
+    }
+    assert!(!core.wants_pass());
+}
+
+/// In every state a message that does not belong there ends the session with both named.
+#[test]
+fn messages_out_of_place_name_state_and_message() {
+    let welcome = Message::Fenced { generation: Generation(1) };
+    let mut opening = core();
+    let mut looking = core();
+    good(&mut looking, Event::Message(Message::Hello(hello())));
+    for (core, state) in
+        [(&mut opening, "waiting for the hello"), (&mut looking, "opening the group"), (&mut streaming(), "replicating")]
+    {
+        let ended = core.handle(Event::Message(welcome.clone()), &mut Vec::new()).unwrap();
+        assert_eq!(ended.to_string(), format!("fenced message while {state}"));
+    }
+}

@@ -1,0 +1,257 @@
+//! The thread of a group: alone writes its journal and its superblock.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use proto::fencing::GroupRole;
+use proto::{Generation, Point, Seal};
+use tokio::sync::mpsc;
+
+use super::stage::Stage;
+use super::{
+    Claimed, Command, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Usage, next_frame, number_frame,
+};
+use crate::batch::Batch;
+use crate::core::Cause;
+use crate::journal::{Journal, JournalError};
+use crate::superblock::{ForkInUse, Superblock, SuperblockFile};
+
+pub(super) struct ActiveSession {
+    id: SessionId,
+    events: mpsc::Sender<GroupEvent>,
+}
+
+/// The thread's own state.
+pub(super) struct Worker {
+    pub(super) shared: Arc<Shared>,
+    pub(super) journal: Journal,
+    pub(super) superblock: SuperblockFile,
+    /// The epoch that is arriving; nobody else sees it.
+    pub(super) stage: Stage,
+    pub(super) next_committed: u32,
+    pub(super) session: Option<ActiveSession>,
+    pub(super) usage: Arc<Usage>,
+    /// Journal bytes that are in `usage`.
+    pub(super) counted: u64,
+}
+
+impl Worker {
+    pub(super) fn run(&mut self, mut inbox: mpsc::Receiver<Command>) {
+        while let Some(command) = inbox.blocking_recv() {
+            match command {
+                Command::Claim { session, peer, generation, events, reply } => {
+                    let _ = reply.send(self.claim(session, peer, generation, events));
+                }
+                Command::Append { session, batch } if self.has(session) => {
+                    let done = self.append(&batch);
+                    self.end_on_error(done);
+                }
+                Command::Commit { session, seal } if self.has(session) => {
+                    let done = self.commit(&seal);
+                    self.end_on_error(done);
+                }
+                Command::Abandon { session } if self.has(session) => {
+                    let done = self.abandon();
+                    self.end_on_error(done);
+                }
+                Command::Release { session, reason } if self.has(session) => {
+                    self.session = None;
+                    let done = self.abandon();
+                    {
+                        let mut state = self.shared.state.write();
+                        state.peer = None;
+                        state.last_error = Some(reason);
+                    }
+                    self.end_on_error(done);
+                }
+                // Of a session that lost the group.
+                Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
+                Command::Promote { point, reply } => {
+                    let _ = reply.send(self.promote(point));
+                }
+                Command::Stop => break,
+            }
+        }
+        self.stop();
+    }
+
+    fn has(&self, session: SessionId) -> bool {
+        self.session.as_ref().is_some_and(|s| s.id == session)
+    }
+
+    fn claim(&mut self, id: SessionId, peer: Peer, generation: Generation, events: mpsc::Sender<GroupEvent>) -> Claimed {
+        let (role, ours) = (self.superblock.get().role, self.superblock.get().generation);
+        if role != GroupRole::Replica || ours != generation {
+            return Claimed::Changed;
+        }
+        self.end_session(GroupEvent::Superseded);
+        if let Err(error) = self.abandon() {
+            let cause: Cause = Arc::new(error);
+            self.note(&cause);
+            return Claimed::No(cause);
+        }
+        self.session = Some(ActiveSession { id, events });
+        let mut state = self.shared.state.write();
+        state.peer = Some(peer);
+        state.last_error = None;
+        Claimed::Yes { committed: state.points.last().map(|p| p.point).or(self.superblock.get().base) }
+    }
+
+    fn append(&mut self, batch: &Batch) -> Result<(), GroupError> {
+        let bytes = batch.bytes.len() as u64;
+        if let Some(max) = self.usage.max
+            && self.usage.used.load(Ordering::Relaxed) + bytes > max
+        {
+            return Err(GroupError::Space { client: self.shared.folder.client.clone(), max });
+        }
+        let mut table = self.shared.frames.table.write();
+        if u64::from(next_of(&table)) + batch.frames.len() as u64 > u64::from(crate::index::FrameId::MAX.0) {
+            return Err(JournalError::Full { path: self.shared.folder.journal() }.into());
+        }
+        drop(table);
+        let (segment, mut offset) = self.journal.append(&batch.bytes)?;
+        self.count();
+        self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+        let mut extents = batch.extents.as_slice();
+        table = self.shared.frames.table.write();
+        for frame in &batch.frames {
+            let (now, later) = extents.split_at(usize::from(frame.extents));
+            let id = number_frame(&mut table, segment, offset, frame.kind);
+            self.stage.add(|| self.shared.state.read().index.clone(), (frame.volume, frame.kind, id), now);
+            extents = later;
+            offset += u64::from(frame.bytes);
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, seal: &Seal) -> Result<(), GroupError> {
+        let end = self.journal.commit(seal)?;
+        self.count();
+        self.next_committed = next_frame(&self.shared.frames);
+        {
+            let mut state = self.shared.state.write();
+            self.stage.seal(&mut state.index);
+            state.points.push(PointEntry::new(seal, end));
+            state.journal_bytes = self.journal.bytes();
+        }
+        self.tell(GroupEvent::Committed(seal.point()));
+        Ok(())
+    }
+
+    fn abandon(&mut self) -> Result<(), GroupError> {
+        self.stage.clear();
+        self.shared.frames.table.write().truncate(self.next_committed);
+        self.shared.frames.forget_from(self.next_committed);
+        let keep = self.shared.state.read().points.last().map_or(0, |p| p.end.segment + 1);
+        self.shared.frames.close_from(keep);
+        let done = self.journal.abandon();
+        self.count();
+        self.shared.state.write().journal_bytes = self.journal.bytes();
+        Ok(done?)
+    }
+
+    /// Generation, role and the promise of the fork are one write of the superblock: before it nothing has happened, after it
+    /// everything that is left can be done again.
+    fn promote(&mut self, point: Option<Point>) -> Result<Promoted, GroupError> {
+        let block = self.superblock.get().clone();
+        let group = || self.shared.folder.group.clone();
+        if let (GroupRole::Active, Some(fork)) = (block.role, &block.fork) {
+            return match point {
+                Some(wanted) if wanted != fork.point => {
+                    Err(GroupError::ActiveElsewhere { group: group(), active: fork.point, wanted })
+                }
+                _ => Ok(Promoted { generation: block.generation, fork: fork.clone() }),
+            };
+        }
+        let (newest, known) = {
+            let state = self.shared.state.read();
+            let known = |p: &Point| state.points.binary_search_by_key(p, |e| e.point).is_ok();
+            (state.points.last().map(|p| p.point), point.as_ref().is_none_or(known))
+        };
+        let Some(newest) = newest else { return Err(GroupError::Empty { group: group() }) };
+        let point = point.unwrap_or(newest);
+        if !known {
+            return Err(GroupError::NoPoint { group: group(), point });
+        }
+        let generation = Generation(block.generation.0 + 1);
+        let name = format!("active-{generation}").parse();
+        let Ok(name) = name else { return Err(GroupError::NoPoint { group: group(), point }) };
+        let fork = ForkInUse { name, point };
+        // All points up to here were synced when they were committed.
+        self.superblock.write(Superblock {
+            generation,
+            role: GroupRole::Active,
+            fork: Some(fork.clone()),
+            synced: Some(newest),
+            ..block
+        })?;
+        {
+            let mut state = self.shared.state.write();
+            state.generation = generation;
+            state.role = GroupRole::Active;
+            state.fork = Some(fork.clone());
+        }
+        self.end_session(GroupEvent::Fenced(generation));
+        if let Err(error) = self.abandon() {
+            // The unsealed end is dropped at the next start then; no point is touched by it.
+            tracing::warn!("{error}");
+        }
+        Ok(Promoted { generation, fork })
+    }
+
+    fn stop(&mut self) {
+        if let Err(error) = self.abandon() {
+            tracing::warn!("{error}");
+        }
+        let newest = self.shared.state.read().points.last().map(|p| p.point);
+        if newest != self.superblock.get().synced && !self.journal.is_poisoned() {
+            let block = Superblock { synced: newest, ..self.superblock.get().clone() };
+            if let Err(error) = self.superblock.write(block) {
+                tracing::warn!("{error}");
+            }
+        }
+    }
+
+    fn end_on_error(&mut self, done: Result<(), GroupError>) {
+        let Err(error) = done else { return };
+        let cause: Cause = Arc::new(error);
+        self.note(&cause);
+        self.end_session(GroupEvent::Storage(Arc::clone(&cause)));
+        if let Err(error) = self.abandon() {
+            let cause: Cause = Arc::new(error);
+            self.note(&cause);
+        }
+    }
+
+    fn note(&self, cause: &Cause) {
+        tracing::error!("{}/{}: {cause}", self.shared.folder.client, self.shared.folder.group);
+        self.shared.state.write().last_error = Some(cause.to_string());
+    }
+
+    fn tell(&self, event: GroupEvent) {
+        if let Some(session) = &self.session {
+            // Full or gone: the session is on its way out, and its primary learns the commit from the next welcome.
+            let _ = session.events.try_send(event);
+        }
+    }
+
+    fn end_session(&mut self, event: GroupEvent) {
+        self.tell(event);
+        self.session = None;
+        self.shared.state.write().peer = None;
+    }
+
+    fn count(&mut self) {
+        let now = self.journal.bytes();
+        if now >= self.counted {
+            self.usage.used.fetch_add(now - self.counted, Ordering::Relaxed);
+        } else {
+            self.usage.used.fetch_sub(self.counted - now, Ordering::Relaxed);
+        }
+        self.counted = now;
+    }
+}
+
+fn next_of(table: &crate::index::FrameTable) -> u32 {
+    table.next().map_or(u32::MAX, |f| f.0)
+}
