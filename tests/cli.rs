@@ -137,6 +137,34 @@ fn an_orderly_stop_commits_what_was_written() {
 }
 
 #[test]
+fn check_names_what_is_damaged() {
+    let folder = scratch();
+    let mut pair = Pair::start(folder.path(), "db", "100ms", &[("root", 4 * MIB)]);
+    Nbd::connect(&pair.sockets[0], "root").unwrap().write(0, &noise(8, MIB as usize)).unwrap();
+    pair.primary.committed("db");
+    pair.primary.stop();
+    let store = pair.store.to_str().unwrap().to_owned();
+    let said = refusal(&pair.receiver.ask(&["check", &store]), 1);
+    assert!(said.contains("belongs to a running node"), "{said}");
+    pair.receiver.stop();
+    let good = pair.receiver.cli(&["check", &store]);
+    assert!(good.starts_with("primary/db: good: ") && good.contains(" points, "), "{good}");
+
+    let segment = pair.store.join("primary/db/journal/0000000001.seg");
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    let damaged = pair.receiver.ask(&["check", &store]);
+    let said = text(&damaged);
+    assert_eq!(damaged.status.code(), Some(1), "{said}");
+    assert!(said.contains("0000000001.seg: at offset ") && said.contains("nothing was changed"), "{said}");
+    let said = refusal(&pair.receiver.ask(&["check", "/nonexistent/store"]), 1);
+    assert!(said.contains("/nonexistent/store"), "{said}");
+    assert!(!Path::new("/nonexistent").exists());
+}
+
+#[test]
 fn a_bad_group_leaves_the_others_running() {
     let folder = scratch();
     let mut node = Node::new(folder.path(), "node");

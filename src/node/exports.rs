@@ -102,8 +102,8 @@ impl Exports {
         Ok(())
     }
 
-    /// Withdraws all disks of `group`, and servers that have none left.
-    pub(crate) async fn remove_group(&self, group: &str) {
+    /// Withdraws all disks of `group`; their servers go on listening until [`prune`](Self::prune).
+    pub(crate) async fn withdraw(&self, group: &str) {
         let mut servers = self.servers.lock().await;
         for served in servers.values_mut() {
             for disk in served.disks.iter().filter(|d| d.group == group) {
@@ -113,12 +113,14 @@ impl Exports {
             }
             served.disks.retain(|d| d.group != group);
         }
-        servers.retain(|_, served| !served.disks.is_empty());
     }
 
     /// Stops servers that offer nothing.
     pub(crate) async fn prune(&self) {
-        self.servers.lock().await.retain(|_, served| !served.disks.is_empty());
+        let mut servers = self.servers.lock().await;
+        let (idle, busy) = std::mem::take(&mut *servers).into_iter().partition(|(_, served)| served.disks.is_empty());
+        *servers = busy;
+        stop(idle).await;
     }
 
     /// What `status` shows.
@@ -137,14 +139,17 @@ impl Exports {
 
     /// Stops everything: clients finish the requests they have in flight, for a bounded time.
     pub(crate) async fn shutdown(&self) {
-        let servers = std::mem::take(&mut *self.servers.lock().await);
-        let all = servers.iter().map(|(address, served)| async move {
-            if tokio::time::timeout(DRAIN, served.server.shutdown()).await.is_err() {
-                tracing::warn!(address, "NBD clients still had requests in flight; they were cut off");
-            }
-        });
-        futures_util::future::join_all(all).await;
+        stop(std::mem::take(&mut *self.servers.lock().await)).await;
     }
+}
+
+async fn stop(servers: BTreeMap<String, Served>) {
+    let all = servers.iter().map(|(address, served)| async move {
+        if tokio::time::timeout(DRAIN, served.server.shutdown()).await.is_err() {
+            tracing::warn!(address, "NBD clients still had requests in flight; they were cut off");
+        }
+    });
+    futures_util::future::join_all(all).await;
 }
 
 fn connection(stats: ConnectionStats) -> ConnectionStatus {

@@ -110,9 +110,6 @@ impl Node {
         let address = export_address(Path::new("/"), &request.export).map_err(refused)?;
         let selector = group.to_string();
         let mut record = self.record.lock().await;
-        if plan.active.is_some() {
-            self.exports.remove_group(&selector).await;
-        }
         let address = self.exports.listen(&address, None).await?;
         let result = async {
             record.set(&selector, &address.to_string())?;
@@ -121,6 +118,7 @@ impl Node {
                 None => copies.failover(&group, Some(plan.point)).await?,
             };
             let volumes = volumes(&activated);
+            self.exports.withdraw(&selector).await;
             self.exports.add(&address, &selector, activated.volumes).await?;
             Ok::<_, RequestError>((activated.point, activated.generation, volumes))
         }

@@ -44,7 +44,7 @@ impl Primaries {
                 Ok(_) => tracing::info!(group = %config.name, disks = config.disks.len(), peer = config.peer, "group started"),
                 Err(error) => {
                     tracing::error!(group = %config.name, "group not started: {error}; the other groups go on");
-                    exports.remove_group(config.name.as_str()).await;
+                    exports.withdraw(config.name.as_str()).await;
                 }
             }
             groups.push(Primary { name: config.name.clone(), run });
