@@ -3,6 +3,8 @@
 //! Would catch: output that does not name what it should, a failover that asks nothing or changes something when refused, an
 //! active copy that is gone after a restart, a bad group that takes the others down, a stop that does not commit.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 mod common;
 mod support;
 

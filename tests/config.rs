@@ -1,5 +1,7 @@
 //! `twinsite run --check`: every mistake is one line with its place, its value and its remedy.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 mod common;
 
 use common::{KEY_A, KEY_B, twinsite};

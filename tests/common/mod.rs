@@ -4,11 +4,11 @@
 use std::process::Command;
 
 /// Two keys that look right and belong to nobody.
-pub const KEY_A: &str = "SHA256:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
-pub const KEY_B: &str = "SHA256:AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE";
+pub(crate) const KEY_A: &str = "SHA256:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+pub(crate) const KEY_B: &str = "SHA256:AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE";
 
 /// The binary under test, without the caller's settings.
-pub fn twinsite() -> Command {
+pub(crate) fn twinsite() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_twinsite"));
     command.env_remove("TWINSITE_CONFIG").env_remove("RUST_LOG").env_remove("NOTIFY_SOCKET");
     command
