@@ -7,6 +7,7 @@
 mod support;
 
 use std::fs::OpenOptions;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -181,6 +182,52 @@ fn a_full_store_stops_no_guest_and_recovers_when_there_is_space() {
     site.copy_equals("db", &image);
     site.receiver.stop();
     site.receiver.cli(&["check", site.store.to_str().expect("UTF-8")]);
+}
+
+/// The store is full, which is why the copy fell behind, and then the primary is lost.
+#[test]
+fn a_full_store_can_be_activated_once_it_has_a_little_space() {
+    need_root();
+    need(&[("mount", "mount"), ("umount", "mount")]);
+    let mut site = Site::new();
+    let _space = small_tmpfs(&site.store, 8);
+    let image = site.image("image.raw", 64 * MIB);
+    site.primary.configure(&site.group("db", &image));
+    site.receiver.start();
+    site.primary.start();
+    site.goes_on("db", 1);
+    let newest = site.receiver.points("db").pop().expect("a point").0;
+    site.write("db", MIB, &noise(2, 20 * MIB as usize));
+    site.error("db");
+    site.primary.kill();
+    // What is left of the space is used up, so that a failover has none.
+    let mut filler = std::fs::File::create(site.store.join(".filler")).expect("a file");
+    let room = (0..4096).find(|_| filler.write_all(&[1; 4096]).is_err()).expect("a full store");
+    println!("{} KiB were left", room * 4);
+    let socket = site.folder.path().join("copy.sock");
+    let export = format!("unix:{}", socket.display());
+    let refused = site.receiver.ask(&["failover", "db", "--export", &export, "--yes", "--json"]);
+    if !refused.status.success() {
+        let said = text(&refused);
+        println!("failover: {}", said.trim());
+        assert!(said.contains("space") && said.trim().lines().count() == 1, "{said}");
+        run("mount", &["-o", "remount,size=9m", site.store.to_str().expect("UTF-8")]);
+        site.receiver.failover("db", None, &socket);
+    }
+    let active = site.receiver.copy("primary", "db");
+    assert_eq!(active["active"]["point"], *newest, "{active:#}");
+    let mut copy = Nbd::connect(&socket, "data").expect("the copy");
+    let read = |copy: &mut Nbd| copy.read(0, MIB as u32).expect("a read");
+    assert!(read(&mut copy) == noise(1, MIB as usize), "the committed data");
+    // Its guest fills it again: an error for the guest, not for the copy.
+    let full = (2..64).find_map(|at| copy.write(at * MIB, &noise(at, MIB as usize)).err()).expect("a full store");
+    assert_eq!(full.raw_os_error(), Some(28), "ENOSPC reaches the guest: {full}");
+    assert!(read(&mut copy) == noise(1, MIB as usize), "the committed data is still there");
+    run("mount", &["-o", "remount,size=100m", site.store.to_str().expect("UTF-8")]);
+    for at in 2..64 {
+        copy.write(at * MIB, &noise(at, MIB as usize)).expect("a write, now that there is space");
+    }
+    copy.flush().expect("a flush");
 }
 
 #[test]
