@@ -191,12 +191,17 @@ fn the_order_holds_through_kills_of_either_side() {
         let mut kept: Vec<(String, u64)> = Vec::new();
         for kill in 0..KILLS {
             let more = rng.random_range(5..60);
+            let since = Instant::now();
             eventually("epochs are committed between two kills", COMMIT_WITHIN, || {
                 (pair.receiver.copy("primary", "pair")["points"].as_u64()? >= kept.len() as u64 + more).then_some(())
             });
             let told = pair.primary.primary("pair")["committed"].as_str().expect("a point").to_owned();
             let victims = rng.random_range(1..4);
-            println!("kill {kill}: {}", ["the primary", "the receiver", "both"][victims - 1]);
+            let waited = since.elapsed().as_secs_f64();
+            println!(
+                "kill {kill}: {} ({more} more points after {waited:.1} s)",
+                ["the primary", "the receiver", "both"][victims - 1]
+            );
             if victims & 1 != 0 {
                 pair.primary.kill();
             }
