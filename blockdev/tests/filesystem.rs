@@ -1,5 +1,4 @@
-//! File systems on the export: ext4 and XFS through nbdfuse and a loop device. Needs root, so it runs when asked for:
-//! `cargo test -p twinsite-blockdev --test filesystem -- --ignored --test-threads 1`.
+//! File systems on the export: ext4 and XFS through nbdfuse and a loop device. Needs root.
 
 mod common;
 
@@ -82,13 +81,11 @@ fn round_trip(package: &str, mkfs: &str, check: (&str, &[&str])) {
 }
 
 #[test]
-#[ignore = "needs root, /dev/fuse and loop devices"]
 fn ext4() {
     round_trip("e2fsprogs", "mkfs.ext4", ("e2fsck", &["-fn"]));
 }
 
 #[test]
-#[ignore = "needs root, /dev/fuse and loop devices"]
 fn xfs() {
     round_trip("xfsprogs", "mkfs.xfs", ("xfs_repair", &["-n"]));
 }
