@@ -13,6 +13,11 @@ use crate::context::Bench;
 /// Time beyond the run time that fio may take to start and to drain.
 const GRACE: Duration = Duration::from_secs(60);
 
+/// Seconds of load before a measurement that are not counted.
+pub(crate) const WARM_UP_S: u32 = 1;
+/// Added to a seed for the warm-up: far from the seeds of all rounds.
+const WARM_UP_SEED: usize = 1_000_000;
+
 /// One kind of load.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Load {
@@ -96,9 +101,21 @@ fn parse(text: &str) -> Result<Outcome> {
     Ok(Outcome { iops: d.iops, bytes_per_s: d.bw_bytes as f64, bytes: d.io_bytes as f64, p99_us: p99_ns as f64 / 1e3 })
 }
 
-/// Runs `load` for `seconds` against the export `disk` of the server at `socket`.
-pub(crate) fn run(bench: &Bench, socket: &Path, load: &Load, seconds: u32) -> Result<Outcome> {
-    run_watched(bench, socket, load, seconds, &mut || Ok(()))
+/// How long, and with which numbers: equal seeds are equal sequences of offsets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    pub(crate) seconds: u32,
+    pub(crate) seed: usize,
+}
+
+/// Runs `load` against the export `disk` of the server at `socket`.
+pub(crate) fn run(bench: &Bench, socket: &Path, load: &Load, span: Span) -> Result<Outcome> {
+    run_watched(bench, socket, load, span, &mut || Ok(()))
+}
+
+/// Puts the server at `socket` under `load` for a second, not measured, with other offsets than [`run`] will use.
+pub(crate) fn warm_up(bench: &Bench, socket: &Path, load: &Load, span: Span) -> Result<()> {
+    run(bench, socket, load, Span { seconds: WARM_UP_S, seed: span.seed + WARM_UP_SEED }).map(drop)
 }
 
 /// As [`run`], calling `watch` often meanwhile.
@@ -106,9 +123,10 @@ pub(crate) fn run_watched(
     bench: &Bench,
     socket: &Path,
     load: &Load,
-    seconds: u32,
+    span: Span,
     watch: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Outcome> {
+    let Span { seconds, seed } = span;
     let mut command = Command::new("fio");
     command
         .args(["--name=load", "--ioengine=nbd", "--output-format=json", "--time_based"])
@@ -117,6 +135,7 @@ pub(crate) fn run_watched(
         .arg(format!("--bs={}", load.bs))
         .arg(format!("--iodepth={}", load.iodepth))
         .arg(format!("--runtime={seconds}"))
+        .arg(format!("--randseed={seed}"))
         .args(load.more);
     let text = child::run_watched(bench, "fio", command, Duration::from_secs(seconds.into()) + GRACE, watch)?;
     parse(&text).with_context(|| format!("fio, {}: cannot use its output", load.title))

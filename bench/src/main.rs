@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+mod block;
 mod chart;
 mod child;
 mod context;
@@ -17,6 +18,7 @@ mod nbd_client;
 mod node;
 mod os;
 mod peers;
+mod postgres;
 mod procfs;
 mod qemu_mirror;
 mod qmp;
@@ -77,6 +79,8 @@ enum Experiment {
     Mirror,
     /// The first full copy, against blockdev-mirror.
     FirstSync,
+    /// pgbench at a fixed rate: dirty bytes against bytes sent, and the lag. Needs root.
+    Wire,
     /// From the failover command to the first read of a 1 TiB disk.
     Failover,
     /// Peak resident memory while a 1 TiB disk is written at random.
@@ -93,9 +97,10 @@ impl Experiment {
             Self::Nbd => vec![experiment::nbd::run],
             Self::Mirror => vec![experiment::mirror::run],
             Self::FirstSync => vec![experiment::first_sync::run],
+            Self::Wire => vec![experiment::wire::run],
             Self::Failover => vec![experiment::failover::run],
             Self::Memory => vec![experiment::memory::run],
-            Self::All => [Self::Nbd, Self::Mirror, Self::FirstSync, Self::Failover, Self::Memory]
+            Self::All => [Self::Nbd, Self::Mirror, Self::FirstSync, Self::Wire, Self::Failover, Self::Memory]
                 .into_iter()
                 .flat_map(Self::list)
                 .collect(),

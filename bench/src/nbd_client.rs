@@ -21,7 +21,6 @@ const REP_INFO: u32 = 3;
 const REP_ERROR_BIT: u32 = 1 << 31;
 const CMD_READ: u16 = 0;
 const CMD_WRITE: u16 = 1;
-const CMD_FLUSH: u16 = 3;
 const REPLY_BYTES_MAX: u32 = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -78,10 +77,6 @@ impl NbdClient {
 
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Result<()> {
         self.request(CMD_WRITE, offset, u32::try_from(data.len())?, data)
-    }
-
-    pub(crate) fn flush(&mut self) -> Result<()> {
-        self.request(CMD_FLUSH, 0, 0, &[])
     }
 
     fn request(&mut self, command: u16, offset: u64, length: u32, data: &[u8]) -> Result<()> {

@@ -21,6 +21,12 @@ pub(crate) const QEMU_NBD: Tool = Tool { program: "qemu-nbd", package: "qemu-uti
 pub(crate) const QEMU_STORAGE_DAEMON: Tool = Tool { program: "qemu-storage-daemon", package: "qemu-system-common" };
 pub(crate) const NBDKIT: Tool = Tool { program: "nbdkit", package: "nbdkit" };
 
+pub(crate) const NBDFUSE: Tool = Tool { program: "nbdfuse", package: "libnbd-bin" };
+pub(crate) const LOSETUP: Tool = Tool { program: "losetup", package: "mount" };
+pub(crate) const MKFS_EXT4: Tool = Tool { program: "mkfs.ext4", package: "e2fsprogs" };
+pub(crate) const POSTGRES: Tool = Tool { program: "postgres", package: "postgresql-15" };
+pub(crate) const PGBENCH: Tool = Tool { program: "pgbench", package: "postgresql-15" };
+
 /// Where `program` is.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
@@ -35,6 +41,7 @@ pub(crate) fn require(tools: &[Tool]) -> Result<()> {
     }
     let names: Vec<&str> = missing.iter().map(|t| t.program).collect();
     let mut packages: Vec<&str> = missing.iter().map(|t| t.package).collect();
+    packages.sort_unstable();
     packages.dedup();
     bail!("{}: not found: run apt-get install {}", names.join(", "), packages.join(" "));
 }
@@ -42,7 +49,11 @@ pub(crate) fn require(tools: &[Tool]) -> Result<()> {
 /// First line of `program --version`, for the results.
 pub(crate) fn version(tool: Tool) -> String {
     let Some(program) = find(tool.program) else { return "not installed".to_owned() };
-    let output = Command::new(program).arg("--version").stdin(Stdio::null()).output();
-    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    let output = Command::new(program)
+        .arg(if tool.program.starts_with("mkfs") { "-V" } else { "--version" })
+        .stdin(Stdio::null())
+        .output();
+    // mkfs writes it to the other one.
+    let text = output.map(|o| String::from_utf8_lossy(&[o.stdout, o.stderr].concat()).into_owned()).unwrap_or_default();
     text.lines().next().unwrap_or("unknown").trim().to_owned()
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::chart::{Bar, Chart, Panel};
 use crate::child::Daemon;
 use crate::context::Bench;
-use crate::fio::{self, Load};
+use crate::fio::{self, Load, Span};
 use crate::nbd_client::NbdClient;
 use crate::node::{self, DISK};
 use crate::report::{Check, Report, Table, whole};
@@ -48,7 +48,7 @@ struct Sample {
 pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let needed = vec![tools::FIO];
     tools::require(&needed)?;
-    let (rounds, seconds) = (bench.rounds(2, 5), bench.seconds(2, 5));
+    let (rounds, seconds) = (bench.rounds(2, 5), bench.seconds(1, 2));
     let mut samples = Vec::new();
     for round in 0..rounds {
         for restarted in [false, true] {
@@ -69,11 +69,10 @@ fn once(bench: &Bench, restarted: bool, seconds: u32) -> Result<Sample> {
     let mut receiving = receiver.start(bench)?;
     let mut daemon = primary.start(bench)?;
     primary.settle(&mut daemon, SETTLE_MAX)?;
-    fio::run(bench, &primary.socket(), &SCATTERED, seconds)?;
+    fio::run(bench, &primary.socket(), &SCATTERED, Span { seconds, seed: 1 })?;
     let mark: Vec<u8> = name.bytes().cycle().take(BLOCK).collect();
     let mut client = NbdClient::connect(&primary.socket(), DISK)?;
     client.write(MARK_AT, &mark)?;
-    client.flush()?;
     primary.settle(&mut daemon, SETTLE_MAX)?;
     daemon.kill()?;
     let receiver_start_ms = if restarted {

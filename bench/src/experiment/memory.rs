@@ -33,7 +33,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     // A client's queues are there only while it is connected.
     let mut buffers = [Vec::new(), Vec::new()];
     let mut looks = 0_u32;
-    let outcome = fio::run_watched(bench, &primary.socket(), &SCATTERED, seconds, &mut || {
+    let outcome = fio::run_watched(bench, &primary.socket(), &SCATTERED, fio::Span { seconds, seed: 1 }, &mut || {
         looks += 1;
         if looks.is_multiple_of(50) {
             buffers = [primary.buffers()?, receiver.buffers()?];

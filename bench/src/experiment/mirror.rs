@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::chart::{Bar, Chart, Panel};
 use crate::child::Daemon;
 use crate::context::Bench;
-use crate::fio::{self, Load};
+use crate::fio::{self, Load, Span};
 use crate::node::{self, Primary, PrimarySpec};
 use crate::peers::Server;
 use crate::qemu_mirror::{QemuMirror, Target};
@@ -24,7 +24,6 @@ const LOADS: [Load; 2] = [
 /// Long enough that no epoch ends while it is measured: the tap is in the path, nothing is replicated.
 const NEVER: &str = "1d";
 const SYNC_MAX: Duration = Duration::from_secs(600);
-const WARM_UP_S: u32 = 1;
 const SAMPLE: Duration = Duration::from_millis(50);
 const OURS_UNMIRRORED: &str = "twinsite unmirrored";
 const OURS_MIRRORED: &str = "twinsite, 1 s epochs";
@@ -88,22 +87,22 @@ impl Contender {
         }
     }
 
-    fn measure(&mut self, bench: &Bench, load: &Load, seconds: u32) -> Result<Sample> {
+    fn measure(&mut self, bench: &Bench, load: &Load, span: Span) -> Result<Sample> {
         self.settle()?;
         bench.sync()?;
         let mut sample = match self {
-            Self::Ours { primary, daemon, .. } => ours(bench, primary, daemon, load, seconds)?,
+            Self::Ours { primary, daemon, .. } => ours(bench, primary, daemon, load, span)?,
             Self::Qemu { daemon, socket } => {
-                fio::run(bench, socket, load, WARM_UP_S)?;
+                fio::warm_up(bench, socket, load, span)?;
                 let before = daemon.cpu()?;
-                let outcome = fio::run(bench, socket, load, seconds)?;
+                let outcome = fio::run(bench, socket, load, span)?;
                 let server_cpu_s = (daemon.cpu()?.saturating_sub(before)).as_secs_f64();
                 Sample { iops: outcome.iops, p99_us: outcome.p99_us, server_cpu_s, ..Sample::default() }
             }
             Self::QemuMirror { mirror, .. } => {
-                fio::run(bench, &mirror.socket, load, WARM_UP_S)?;
+                fio::warm_up(bench, &mirror.socket, load, span)?;
                 let before = mirror.source.cpu()?;
-                let outcome = fio::run(bench, &mirror.socket, load, seconds)?;
+                let outcome = fio::run(bench, &mirror.socket, load, span)?;
                 let behind_mib = mirror.progress()?.left as f64 / f64::from(1 << 20);
                 let server_cpu_s = (mirror.source.cpu()?.saturating_sub(before)).as_secs_f64();
                 Sample { iops: outcome.iops, p99_us: outcome.p99_us, server_cpu_s, behind_mib, ..Sample::default() }
@@ -118,12 +117,12 @@ impl Contender {
     }
 }
 
-fn ours(bench: &Bench, primary: &Primary, daemon: &Daemon, load: &Load, seconds: u32) -> Result<Sample> {
+fn ours(bench: &Bench, primary: &Primary, daemon: &Daemon, load: &Load, span: Span) -> Result<Sample> {
     let socket = primary.socket();
-    fio::run(bench, &socket, load, WARM_UP_S)?;
+    fio::warm_up(bench, &socket, load, span)?;
     let (before, cpu_before, start) = (primary.status()?, daemon.cpu()?, Instant::now());
     let (mut lags, mut next) = (Vec::new(), Instant::now());
-    let outcome = fio::run_watched(bench, &socket, load, seconds, &mut || {
+    let outcome = fio::run_watched(bench, &socket, load, span, &mut || {
         if Instant::now() >= next {
             lags.push(primary.status()?.lag_ms as f64);
             next = Instant::now() + SAMPLE;
@@ -180,7 +179,9 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
             for turn in 0..contenders.len() {
                 let at = (turn + round) % contenders.len();
                 if let (Some(contender), Some(samples)) = (contenders.get_mut(at), samples.get_mut(at)) {
-                    let sample = contender.measure(bench, load, seconds).with_context(|| contender.title().to_owned())?;
+                    let sample = contender
+                        .measure(bench, load, Span { seconds, seed: round + 1 })
+                        .with_context(|| contender.title().to_owned())?;
                     samples.push(sample);
                 }
             }
@@ -196,7 +197,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
         }
     }
     let parameters = json!({
-        "rounds": rounds, "seconds": seconds, "warm_up_seconds": WARM_UP_S, "disk_bytes": size,
+        "rounds": rounds, "seconds": seconds, "warm_up_seconds": fio::WARM_UP_S, "disk_bytes": size,
         "interval": "1s", "interval_unmirrored": NEVER, "copy_mode": "background",
     });
     Ok(report(&series, rounds, parameters, needed))
@@ -226,6 +227,9 @@ fn report(series: &[Series], rounds: u32, parameters: serde_json::Value, tools: 
         for s in &of_load {
             let of = |pick: fn(&Sample) -> f64| median(&s.rounds.iter().map(pick).collect::<Vec<_>>());
             let (low, high) = range(&s.rounds.iter().map(|r| r.iops).collect::<Vec<_>>());
+            let replicates = s.server == OURS_MIRRORED;
+            let told = |has: bool, text: String| if has { text } else { "-".to_owned() };
+            let mirrors = s.server != OURS_UNMIRRORED && s.server != QEMU_UNMIRRORED;
             let own = if s.ours { alone } else { find(QEMU_UNMIRRORED) };
             table.row(vec![
                 s.server.to_owned(),
@@ -234,11 +238,11 @@ fn report(series: &[Series], rounds: u32, parameters: serde_json::Value, tools: 
                 format!("{}..{}", whole(low), whole(high)),
                 whole(of(|r| r.p99_us)),
                 format!("{:.1}", of(|r| r.server_cpu_s)),
-                whole(of(|r| r.lag_p99_ms)),
-                whole(of(|r| r.wire_mb_per_s)),
-                whole(of(|r| r.epochs_committed as f64)),
-                whole(of(|r| r.behind_mib)),
-                format!("{:.1}", of(|r| r.catch_up_s)),
+                told(replicates, whole(of(|r| r.lag_p99_ms))),
+                told(replicates, whole(of(|r| r.wire_mb_per_s))),
+                told(replicates, whole(of(|r| r.epochs_committed as f64))),
+                told(mirrors, whole(of(|r| r.behind_mib))),
+                told(mirrors, format!("{:.1}", of(|r| r.catch_up_s))),
             ]);
         }
         tables.push(table);

@@ -5,3 +5,4 @@ pub(crate) mod first_sync;
 pub(crate) mod memory;
 pub(crate) mod mirror;
 pub(crate) mod nbd;
+pub(crate) mod wire;

@@ -1,14 +1,17 @@
 //! Our NBD export against the peers' on one raw file, in one run, in rounds whose order rotates.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use serde::Serialize;
 use serde_json::json;
 
 use crate::chart::{Bar, Chart, Panel};
+use crate::child::Daemon;
 use crate::context::{Bench, NBD_EXPORT};
-use crate::fio::{self, Load, Outcome};
+use crate::fio::{self, Load, Outcome, Span};
+use crate::node::{self, Primary};
 use crate::peers::Server;
 use crate::report::{Check, Report, Table, whole};
 use crate::stats::{median, range, ratio};
@@ -22,8 +25,8 @@ pub(crate) const LOADS: [Load; 5] = [
     Load { title: "1 MiB sequential write, depth 8", rw: "write", bs: "1m", iodepth: 8, bandwidth: true, more: &[] },
     Load { title: "1 MiB sequential read, depth 8", rw: "read", bs: "1m", iodepth: 8, bandwidth: true, more: &[] },
 ];
-/// Seconds of load before each measurement that are not counted.
-const WARM_UP_S: u32 = 1;
+
+const SYNC_MAX: Duration = Duration::from_secs(600);
 
 /// One measurement.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -47,13 +50,13 @@ struct Series {
 }
 
 impl Series {
-    fn new(load: &Load, server: &Server, rounds: Vec<Sample>) -> Self {
+    fn new(load: &Load, contender: &Contender, rounds: Vec<Sample>) -> Self {
         let of = |pick: fn(&Sample) -> f64| median(&rounds.iter().map(pick).collect::<Vec<_>>());
         Self {
             load: load.title,
             unit: load.unit(),
-            server: server.title(),
-            ours: server.is_ours(),
+            server: contender.title(),
+            ours: contender.is_ours(),
             median: of(|s| s.figure),
             p99_us: of(|s| s.p99_us),
             cpu_s_per_gib: of(|s| s.cpu_s_per_gib),
@@ -62,30 +65,70 @@ impl Series {
     }
 }
 
+/// A server in the comparison.
+enum Contender {
+    /// Started for each measurement, on the one file: an image has one user at a time.
+    OnFile(Server),
+    /// The product: a group that follows, whose next epoch ends long after the experiment. The tap is in the path and nothing is
+    /// replicated. It has a file of its own, made alike, because a node that stops and starts would have to sync again.
+    Group { primary: Primary, daemon: Daemon },
+}
+
+impl Contender {
+    fn title(&self) -> &'static str {
+        match self {
+            Self::OnFile(server) => server.title(),
+            Self::Group { .. } => "twinsite group (tap)",
+        }
+    }
+
+    fn is_ours(&self) -> bool {
+        match self {
+            Self::OnFile(server) => server.is_ours(),
+            Self::Group { .. } => true,
+        }
+    }
+
+    fn measure(&self, bench: &Bench, file: &Path, load: &Load, span: Span) -> Result<Sample> {
+        bench.sync()?;
+        match self {
+            Self::OnFile(server) => {
+                let socket = bench.path("nbd.sock");
+                let daemon = server.start(bench, file, &socket)?;
+                let sample = loaded(bench, &daemon, &socket, load, span)?;
+                daemon.stop()?;
+                Ok(sample)
+            }
+            Self::Group { primary, daemon } => loaded(bench, daemon, &primary.socket(), load, span),
+        }
+    }
+}
+
 pub(crate) fn run(bench: &Bench) -> Result<Report> {
-    let servers = [
-        Server::Ours(bench.binary(&NBD_EXPORT)?),
-        Server::QemuStorageDaemon,
-        Server::QemuStorageDaemonUring,
-        Server::QemuNbd,
-        Server::Nbdkit,
-    ];
-    let mut needed: Vec<_> = servers.iter().filter_map(Server::tool).collect();
+    let peers = [Server::QemuStorageDaemon, Server::QemuStorageDaemonUring, Server::QemuNbd, Server::Nbdkit];
+    let mut needed: Vec<_> = peers.iter().filter_map(Server::tool).collect();
     needed.push(tools::FIO);
     tools::require(&needed)?;
     let (rounds, seconds) = (bench.rounds(2, 5), bench.seconds(2, 4));
     let size = bench.bytes(512 << 20, 1 << 30);
-    let file = bench.path("disk.raw");
-    eprintln!("nbd: {} measurements of {seconds} s", LOADS.len() * servers.len() * rounds as usize);
+    let (file, twin) = (bench.path("disk.raw"), bench.path("twin.raw"));
     disk::filled(&file, size)?;
-    let mut samples: Vec<Vec<Vec<Sample>>> = vec![vec![Vec::new(); servers.len()]; LOADS.len()];
+    disk::filled(&twin, size)?;
+    let (receiver, primary) = node::pair_of_one(bench, "n", &twin, "1d")?;
+    let _receiver = receiver.start(bench)?;
+    let mut daemon = primary.start(bench)?;
+    primary.settle(&mut daemon, SYNC_MAX)?;
+    let mut contenders = vec![Contender::OnFile(Server::Ours(bench.binary(&NBD_EXPORT)?)), Contender::Group { primary, daemon }];
+    contenders.extend(peers.map(Contender::OnFile));
+    eprintln!("nbd: {} measurements of {seconds} s", LOADS.len() * contenders.len() * rounds as usize);
+    let mut samples: Vec<Vec<Vec<Sample>>> = vec![vec![Vec::new(); contenders.len()]; LOADS.len()];
     for round in 0..rounds as usize {
         for (load, of_load) in LOADS.iter().zip(&mut samples) {
             eprintln!("nbd: round {} of {rounds}: {}", round + 1, load.title);
-            for turn in 0..servers.len() {
-                let at = (turn + round) % servers.len();
-                if let (Some(server), Some(of_server)) = (servers.get(at), of_load.get_mut(at)) {
-                    of_server.push(measure(bench, server, &file, load, seconds)?);
+            for turn in 0..contenders.len() {
+                let at = (turn + round) % contenders.len();
+                if let (Some(contender), Some(samples)) = (contenders.get(at), of_load.get_mut(at)) {
+                    samples.push(contender.measure(bench, &file, load, Span { seconds, seed: round + 1 })?);
                 }
             }
         }
@@ -93,21 +136,19 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let series: Vec<Vec<Series>> = LOADS
         .iter()
         .zip(samples)
-        .map(|(load, of_load)| servers.iter().zip(of_load).map(|(server, rounds)| Series::new(load, server, rounds)).collect())
+        .map(|(load, of_load)| {
+            contenders.iter().zip(of_load).map(|(contender, rounds)| Series::new(load, contender, rounds)).collect()
+        })
         .collect();
     Ok(report(&series, rounds, seconds, size, needed))
 }
 
-/// Starts the server afresh (an image has one user at a time), warms up, measures, stops it.
-fn measure(bench: &Bench, server: &Server, file: &Path, load: &Load, seconds: u32) -> Result<Sample> {
-    bench.sync()?;
-    let socket = bench.path("nbd.sock");
-    let daemon = server.start(bench, file, &socket)?;
-    fio::run(bench, &socket, load, WARM_UP_S)?;
+/// Warms up, then measures.
+fn loaded(bench: &Bench, daemon: &Daemon, socket: &Path, load: &Load, span: Span) -> Result<Sample> {
+    fio::warm_up(bench, socket, load, span)?;
     let before = daemon.cpu()?;
-    let outcome = fio::run(bench, &socket, load, seconds)?;
+    let outcome = fio::run(bench, socket, load, span)?;
     let cpu = daemon.cpu()?.saturating_sub(before);
-    daemon.stop()?;
     Ok(sample(load, &outcome, cpu.as_secs_f64()))
 }
 
@@ -147,9 +188,9 @@ fn report(series: &[Vec<Series>], rounds: u32, seconds: u32, size: u64, tools: V
     }
     Report {
         name: "nbd",
-        title: "NBD servers on one raw file, page cache on".to_owned(),
+        title: "NBD servers on a raw file, page cache on".to_owned(),
         parameters: json!({
-            "rounds": rounds, "seconds": seconds, "warm_up_seconds": WARM_UP_S, "disk_bytes": size,
+            "rounds": rounds, "seconds": seconds, "warm_up_seconds": fio::WARM_UP_S, "disk_bytes": size,
             "client": "fio, one connection over a unix socket",
         }),
         results: json!(series.iter().flatten().collect::<Vec<_>>()),
