@@ -5,6 +5,8 @@
 //! commits, never in one. Frames of the next epoch wait in the channel while the thread syncs.
 
 mod stage;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::net::SocketAddr;

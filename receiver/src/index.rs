@@ -79,7 +79,7 @@ impl Region {
         // Small lists stay exact: most regions of a random load hold a handful of runs.
         let spare = self.runs.capacity() - self.runs.len();
         if spare < 2 && last - first < 2 {
-            self.runs.reserve_exact(2 + self.runs.len() / 8);
+            self.runs.reserve_exact(4 + self.runs.len() / 8);
         }
         self.runs.splice(first..last, head.into_iter().chain([new]).chain(tail));
         self.runs.len() as i64 - before

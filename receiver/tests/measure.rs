@@ -111,7 +111,10 @@ async fn random(site: &Site, receiver: &receiver::Receiver, primary: &mut Primar
     let content = vec![1; 131_072];
     let (epochs, start) = (120, Instant::now());
     let mut slowest = Duration::ZERO;
-    for _ in 0..epochs {
+    for n in 0..epochs {
+        if [1, 10, 60].contains(&n) {
+            println!("  before epoch {n}: process {} MiB", rss_bytes() >> 20);
+        }
         let mut blocks: Vec<u64> = (0..20_000)
             .map(|_| {
                 x ^= x << 13;

@@ -1,0 +1,182 @@
+//! The group's thread without a network: full disks, failing syncs, promotions that a crash cuts short.
+
+use std::io;
+use std::sync::atomic::AtomicU8;
+
+use proto::frame::{FRAME_HEADER_BYTES, encode_data};
+use proto::seal::Tally;
+use proto::{BlockIndex, Codec};
+
+use super::*;
+use crate::batch::Assembler;
+use crate::disk::{Fault, Faults};
+use crate::store::Store;
+use crate::superblock::Superblock;
+
+const BLOCKS: u64 = 64;
+/// What the disk does next.
+const FINE: u8 = 0;
+const FULL: u8 = 1;
+const NO_SYNC: u8 = 2;
+
+struct Scene {
+    _dir: tempfile::TempDir,
+    folder: GroupFolder,
+    disk: Arc<AtomicU8>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let block = Superblock {
+            group_id: [2; 16],
+            owner: "SHA256:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA".parse().unwrap(),
+            generation: Generation(1),
+            role: GroupRole::Replica,
+            base: None,
+            synced: None,
+            fork: None,
+            first_segment: 1,
+            created_unix_us: 0,
+            volumes: vec![Volume { name: "root".parse().unwrap(), size_bytes: BLOCKS * 4096 }],
+        };
+        let store = Store::open(dir.path()).unwrap();
+        let folder = store.create_group(&"a".parse().unwrap(), &"db".parse().unwrap(), block).unwrap();
+        Self { _dir: dir, folder, disk: Arc::default() }
+    }
+
+    fn open(&self) -> Arc<Group> {
+        let disk = Arc::clone(&self.disk);
+        let faults = Faults::new(move |fault| match (disk.load(Ordering::SeqCst), fault) {
+            (FULL, Fault::Write(_)) => Err(io::ErrorKind::StorageFull.into()),
+            (NO_SYNC, Fault::Sync) => Err(io::Error::other("bad disk")),
+            _ => Ok(()),
+        });
+        Group::open(self.folder.clone(), Arc::default(), JournalOptions { segment_bytes_max: 1 << 20, faults }).unwrap()
+    }
+}
+
+async fn claim(group: &Group, session: u64) -> (Claimed, mpsc::Receiver<GroupEvent>) {
+    let peer = Peer { address: "127.0.0.1:1".parse().unwrap(), since_unix_us: 0, interval_ms: 1 };
+    group.claim(SessionId(session), peer, Generation(1)).await
+}
+
+/// Sends an epoch of one frame and gives the group's answer.
+async fn epoch(group: &Group, session: u64, events: &mut mpsc::Receiver<GroupEvent>, epoch: u64) -> GroupEvent {
+    let extents = [BlockExtent { start: BlockIndex(epoch), blocks: 1 }];
+    let frame = encode_data(proto::VolumeIndex(0), EpochId(epoch), 0, &extents, &[epoch as u8; 4096], Codec::Lz4);
+    let (mut assembler, mut tally) = (Assembler::default(), Tally::default());
+    assembler.push::<proto::DecodeError>(&frame, &mut |_| Ok(BLOCKS), &mut |_| ()).unwrap();
+    tally.add(frame.first_chunk::<FRAME_HEADER_BYTES>().unwrap(), frame.len(), 1, 0);
+    let seal = Seal {
+        passes: 1,
+        epoch: EpochId(epoch),
+        generation: Generation(1),
+        cut_unix_us: 0,
+        frames: 1,
+        frame_bytes: frame.len() as u64,
+        data_blocks: 1,
+        zero_blocks: 0,
+        first_write_unix_us: 0,
+        digest: tally.digest(),
+    };
+    group.append(SessionId(session), assembler.take().unwrap()).await;
+    group.commit(SessionId(session), seal).await;
+    events.recv().await.unwrap()
+}
+
+fn point(epoch: u64) -> Point {
+    Point { generation: Generation(1), epoch: EpochId(epoch) }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+/// A full disk ends the session and costs its epoch; when there is room the next session goes on.
+#[test]
+fn a_full_disk_ends_the_session_and_the_next_one_goes_on() {
+    let scene = Scene::new();
+    runtime().block_on(async {
+        let group = scene.open();
+        let (_, mut events) = claim(&group, 1).await;
+        assert!(matches!(epoch(&group, 1, &mut events, 1).await, GroupEvent::Committed(p) if p == point(1)));
+        scene.disk.store(FULL, Ordering::SeqCst);
+        let GroupEvent::Storage(cause) = epoch(&group, 1, &mut events, 2).await else { panic!("the disk is full") };
+        assert!(cause.to_string().ends_with("0000000001.seg: cannot write the journal: no storage space"), "{cause}");
+        assert_eq!(group.shared.state.read().last_error, Some(cause.to_string()));
+        scene.disk.store(FINE, Ordering::SeqCst);
+        let (claimed, mut events) = claim(&group, 2).await;
+        assert!(matches!(claimed, Claimed::Yes { committed: Some(p) } if p == point(1)));
+        assert!(matches!(epoch(&group, 2, &mut events, 2).await, GroupEvent::Committed(p) if p == point(2)));
+        group.stop().await;
+        assert_eq!(scene.open().shared.state.read().points.len(), 2);
+    });
+}
+
+/// After a failed sync nothing is written until the node is restarted; committed points can still be promoted.
+#[test]
+fn a_failed_sync_closes_the_journal_and_not_the_copy() {
+    let scene = Scene::new();
+    runtime().block_on(async {
+        let group = scene.open();
+        let (_, mut events) = claim(&group, 1).await;
+        epoch(&group, 1, &mut events, 1).await;
+        scene.disk.store(NO_SYNC, Ordering::SeqCst);
+        let GroupEvent::Storage(_) = epoch(&group, 1, &mut events, 2).await else { panic!("the sync failed") };
+        scene.disk.store(FINE, Ordering::SeqCst);
+        let (Claimed::No(cause), _) = claim(&group, 2).await else { panic!("the journal is closed") };
+        assert!(cause.to_string().contains("a sync of the journal failed"), "{cause}");
+        let promoted = group.promote(None).await.unwrap();
+        assert_eq!((promoted.generation, promoted.fork.point), (Generation(2), point(1)));
+        group.stop().await;
+    });
+}
+
+/// A session that lost the group writes nothing, whatever it still sends.
+#[test]
+fn a_superseded_session_writes_nothing() {
+    let scene = Scene::new();
+    runtime().block_on(async {
+        let group = scene.open();
+        let (_, mut first) = claim(&group, 1).await;
+        epoch(&group, 1, &mut first, 1).await;
+        let (_, mut second) = claim(&group, 2).await;
+        assert!(matches!(epoch(&group, 1, &mut first, 2).await, GroupEvent::Superseded));
+        assert!(matches!(epoch(&group, 2, &mut second, 2).await, GroupEvent::Committed(p) if p == point(2)));
+        assert_eq!(group.shared.state.read().points.len(), 2);
+        group.stop().await;
+    });
+}
+
+/// A crash after the promise of the fork, before or in the middle of its creation: the next start finishes it, at the same
+/// point and in the same generation; asking again changes nothing.
+#[test]
+fn a_promotion_cut_short_is_finished_later() {
+    let scene = Scene::new();
+    runtime().block_on(async {
+        let group = scene.open();
+        let (_, mut events) = claim(&group, 1).await;
+        epoch(&group, 1, &mut events, 1).await;
+        epoch(&group, 1, &mut events, 2).await;
+        let promoted = group.promote(Some(point(1))).await.unwrap();
+        assert!(matches!(events.recv().await, Some(GroupEvent::Fenced(Generation(2)))));
+        group.stop().await;
+        let forks = scene.folder.path.join("forks");
+        assert!(std::fs::read_dir(&forks).unwrap().next().is_none(), "only the promise is there");
+        let half = forks.join(format!(".new-{}", promoted.fork.name));
+        std::fs::create_dir(&half).unwrap();
+        std::fs::write(half.join("root.raw"), "half").unwrap();
+
+        let group = scene.open();
+        let (claimed, _) = claim(&group, 2).await;
+        assert!(matches!(claimed, Claimed::Changed), "fenced from the start");
+        let fork = crate::node::activate(&group, None).await.unwrap();
+        assert_eq!((fork.generation, fork.point), (Generation(2), point(1)));
+        let again = crate::node::activate(&group, Some(point(1))).await.unwrap();
+        assert!(Arc::ptr_eq(&fork, &again));
+        let error = crate::node::activate(&group, Some(point(2))).await.unwrap_err();
+        assert!(matches!(error, GroupError::ActiveElsewhere { .. }), "{error}");
+        group.stop().await;
+    });
+}
