@@ -201,7 +201,9 @@ impl Demo {
             if status.committed.is_some() {
                 let synced = *first_sync.get_or_insert_with(|| (began.elapsed(), Instant::now()));
                 lags.push(status.lag_ms);
-                if synced.1.elapsed() >= Duration::from_secs(self.args.seconds) {
+                // Not always in the same part of an epoch.
+                let some = Duration::from_millis(self.run % millis(self.args.interval).max(1));
+                if synced.1.elapsed() >= Duration::from_secs(self.args.seconds) + some {
                     show.end_progress();
                     return Ok(Seen { last: status, lags, first_sync: synced.0 });
                 }
@@ -283,12 +285,15 @@ fn millis(duration: Duration) -> u64 {
 struct Show {
     silent: bool,
     terminal: bool,
-    shown: Option<Instant>,
+    /// When the changing line was shown last; where there is no terminal, also when the last phase ended.
+    shown: Instant,
+    /// The changing line is there.
+    open: bool,
 }
 
 impl Show {
     fn new(silent: bool) -> Self {
-        Self { silent, terminal: std::io::stdout().is_terminal(), shown: None }
+        Self { silent, terminal: std::io::stdout().is_terminal(), shown: Instant::now(), open: false }
     }
 
     fn line(&self, text: &str) {
@@ -305,17 +310,18 @@ impl Show {
             print!("\r\x1b[2K{text}");
             // Nothing depends on its being seen.
             let _ = std::io::stdout().flush();
-            self.shown = Some(Instant::now());
-        } else if self.shown.is_none_or(|at| at.elapsed() >= PLAIN_PROGRESS) {
+            self.open = true;
+        } else if self.shown.elapsed() >= PLAIN_PROGRESS {
             println!("{text}");
-            self.shown = Some(Instant::now());
+            self.shown = Instant::now();
         }
     }
 
     fn end_progress(&mut self) {
-        if self.terminal && self.shown.is_some() {
+        if self.open {
             println!();
         }
-        self.shown = None;
+        self.open = false;
+        self.shown = Instant::now();
     }
 }

@@ -192,7 +192,7 @@ mod tests {
         let cases = [
             (vec![(0, 0, 0), (1, 1, 0)], "acknowledged 1 us before the cut, is missing"),
             (vec![(2, 0, 1), (1, 1, 0)], "write 0 of writer 0 is missing"),
-            (vec![(0, 0, 0), (2, 0, 1), (1, 1, 2), (3, 1, 1)], "broken order"),
+            (vec![(0, 0, 0), (1, 1, 2), (3, 1, 1)], "broken order"),
             (vec![(0, 0, 9)], "holds its write 10, it made 3"),
             (vec![(0, 0, 0), (2, 0, 1), (1, 5, 0)], "there is no writer 5"),
         ];

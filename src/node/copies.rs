@@ -83,7 +83,7 @@ impl Copies {
         };
         let queue = |q: receiver::QueueStatus| QueueStatus {
             unit: if q.name.ends_with("bytes") { "bytes" } else { "entries" }.to_owned(),
-            name: q.name.replace(' ', "_"),
+            name: q.name.replace(' ', "-"),
             used: q.used,
             limit: q.limit,
         };

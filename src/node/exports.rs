@@ -167,8 +167,8 @@ fn connection(stats: ConnectionStats) -> ConnectionStatus {
         read_bytes: stats.read_bytes,
         written_bytes: stats.written_bytes,
         queues: vec![
-            queue("nbd_requests", "requests", stats.requests_in_flight),
-            queue("nbd_bytes", "bytes", stats.bytes_in_flight),
+            queue("nbd-requests", "requests", stats.requests_in_flight),
+            queue("nbd-bytes", "bytes", stats.bytes_in_flight),
         ],
     }
 }
