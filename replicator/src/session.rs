@@ -79,6 +79,7 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
+    #[expect(clippy::too_many_arguments, reason = "one caller hands over the parts that the driver owns from then on")]
     pub(crate) fn new(
         shared: Arc<Shared>,
         core: Core,
