@@ -14,6 +14,8 @@ const PANEL_FOOT: f64 = 44.0;
 const OURS: &str = "#0072b2";
 const THEIRS: &str = "#999999";
 const BOUND: &str = "#d55e00";
+/// Keeps a text readable over a line.
+const HALO: &str = r#"stroke="white" stroke-width="3" paint-order="stroke""#;
 
 #[derive(Debug)]
 pub(crate) struct Bar {
@@ -81,7 +83,12 @@ impl Panel {
         while tick <= end * 1.000_001 {
             let x = LABELS + tick * scale;
             let _ = writeln!(svg, r##"<line x1="{x:.1}" y1="{bars_top:.1}" x2="{x:.1}" y2="{bars_end:.1}" stroke="#dddddd"/>"##);
-            let _ = writeln!(svg, r#"<text x="{x:.1}" y="{:.1}" text-anchor="middle">{}</text>"#, bars_end + 15.0, number(tick));
+            let _ = writeln!(
+                svg,
+                r#"<text x="{x:.1}" y="{:.1}" text-anchor="middle">{}</text>"#,
+                bars_end + 15.0,
+                tick_number(tick, step)
+            );
             tick += step;
         }
         let axis_x = LABELS + end * scale / 2.0;
@@ -91,14 +98,14 @@ impl Panel {
             r##"<text x="{axis_x:.1}" y="{:.1}" text-anchor="middle" fill="#444444">{axis}</text>"##,
             bars_end + 31.0
         );
+        let text_y = |i: usize| bars_top + ROW * i as f64 + (ROW + BAR) / 2.0 - 5.0;
         for (i, bar) in self.bars.iter().enumerate() {
             let y = bars_top + ROW * i as f64 + (ROW - BAR) / 2.0;
             let (width, colour) = ((bar.value * scale).max(0.0), if bar.ours { OURS } else { THEIRS });
-            let text_y = y + BAR - 5.0;
+            let text_y = text_y(i);
             let label = escape(&bar.label);
             let _ = writeln!(svg, r#"<text x="{:.1}" y="{text_y:.1}" text-anchor="end">{label}</text>"#, LABELS - 8.0);
             let _ = writeln!(svg, r#"<rect x="{LABELS}" y="{y:.1}" width="{width:.1}" height="{BAR}" fill="{colour}"/>"#);
-            let _ = writeln!(svg, r#"<text x="{:.1}" y="{text_y:.1}">{}</text>"#, LABELS + width + 6.0, number(bar.value));
         }
         if let Some(bound) = self.bound {
             let x = LABELS + bound * scale;
@@ -108,6 +115,11 @@ impl Panel {
             );
             let _ =
                 writeln!(svg, r#"<text x="{x:.1}" y="{:.1}" fill="{BOUND}" text-anchor="middle">bound</text>"#, bars_top - 3.0);
+        }
+        // Last, over the bound's line.
+        for (i, bar) in self.bars.iter().enumerate() {
+            let x = LABELS + (bar.value * scale).max(0.0) + 6.0;
+            let _ = writeln!(svg, r#"<text x="{x:.1}" y="{:.1}" {HALO}>{}</text>"#, text_y(i), number(bar.value));
         }
         svg
     }
@@ -130,6 +142,11 @@ fn number(value: f64) -> String {
     }
 }
 
+/// All ticks of an axis alike, with as many decimals as their step needs.
+fn tick_number(tick: f64, step: f64) -> String {
+    if step >= 1.0 { crate::report::whole(tick) } else { format!("{tick:.*}", (-step.log10().floor()).clamp(0.0, 9.0) as usize) }
+}
+
 fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
@@ -145,6 +162,8 @@ mod tests {
             assert!(largest.is_nan() || largest == 0.0 || (2.0..=7.0).contains(&ticks), "{largest}: {ticks}");
         }
         assert_eq!(tick_step(52_000.0), 10_000.0);
+        assert_eq!(tick_number(0.15, 0.05), "0.15");
+        assert_eq!(tick_number(1500.0, 500.0), "1,500");
     }
 
     #[test]

@@ -29,7 +29,7 @@ mod tools;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand};
 
 use context::Bench;
@@ -108,16 +108,34 @@ impl Experiment {
     }
 }
 
+/// Whether every bound was kept. An experiment that cannot be run does not keep the others from running, but is an error.
 fn run(cli: Cli) -> Result<bool> {
     os::install_stop_handler()?;
-    let options = cli.options;
     let runs = cli.experiment.list();
-    let mut passed = true;
-    for run in runs {
-        let bench = Bench::new(&options)?;
-        passed &= run(&bench)?.finish(&bench)?;
+    let (mut passed, mut failed) = (true, 0);
+    for run in &runs {
+        match one(*run, &cli.options) {
+            Ok(kept) => passed &= kept,
+            Err(error) if runs.len() == 1 => return Err(error),
+            Err(error) => {
+                os::check_stop()?;
+                eprintln!("bench: {error:#}");
+                failed += 1;
+            }
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} of {} experiments gave no figures, see above", runs.len());
+    }
+    if runs.len() > 1 {
+        println!("\n{}", if passed { "PASS: every bound is kept" } else { "FAIL: not every bound is kept, see above" });
     }
     Ok(passed)
+}
+
+fn one(run: Run, options: &Options) -> Result<bool> {
+    let bench = Bench::new(options)?;
+    run(&bench)?.finish(&bench)
 }
 
 fn main() -> ExitCode {

@@ -89,7 +89,7 @@ fn ours(bench: &Bench, file: &Path) -> Result<(f64, f64)> {
     Ok((seconds, wire))
 }
 
-/// Seconds from the command until the job is ready. Nothing is on stable storage then; ours is.
+/// Seconds from the command until the job is ready, which it is after a flush of the target, as our commit is.
 fn qemu(bench: &Bench, file: &Path, target: Target) -> Result<f64> {
     let name = bench.fresh("qemu");
     let copy = bench.path("copy.raw");

