@@ -12,7 +12,7 @@ SECONDS ?= 15
 BUILD_TOOLS := gcc:gcc cmake:cmake make:make
 # Real clients and servers that the tests hold ours against: program:package.
 TEST_TOOLS := fio:fio nbdkit:nbdkit nbdcopy:libnbd-bin nbdinfo:libnbd-bin nbdfuse:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils \
-	qemu-nbd:qemu-utils mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs psql:postgresql ip:iproute2 losetup:mount mount:mount \
+	qemu-nbd:qemu-utils mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs psql:postgresql ip:iproute2 losetup:mount mount:mount \
 	openssl:openssl
 BENCH_TOOLS := $(TEST_TOOLS) qemu-storage-daemon:qemu-utils
 
