@@ -217,7 +217,7 @@ fn what_fio_verified_is_on_the_copy() {
         let mut command = Command::new("fio");
         command.current_dir(folder.path()).args(["--ioengine=nbd", "--name=job", "--numjobs=4", "--group_reporting"]);
         command.args(["--rw=randwrite", "--bsrange=4k-64k", "--bs_unaligned=0", "--blockalign=4k", "--size=48m"]);
-        command.args(["--offset_increment=64m", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1"]);
+        command.args(["--offset_increment=64m", "--iodepth=16", "--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1"]);
         command.arg(format!("--randseed={seed}")).arg(format!("--uri=nbd+unix:///data?socket={}", socket.display())).args(more);
         let output = command.output().expect("fio");
         assert!(output.status.success(), "fio {more:?}: {}\n{}", output.status, text(&output));

@@ -160,6 +160,7 @@ fn fio_verifies_four_jobs_on_one_export() {
                 "--bs_unaligned",
                 "--iodepth=16",
                 "--verify=crc32c",
+                "--verify_state_save=0",
                 "--verify_fatal=1",
                 "--fsync=64",
                 "--randseed=7",

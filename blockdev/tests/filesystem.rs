@@ -44,7 +44,7 @@ fn round_trip(package: &str, mkfs: &str, check: (&str, &[&str])) {
     std::fs::write(&fuse, "").expect("file of nbdfuse");
     let mut mounted = Mounted { folder: folder.path().to_path_buf(), device: None, fuse: None };
 
-    succeed("nbdfuse", "nbdfuse", &["--version"]);
+    succeed("libnbd-bin", "nbdfuse", &["--version"]);
     let child = Command::new("nbdfuse").arg(&fuse).arg(server.uri()).spawn();
     mounted.fuse = Some(child.expect("nbdfuse is there"));
     let deadline = Instant::now() + Duration::from_secs(20);

@@ -9,6 +9,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use aws_lc_rs::hmac;
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::Ed25519KeyPair;
 use base64::Engine;
@@ -20,7 +21,7 @@ use rustls::pki_types::{
 };
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::CertifiedKey;
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, SignatureScheme};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
 use serde::{Deserialize, Serialize};
 
 use crate::control::ALPN;
@@ -105,6 +106,8 @@ pub struct Identity {
     certified: Arc<CertifiedKey>,
     provider: Arc<CryptoProvider>,
     fingerprint: Fingerprint,
+    /// Derived from the private key; see [`Identity::quic_endpoint`].
+    endpoint_secret: [u8; 32],
 }
 
 impl fmt::Debug for Identity {
@@ -132,17 +135,31 @@ impl Identity {
     pub fn from_pem(pem: &str) -> Result<Self, IdentityError> {
         let der = PrivatePkcs8KeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| IdentityError::Parse)?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, der.secret_pkcs8_der()), b"twinsite quic endpoint 1");
+        let mut endpoint_secret = [0; 32];
+        endpoint_secret.copy_from_slice(tag.as_ref());
         let key = provider.key_provider.load_private_key(PrivateKeyDer::Pkcs8(der))?;
         let spki = key.public_key().ok_or(IdentityError::Parse)?;
         let fingerprint = Fingerprint::of_spki(spki.as_ref());
         let certified = Arc::new(CertifiedKey::new(vec![CertificateDer::from(spki.as_ref().to_vec())], key));
-        Ok(Self { certified, provider, fingerprint })
+        Ok(Self { certified, provider, fingerprint, endpoint_secret })
     }
 
     /// What the other side pins.
     #[must_use]
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint
+    }
+
+    /// QUIC endpoint settings whose secrets outlive the process: a receiver that restarted can then tell its primaries at once
+    /// that their connections are gone (stateless reset, RFC 9000 section 10.3), rather than leave them to time out.
+    #[must_use]
+    pub fn quic_endpoint(&self) -> quinn_proto::EndpointConfig {
+        let mut config = quinn_proto::EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &self.endpoint_secret)));
+        let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &self.endpoint_secret), b"connection ids");
+        let key = tag.as_ref().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(key)));
+        config
     }
 
     /// QUIC configuration of a receiver that lets in `clients` only.
@@ -183,6 +200,14 @@ impl Identity {
     }
 }
 
+/// A peer's key that is not pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("key {shown} is not pinned here")]
+pub struct NotPinned {
+    /// The key it showed.
+    pub shown: Fingerprint,
+}
+
 /// Accepts exactly the keys it was given, whoever presents them, and checks that the peer owns the key.
 #[derive(Debug)]
 struct PinnedKeys {
@@ -192,10 +217,11 @@ struct PinnedKeys {
 
 impl PinnedKeys {
     fn check(&self, end_entity: &CertificateDer<'_>) -> Result<(), rustls::Error> {
-        if self.keys.contains(&Fingerprint::of_spki(end_entity.as_ref())) {
+        let shown = Fingerprint::of_spki(end_entity.as_ref());
+        if self.keys.contains(&shown) {
             Ok(())
         } else {
-            Err(rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure))
+            Err(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(NotPinned { shown })))))
         }
     }
 

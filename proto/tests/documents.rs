@@ -1,5 +1,7 @@
 //! `docs/wire.md` and the code say the same: every byte table is compared field by field.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use proto::{control, frame, seal};
 
 fn table(document: &str, name: &str) -> Vec<(usize, usize, String)> {

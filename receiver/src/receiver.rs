@@ -119,7 +119,10 @@ impl Receiver {
         let keys: BTreeSet<Fingerprint> = clients.iter().map(|c| c.key).collect();
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(identity.quic_server(keys)?));
         server.transport_config(Arc::new(proto::transport::settings(true)));
-        let endpoint = Endpoint::server(server, listen).map_err(|source| ReceiverError::Listen { address: listen, source })?;
+        let socket = std::net::UdpSocket::bind(listen);
+        let endpoint = socket
+            .and_then(|socket| Endpoint::new(identity.quic_endpoint(), Some(server), socket, Arc::new(quinn::TokioRuntime)))
+            .map_err(|source| ReceiverError::Listen { address: listen, source })?;
         let clients: BTreeMap<Fingerprint, Arc<Client>> =
             clients.into_iter().map(|config| (config.key, Arc::new(Client { key: config.key, config }))).collect();
         let (stop, stopped) = watch::channel(false);
@@ -255,6 +258,20 @@ impl Accept {
     }
 }
 
+/// Why a handshake failed, in words that say whose key is meant.
+fn not_let_in(error: &quinn::ConnectionError) -> String {
+    let is_alert = |code: quinn::TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
+    match error {
+        quinn::ConnectionError::ConnectionClosed(close) if is_alert(close.error_code) => {
+            "it does not accept this node's key: compare its `peer_key` with `twinsite id` here".to_owned()
+        }
+        quinn::ConnectionError::TransportError(refused) if is_alert(refused.code) => {
+            format!("not let in: {}: add its key to [[receiver.client]] if it is one of yours", refused.reason)
+        }
+        other => format!("handshake failed: {other}"),
+    }
+}
+
 /// The handshake; a key that is not pinned ends here.
 async fn greet(
     incoming: Incoming,
@@ -273,9 +290,7 @@ async fn greet(
     };
     let connection = match connection {
         Ok(connection) => connection,
-        Err(error) => {
-            return tracing::warn!("{peer}: not let in: {error}: add its key to [[receiver.client]] if it is one of yours");
-        }
+        Err(error) => return tracing::warn!("{peer}: {}", not_let_in(&error)),
     };
     let key = connection
         .peer_identity()

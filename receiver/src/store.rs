@@ -19,6 +19,10 @@ use crate::superblock::{Superblock, SuperblockError, SuperblockFile};
 const LOCK_FILE: &str = ".lock";
 /// Prefix of a group's folder while it is being created.
 const UNFINISHED_PREFIX: &str = ".new-";
+/// Space that a group keeps for its failover: a store is often full exactly when it is needed.
+const RESERVE_FILE: &str = "reserve";
+/// Enough for the folder and the maps of a fork of 64 volumes.
+const RESERVE_BYTES: u64 = 1 << 20;
 
 /// Why a store is refused.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +89,15 @@ impl GroupFolder {
 
     pub(crate) fn base(&self, volume: &Name) -> PathBuf {
         self.path.join("base").join(format!("{volume}.raw"))
+    }
+
+    /// Gives the space kept for a failover to the fork that is about to be made.
+    pub(crate) fn release_reserve(&self) -> Result<(), StoreError> {
+        let path = self.path.join(RESERVE_FILE);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(at(&path, "release the reserve")(error)),
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn fork(&self, fork: &Name) -> PathBuf {
@@ -180,6 +193,13 @@ impl Store {
                 .and_then(|file| file.set_len(volume.size_bytes).and_then(|()| file.sync_all()))
                 .map_err(at(&path, "create the base"))?;
         }
+        let path = building.join(RESERVE_FILE);
+        create_file(&path)
+            .and_then(|file| {
+                rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES)?;
+                file.sync_all()
+            })
+            .map_err(at(&path, "reserve space for a failover"))?;
         SuperblockFile::create(&building, block)?;
         for folder in [&building.join("base"), &building] {
             sync_folder(folder).map_err(at(folder, "sync the folder"))?;

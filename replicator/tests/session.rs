@@ -1,6 +1,8 @@
 //! The replicator over real QUIC against a small receiver in memory: what the guest wrote arrives, whole epochs only, through
 //! lost connections, refusals and fencing.
 
+#![allow(clippy::unwrap_used, reason = "a test")]
+
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;

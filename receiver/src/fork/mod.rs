@@ -93,6 +93,7 @@ fn create(shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
     if building.exists() {
         std::fs::remove_dir_all(&building).map_err(at(&building, "remove what a failed creation left"))?;
     }
+    shared.folder.release_reserve()?;
     create_folders(&building).map_err(at(&building, "create the folder"))?;
     for volume in &shared.volumes {
         let data = building.join(format!("{}.raw", volume.name));

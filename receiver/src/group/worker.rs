@@ -190,6 +190,8 @@ impl Worker {
             state.generation = generation;
             state.role = GroupRole::Active;
             state.fork = Some(fork.clone());
+            // Whatever ended the last session, the copy no longer follows anybody.
+            state.last_error = None;
         }
         self.end_session(GroupEvent::Fenced(generation));
         if let Err(error) = self.abandon() {

@@ -41,7 +41,7 @@ impl From<Bad> for BadRecord {
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// A file operation failed.
-    #[error("{}: cannot {what} the journal: {source}", path.display())]
+    #[error("{}: cannot {what} the journal: {source}{}", path.display(), remedy(source))]
     Io {
         /// File or folder.
         path: PathBuf,
@@ -106,6 +106,14 @@ pub enum JournalError {
         /// The journal's folder.
         path: PathBuf,
     },
+}
+
+/// What to do about a failed operation, where that is known.
+fn remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ": free space in the store; replication goes on by itself",
+        _ => "",
+    }
 }
 
 /// What can be set for a journal.
