@@ -153,11 +153,15 @@ impl Identity {
 
     /// QUIC endpoint settings whose secrets outlive the process: a receiver that restarted can then tell its primaries at once
     /// that their connections are gone (stateless reset, RFC 9000 section 10.3), rather than leave them to time out.
+    ///
+    /// # Panics
+    /// Never: the payload size is a constant within QUIC's limits.
     #[must_use]
     pub fn quic_endpoint(&self) -> quinn_proto::EndpointConfig {
         let mut config = quinn_proto::EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &self.endpoint_secret)));
         let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &self.endpoint_secret), b"connection ids");
         let key = tag.as_ref().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        config.max_udp_payload_size(crate::transport::UDP_PAYLOAD_BYTES_MAX).expect("a constant within QUIC's limits");
         config.cid_generator(move || Box::new(quinn_proto::HashedConnectionIdGenerator::from_key(key)));
         config
     }

@@ -121,6 +121,7 @@ impl Receiver {
         server.transport_config(Arc::new(proto::transport::settings(true)));
         let socket = std::net::UdpSocket::bind(listen);
         let endpoint = socket
+            .inspect(enlarge_buffers)
             .and_then(|socket| Endpoint::new(identity.quic_endpoint(), Some(server), socket, Arc::new(quinn::TokioRuntime)))
             .map_err(|source| ReceiverError::Listen { address: listen, source })?;
         let clients: BTreeMap<Fingerprint, Arc<Client>> =
@@ -209,6 +210,16 @@ impl Receiver {
         }
         self.endpoint.close(VarInt::from_u32(CloseCode::Stopping as u32), b"the receiver is stopping");
         self.endpoint.wait_idle().await;
+    }
+}
+
+/// Asks for larger socket buffers; less than asked for costs speed only.
+fn enlarge_buffers(socket: &std::net::UdpSocket) {
+    let bytes = proto::transport::SOCKET_BUFFER_BYTES;
+    let receive = rustix::net::sockopt::set_socket_recv_buffer_size(socket, bytes);
+    let send = rustix::net::sockopt::set_socket_send_buffer_size(socket, bytes);
+    if let Err(error) = receive.and(send) {
+        tracing::debug!(%error, "socket buffers keep their size");
     }
 }
 

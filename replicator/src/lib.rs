@@ -42,7 +42,7 @@ pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueS
 use crate::tap::Tap;
 
 /// The capture thread yields to the guest: its niceness.
-const CAPTURE_NICE: i32 = 5;
+const CAPTURE_NICE: i32 = 10;
 
 /// Why a group cannot be started.
 #[derive(Debug, thiserror::Error)]

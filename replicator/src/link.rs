@@ -1,6 +1,6 @@
 //! The QUIC connection to a receiver, and what its failures mean to a person.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -65,7 +65,10 @@ impl Link {
             SocketAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
             SocketAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
         };
-        let mut endpoint = Endpoint::client(local).map_err(LinkError::Socket)?;
+        let socket = UdpSocket::bind(local).map_err(LinkError::Socket)?;
+        enlarge_buffers(&socket);
+        let mut endpoint = Endpoint::new(self.identity.quic_endpoint(), None, socket, Arc::new(quinn::TokioRuntime))
+            .map_err(LinkError::Socket)?;
         let mut config = ClientConfig::new(Arc::new(self.identity.quic_client(self.peer.key)?));
         config.transport_config(Arc::new(transport::settings(false)));
         endpoint.set_default_client_config(config);
@@ -90,6 +93,16 @@ impl Link {
             }
             source => LinkError::Broken { address, source },
         }
+    }
+}
+
+/// Asks for larger socket buffers; less than asked for costs speed only.
+fn enlarge_buffers(socket: &UdpSocket) {
+    let bytes = transport::SOCKET_BUFFER_BYTES;
+    let receive = rustix::net::sockopt::set_socket_recv_buffer_size(socket, bytes);
+    let send = rustix::net::sockopt::set_socket_send_buffer_size(socket, bytes);
+    if let Err(error) = receive.and(send) {
+        tracing::debug!(%error, "socket buffers keep their size");
     }
 }
 

@@ -34,6 +34,9 @@ use crate::config::Config;
 use crate::key;
 
 /// Threads of the runtime that speaks with peers and the control socket.
+/// Niceness of the threads that replicate.
+const REPLICATION_NICE: i32 = 10;
+/// Threads of the runtime: network, control socket, journals.
 const RUNTIME_THREADS: usize = 2;
 /// How long the runtime's last tasks may take once everything is shut down.
 const RUNTIME_STOP: Duration = Duration::from_secs(2);
@@ -95,12 +98,22 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(RUNTIME_THREADS)
         .thread_name("node")
+        .on_thread_start(yield_to_guests)
         .enable_all()
         .build()
         .context("cannot start threads")?;
     let result = runtime.block_on(serve(config, identity));
     runtime.shutdown_timeout(RUNTIME_STOP);
     result
+}
+
+/// Replication, at either site, yields to the threads that answer guests (those are started by the main thread and keep its priority).
+/// When the processors are full, epochs grow instead.
+fn yield_to_guests() {
+    // Without the right to be nicer nothing breaks.
+    if let Err(error) = rustix::process::setpriority_process(None, REPLICATION_NICE) {
+        tracing::debug!(%error, "a thread keeps its priority");
+    }
 }
 
 fn lock_state(state_dir: &std::path::Path) -> anyhow::Result<File> {
