@@ -61,11 +61,12 @@ impl Cluster {
         child::run(bench, "initdb", command, SETUP_MAX).map(drop)
     }
 
-    /// Starts the server and waits until it answers.
-    pub(crate) fn start(&self, bench: &Bench) -> Result<Daemon> {
+    /// Starts the server, with a checkpoint every `checkpoint_s` seconds, and waits until it answers.
+    pub(crate) fn start(&self, bench: &Bench, checkpoint_s: u32) -> Result<Daemon> {
         let mut command = self.command("postgres")?;
         command.arg("-D").arg(&self.data).args(["-c", "listen_addresses=", "-c"]);
         command.arg(format!("unix_socket_directories={}", self.sockets.display()));
+        command.arg("-c").arg(format!("checkpoint_timeout={checkpoint_s}s"));
         let mut daemon = Daemon::spawn(bench, "postgres", command)?;
         let socket = self.sockets.join(".s.PGSQL.5432");
         daemon.wait_until("accepts connections", START_MAX, || Ok(socket.exists() && self.sql(bench, "select 1").is_ok()))?;

@@ -289,15 +289,32 @@ pub fn encode_data(
     content: &[u8],
     codec: Codec,
 ) -> Vec<u8> {
+    encode_data_with(volume, epoch, pass, extents, content, |content, room| match codec {
+        Codec::Lz4 => lz4_flex::block::compress_into(content, room).ok(),
+        Codec::Raw => None,
+    })
+}
+
+/// As [`encode_data`], with the caller's own LZ4 compressor: it gets the content and room for the worst case, and returns the
+/// bytes of the LZ4 block it made, or `None` to store the content as it is. A block that saves nothing is not used.
+///
+/// # Panics
+/// As [`encode_data`].
+#[must_use]
+pub fn encode_data_with(
+    volume: VolumeIndex,
+    epoch: EpochId,
+    pass: u16,
+    extents: &[BlockExtent],
+    content: &[u8],
+    compress: impl FnOnce(&[u8], &mut [u8]) -> Option<usize>,
+) -> Vec<u8> {
     let blocks: u64 = extents.iter().map(|e| u64::from(e.blocks)).sum();
     assert!(blocks * BLOCK_BYTES == content.len() as u64 && content.len() <= FRAME_CONTENT_BYTES_MAX && !content.is_empty());
     let table = encode_table(extents);
     let body_at = FRAME_HEADER_BYTES + table.len();
     let mut out = vec![0; body_at + lz4_flex::block::get_maximum_output_size(content.len())];
-    let packed = match codec {
-        Codec::Lz4 => lz4_flex::block::compress_into(content, &mut out[body_at..]).ok().filter(|n| *n < content.len()),
-        Codec::Raw => None,
-    };
+    let packed = compress(content, &mut out[body_at..]).filter(|n| *n < content.len());
     let (codec, payload_bytes) = match packed {
         Some(n) => (Codec::Lz4, n),
         None => {

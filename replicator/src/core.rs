@@ -167,6 +167,8 @@ pub(crate) struct Core {
     phase: Phase,
     attempt: u32,
     generation: Generation,
+    /// The generation that is durably recorded.
+    recorded: Generation,
     /// Newest commit this run of the process knows of.
     committed: Option<Point>,
     /// First and newest epoch sealed in the last session.
@@ -176,7 +178,12 @@ pub(crate) struct Core {
 impl Core {
     pub(crate) fn new(config: CoreConfig, generation: Generation, now: Instant) -> Self {
         let phase = Phase::Waiting { until: now, refused: false };
-        Self { config, phase, attempt: 0, generation, committed: None, sealed: None }
+        Self { config, phase, attempt: 0, generation, recorded: generation, committed: None, sealed: None }
+    }
+
+    /// The record that an action asked for is durable. Until then every session asks again.
+    pub(crate) fn recorded(&mut self, generation: Generation) {
+        self.recorded = generation;
     }
 
     pub(crate) fn generation(&self) -> Generation {
@@ -245,7 +252,14 @@ impl Core {
                 drop(phase);
                 (Phase::Fenced, Err(SessionError::Fenced { generation }))
             }
-            (phase, Event::Message(Message::Close { code, reason })) => (phase, Err(SessionError::Closed { code, reason })),
+            (phase, Event::Message(Message::Close { code, reason })) => {
+                if code == CloseCode::Superseded as u16 && matches!(phase, Phase::Streaming(_)) {
+                    // Another process with our key took the group over (a cloned machine): a later commit whose epoch has a number of
+                    // ours may be its epoch, so none of ours counts that we were not told of.
+                    self.sealed = None;
+                }
+                (phase, Err(SessionError::Closed { code, reason }))
+            }
             (
                 phase @ Phase::Greeting { .. },
                 Event::Message(Message::Welcome { version, generation, committed, epochs_in_flight_max }),
@@ -292,8 +306,8 @@ impl Core {
         in_flight_max: u16,
         out: &mut Vec<Action>,
     ) -> Streaming {
-        if generation != self.generation {
-            self.generation = generation;
+        self.generation = generation;
+        if generation != self.recorded {
             out.push(Action::Record(generation));
         }
         let newest = self.sealed.map(|(_, newest)| newest);
@@ -418,6 +432,8 @@ mod tests {
     struct Fixture {
         core: Core,
         now: Instant,
+        /// Whether the primary's own disk takes the record of a generation.
+        records: bool,
     }
 
     impl Fixture {
@@ -430,7 +446,7 @@ mod tests {
                 epochs_in_flight: 2,
             };
             let now = Instant::now();
-            Self { core: Core::new(config, Generation(0), now), now }
+            Self { core: Core::new(config, Generation(0), now), now, records: true }
         }
 
         fn on(&mut self, event: Event) -> Vec<Action> {
@@ -451,7 +467,13 @@ mod tests {
             self.now += Duration::from_secs(60);
             assert_eq!(self.on(Event::Tick(Load::default())), [Action::Connect]);
             assert!(matches!(self.on(Event::Connected)[..], [Action::Send(Message::Hello(_))]));
-            self.on(Event::Message(welcome(1, committed)))
+            let actions = self.on(Event::Message(welcome(1, committed)));
+            for action in actions.iter().filter(|_| self.records) {
+                if let Action::Record(generation) = action {
+                    self.core.recorded(*generation);
+                }
+            }
+            actions
         }
 
         fn epoch(&mut self, epoch: u64) {
@@ -550,6 +572,33 @@ mod tests {
             f.on(lost());
             assert_eq!(f.greet(theirs), [Action::Merge, Action::MarkAll], "{theirs:?}");
         }
+    }
+
+    /// A clone of this machine took the group over and committed an epoch with the number of ours.
+    #[test]
+    fn after_being_superseded_an_unheard_commit_is_not_ours() {
+        let mut f = Fixture::new();
+        f.greet(None);
+        f.epoch(1);
+        f.on(Event::Message(Message::Committed { point: point(1, 1) }));
+        f.epoch(2);
+        let close = Message::close(CloseCode::Superseded, "another session of this group");
+        assert!(f.try_on(Event::Message(close)).is_err());
+        f.on(lost());
+        assert_eq!(f.greet(Some(point(1, 2))), [Action::Merge, Action::MarkAll]);
+    }
+
+    /// A record that could not be made durable is asked for again.
+    #[test]
+    fn a_generation_is_recorded_before_it_counts_as_recorded() {
+        let mut f = Fixture::new();
+        f.records = false;
+        assert_eq!(f.greet(None)[0], Action::Record(Generation(1)));
+        f.on(lost());
+        f.records = true;
+        assert_eq!(f.greet(None)[0], Action::Record(Generation(1)));
+        f.on(lost());
+        assert_eq!(f.greet(None), [Action::Merge]);
     }
 
     #[test]

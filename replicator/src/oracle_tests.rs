@@ -11,6 +11,7 @@ use std::io;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, MemoryDevice, ZeroMode};
 use parking_lot::Mutex;
@@ -245,6 +246,9 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
                 counters: &counters,
                 header: PassHeader { epoch, pass, kind },
                 codec: Codec::Lz4,
+                // So small a disk is always compressed thoroughly.
+                interval: Duration::from_secs(1),
+                thorough: false,
                 tally: &mut tally,
             };
             // Called in the same poll as the cut itself: what has started by now belongs to the epoch.
@@ -340,6 +344,8 @@ async fn epochs_quiet(world: &World, last: &RefCell<u64>) {
         counters: &counters,
         header,
         codec: Codec::Raw,
+        interval: Duration::ZERO,
+        thorough: false,
         tally: &mut Tally::default(),
     };
     job.run(|| {

@@ -238,7 +238,10 @@ impl Driver {
                 self.connecting = Some(tokio::spawn(async move { link.connect().await }));
             }
             Action::Send(message) => self.send(&message).await?,
-            Action::Record(generation) => self.record.store(generation)?,
+            Action::Record(generation) => {
+                self.record.store(generation)?;
+                self.core.recorded(generation);
+            }
             Action::Committed(epoch) => {
                 self.shared.ledger.committed(epoch);
                 self.shared.committed_now();
@@ -324,6 +327,8 @@ impl Driver {
                 counters: &shared.counters,
                 header,
                 codec: shared.tuning.codec,
+                interval: shared.tuning.interval,
+                thorough: false,
                 tally: &mut tally,
             };
             let result = pass.run(now_unix_us).await;
