@@ -22,8 +22,8 @@ const TOOLS: &[(&str, &str)] = &[
     ("e2fsck", "e2fsprogs"),
 ];
 /// Documentation addresses (RFC 5737); nothing outside of the two namespaces has or sees them.
-const PRIMARY: &str = "192.0.2.1";
-const BACKUP: &str = "192.0.2.2";
+const ALPHA: &str = "192.0.2.1";
+const BETA: &str = "192.0.2.2";
 
 /// A machine: a network namespace, a folder, and what was typed.
 struct Machine {
@@ -61,7 +61,9 @@ impl Machine {
         let printed = support::text(&output);
         let _ = writeln!(transcript, "{}# {line}", self.name);
         if !printed.is_empty() {
-            let _ = writeln!(transcript, "{}", printed.trim_end());
+            // The temporary folder's name says nothing: the README quotes this.
+            let short = printed.replace(&self.folder.to_string_lossy().into_owned(), "…");
+            let _ = writeln!(transcript, "{}", short.trim_end());
         }
         let log = std::fs::read_to_string(self.folder.join("twinsite.log")).unwrap_or_default();
         assert!(output.status.success(), "{}: {}\n{transcript}\nlog: {log}", output.status, self.name);
@@ -104,7 +106,7 @@ impl Drop for Machine {
 fn connect(a: &Machine, b: &Machine) {
     let ends = [format!("tsa{}", std::process::id()), format!("tsb{}", std::process::id())];
     run("ip", &["link", "add", &ends[0], "netns", &a.namespace, "type", "veth", "peer", "name", &ends[1], "netns", &b.namespace]);
-    for (machine, end, address) in [(a, &ends[0], PRIMARY), (b, &ends[1], BACKUP)] {
+    for (machine, end, address) in [(a, &ends[0], ALPHA), (b, &ends[1], BETA)] {
         let network = machine.namespace.as_str();
         run("ip", &["-n", network, "addr", "add", &format!("{address}/24"), "dev", end]);
         run("ip", &["-n", network, "link", "set", end, "up"]);
@@ -124,83 +126,82 @@ fn two_machines_as_the_readme_has_it() {
     need(TOOLS);
     let _alone = one_at_a_time();
     let folder = scratch();
-    let (mut primary, mut backup) = (Machine::new("primary", folder.path()), Machine::new("backup", folder.path()));
-    connect(&primary, &backup);
+    let (mut alpha, mut beta) = (Machine::new("alpha", folder.path()), Machine::new("beta", folder.path()));
+    connect(&alpha, &beta);
     let said = &mut String::new();
 
     // Pair.
-    let receiver = format!(
-        "[node]\nname = \"backup\"\nstate_dir = \"state\"\n\n[receiver]\nlisten = \"{BACKUP}:7447\"\nstore = \"store\"\n"
-    );
-    backup.edits(said, "twinsite.toml", &receiver);
-    let backup_key = pasted(&backup.types(said, "twinsite id"));
+    let receiver =
+        format!("[node]\nname = \"beta\"\nstate_dir = \"state\"\n\n[receiver]\nlisten = \"{BETA}:7447\"\nstore = \"store\"\n");
+    beta.edits(said, "twinsite.toml", &receiver);
+    let beta_key = pasted(&beta.types(said, "twinsite id"));
     let group = format!(
-        "[node]\nname = \"primary\"\nstate_dir = \"state\"\n\n[[group]]\nname = \"web\"\npeer = \"{BACKUP}:7447\"\n\
-         peer_key = \"{backup_key}\"\n\n[[group.disk]]\nname = \"root\"\npath = \"root.raw\"\nexport = \"unix:root.sock\"\n"
+        "[node]\nname = \"alpha\"\nstate_dir = \"state\"\n\n[[group]]\nname = \"db\"\npeer = \"{BETA}:7447\"\n\
+         peer_key = \"{beta_key}\"\n\n[[group.disk]]\nname = \"root\"\npath = \"root.raw\"\nexport = \"unix:root.sock\"\n"
     );
-    primary.edits(said, "twinsite.toml", &group);
-    let primary_key = pasted(&primary.types(said, "twinsite id"));
-    let client = format!("{receiver}\n[[receiver.client]]\nname = \"primary\"\nkey = \"{primary_key}\"\n");
-    backup.edits(said, "twinsite.toml", &client);
-    backup.types(said, "twinsite run > twinsite.log 2>&1 &");
+    alpha.edits(said, "twinsite.toml", &group);
+    let alpha_key = pasted(&alpha.types(said, "twinsite id"));
+    let client = format!("{receiver}\n[[receiver.client]]\nname = \"alpha\"\nkey = \"{alpha_key}\"\n");
+    beta.edits(said, "twinsite.toml", &client);
+    beta.types(said, "twinsite run > twinsite.log 2>&1 &");
 
     // Protect a disk that has data on it already.
-    primary.types(said, "mkdir letters && echo 'written before it was protected' > letters/old.txt");
-    primary.types(said, "truncate -s 256M root.raw && mkfs.ext4 -q -d letters root.raw");
-    primary.types(said, "twinsite run > twinsite.log 2>&1 &");
+    alpha.types(said, "mkdir letters && echo 'written before it was protected' > letters/old.txt");
+    alpha.types(said, "truncate -s 256M root.raw && mkfs.ext4 -q -d letters root.raw");
+    alpha.types(said, "twinsite run > twinsite.log 2>&1 &");
     let streaming = |machine: &Machine| {
-        let output = machine.command("twinsite status --json web").output().expect("nsenter");
+        let output = machine.command("twinsite status --json db").output().expect("nsenter");
         let status: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
         let group = &status["primary"][0];
         (group["state"] == "streaming" && group["dirty_bytes"] == 0 && !group["committed"].is_null()).then_some(())
     };
-    eventually("the first sync is complete", Duration::from_secs(60), || streaming(&primary));
+    eventually("the first sync is complete", Duration::from_secs(60), || streaming(&alpha));
 
     // The guest: a file system on the exported disk.
-    primary.mounts = vec!["root.img", "mnt"];
-    primary.types(said, "touch root.img && mkdir mnt");
-    primary.types(said, "nbdfuse root.img 'nbd+unix:///root?socket=root.sock' > nbdfuse.log 2>&1 &");
+    alpha.mounts = vec!["root.img", "mnt"];
+    alpha.types(said, "touch root.img && mkdir mnt");
+    alpha.types(said, "nbdfuse root.img 'nbd+unix:///root?socket=root.sock' > nbdfuse.log 2>&1 &");
     let mounted = |machine: &Machine, file: &str| {
         let size = std::fs::metadata(machine.folder.join(file)).map_or(0, |m| m.len());
         (size == 256 << 20).then_some(())
     };
-    eventually("the disk is there", Duration::from_secs(20), || mounted(&primary, "root.img"));
-    primary.types(said, "mount -o loop root.img mnt");
-    primary.types(said, "cat mnt/old.txt");
-    primary.types(said, "echo 'written while it was protected' > mnt/new.txt && sync -f mnt");
-    eventually("the new file is committed", Duration::from_secs(60), || streaming(&primary));
+    eventually("the disk is there", Duration::from_secs(20), || mounted(&alpha, "root.img"));
+    alpha.types(said, "mount -o loop root.img mnt");
+    alpha.types(said, "cat mnt/old.txt");
+    alpha.types(said, "echo 'written while it was protected' > mnt/new.txt && sync -f mnt");
+    eventually("the new file is committed", Duration::from_secs(60), || streaming(&alpha));
 
     // Watch.
-    let watched = primary.command("timeout 3 twinsite status --watch; test $? = 124").output().expect("nsenter");
+    let watched = alpha.command("timeout 3 twinsite status --watch; test $? = 124").output().expect("nsenter");
     let pictures = support::text(&watched);
-    assert!(watched.status.success() && pictures.matches("group web").count() >= 2, "{pictures}");
-    let shown = primary.types(said, "twinsite status");
+    assert!(watched.status.success() && pictures.matches("group db").count() >= 2, "{pictures}");
+    let shown = alpha.types(said, "twinsite status");
     assert!(shown.contains("streaming"), "{said}");
-    backup.types(said, "twinsite status");
+    beta.types(said, "twinsite status");
 
     // The disaster: everything on the first machine is gone, and so is its network.
-    let _ = writeln!(said, "\n*** everything in the primary's namespace is killed; its cable is pulled ***\n");
-    primary.dies();
-    run("ip", &["netns", "del", &primary.namespace]);
+    let _ = writeln!(said, "\n*** everything in alpha's namespace is killed; its cable is pulled ***\n");
+    alpha.dies();
+    run("ip", &["netns", "del", &alpha.namespace]);
     let lost = eventually("the receiver notices", Duration::from_secs(60), || {
-        let output = backup.command("twinsite status --json web").output().expect("nsenter");
+        let output = beta.command("twinsite status --json db").output().expect("nsenter");
         let status: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
         (status["receiver"]["groups"][0]["state"] == "waiting").then_some(status)
     });
     assert!(!lost["receiver"]["groups"][0]["committed"].is_null(), "{lost:#}");
 
     // Run from the copy.
-    backup.types(said, "twinsite points web");
-    backup.types(said, "twinsite failover web --export unix:web.sock --yes");
-    backup.mounts = vec!["root.img", "mnt"];
-    backup.types(said, "touch root.img && mkdir mnt");
-    backup.types(said, "nbdfuse root.img 'nbd+unix:///root?socket=web.sock' > nbdfuse.log 2>&1 &");
-    eventually("the copy is there", Duration::from_secs(20), || mounted(&backup, "root.img"));
-    backup.types(said, "mount -o loop root.img mnt");
-    let read = backup.types(said, "cat mnt/old.txt mnt/new.txt");
+    beta.types(said, "twinsite points db --all");
+    beta.types(said, "twinsite failover db --export unix:db.sock --yes");
+    beta.mounts = vec!["root.img", "mnt"];
+    beta.types(said, "touch root.img && mkdir mnt");
+    beta.types(said, "nbdfuse root.img 'nbd+unix:///root?socket=db.sock' > nbdfuse.log 2>&1 &");
+    eventually("the copy is there", Duration::from_secs(20), || mounted(&beta, "root.img"));
+    beta.types(said, "mount -o loop root.img mnt");
+    let read = beta.types(said, "cat mnt/old.txt mnt/new.txt");
     assert_eq!(read, "written before it was protected\nwritten while it was protected\n", "{said}");
-    backup.types(said, "echo 'written at the second site' > mnt/on.txt && sync -f mnt && ls mnt");
-    backup.types(said, "umount mnt && e2fsck -fn root.img");
-    backup.types(said, "twinsite status");
+    beta.types(said, "echo 'written at the second site' > mnt/on.txt && sync -f mnt && ls mnt");
+    beta.types(said, "umount mnt && e2fsck -fn root.img");
+    beta.types(said, "twinsite status");
     println!("{said}");
 }
