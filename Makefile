@@ -9,7 +9,7 @@ CARGO ?= cargo
 SECONDS ?= 15
 
 # Needed to build the cryptographic library.
-BUILD_TOOLS := gcc:gcc cmake:cmake make:make
+BUILD_TOOLS := gcc:gcc
 # Real clients and servers that the tests hold ours against: program:package.
 TEST_TOOLS := fio:fio nbdkit:nbdkit nbdcopy:libnbd-bin nbdinfo:libnbd-bin nbdfuse:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils \
 	qemu-nbd:qemu-utils mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs psql:postgresql ip:iproute2 losetup:mount mount:mount \
