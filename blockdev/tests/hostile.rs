@@ -91,6 +91,24 @@ fn too_many_clients_are_turned_away() {
     assert_eq!(first.read(0, 3), [0; 3]);
 }
 
+/// Would catch strangers who never speak and hold the places of real clients.
+#[test]
+fn idle_handshakes_take_no_place_of_a_client() {
+    let options = ServerOptions { connections_max: 2, ..ServerOptions::default() };
+    let server = Server::with_options(Arc::new(MemoryDevice::new(SIZE)), options);
+    let idle: Vec<_> = (0..8).map(|_| Client::greet(&server.socket, 3)).collect();
+    let mut first = Client::connect(&server.socket, "disk", true);
+    let second = Client::connect(&server.socket, "disk", true);
+    assert_eq!(first.read(0, 3), [0; 3]);
+    second.disconnect();
+    drop(idle);
+    let silent: Vec<_> = (0..100).map(|_| std::os::unix::net::UnixStream::connect(&server.socket).unwrap()).collect();
+    let mut last = [0; 18];
+    let refused = std::io::Read::read(&mut silent.last().unwrap(), &mut last).unwrap();
+    assert_eq!(refused, 0, "handshakes have a limit of their own");
+    assert_eq!(first.read(0, 3), [0; 3]);
+}
+
 #[test]
 fn requests_out_of_range_or_with_unknown_bits_are_refused_one_by_one() {
     let server = server();

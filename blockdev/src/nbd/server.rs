@@ -30,6 +30,10 @@ use crate::{BlockDevice, IoThreads};
 /// Pause after the system could not give a descriptor to a new connection.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
+/// Handshakes at once, of anybody who can connect; clients that are served have their own limit. More are closed as soon as they
+/// are accepted.
+const HANDSHAKES_MAX: usize = 64;
+
 /// Settings of a server.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
@@ -37,7 +41,7 @@ pub struct ServerOptions {
     pub tls: Option<Arc<rustls::ServerConfig>>,
     /// A client that has not finished its handshake by then is disconnected.
     pub handshake_timeout: Duration,
-    /// More connections than this are closed as soon as they are accepted.
+    /// Clients served at once. More are closed as soon as they are accepted.
     pub connections_max: usize,
     /// Permissions of a unix socket, less the umask.
     pub unix_mode: u32,
@@ -213,10 +217,10 @@ impl NbdServer {
         all
     }
 
-    /// Connections, also those still in the handshake, and how many there may be.
+    /// Connections that are being served, and how many there may be.
     #[must_use]
     pub fn connection_limit(&self) -> Limit {
-        let used = self.shared.state.lock().connections.len() as u64;
+        let used = self.shared.state.lock().served() as u64;
         Limit { used, limit: self.shared.options.connections_max as u64 }
     }
 
@@ -275,9 +279,13 @@ impl Shared {
         let entry = Arc::new(Entry { id, peer, stop: Notify::new(), counters: Arc::default(), serving: Mutex::default() });
         {
             let mut state = self.state.lock();
-            if state.closing || state.connections.len() >= self.options.connections_max {
-                let limit = self.options.connections_max;
+            let (served, limit) = (state.served(), self.options.connections_max);
+            if state.closing || served >= limit {
                 tracing::warn!(peer = entry.peer, limit, "NBD client refused: too many connections");
+                return;
+            }
+            if state.connections.len() - served >= HANDSHAKES_MAX {
+                tracing::warn!(peer = entry.peer, limit = HANDSHAKES_MAX, "NBD client refused: too many handshakes");
                 return;
             }
             state.connections.insert(id, Arc::clone(&entry));
@@ -311,6 +319,11 @@ impl Shared {
         let terms = Terms { size: Offered::size(&export), read_only: Offered::read_only(&export), structured, base_allocation };
         {
             let state = self.state.lock();
+            if state.served() >= self.options.connections_max {
+                let limit = self.options.connections_max;
+                tracing::warn!(peer = entry.peer, limit, "NBD client refused: too many connections");
+                return Ok(());
+            }
             *entry.serving.lock() = Some(Serving { export: Arc::clone(&export), tls: matches!(stream, Stream::Tls(_)) });
             // Withdrawn since it was agreed on: whoever withdrew it did not see this connection.
             if state.closing || !state.exports.get(&export.name).is_some_and(|now| Arc::ptr_eq(now, &export)) {
@@ -320,6 +333,12 @@ impl Shared {
         let device = Arc::clone(&export.device);
         let connection = Connection::new(stream, device, terms, Arc::clone(&entry.counters));
         connection.serve(entry.stop.notified()).await
+    }
+}
+
+impl State {
+    fn served(&self) -> usize {
+        self.connections.values().filter(|entry| entry.serving.lock().is_some()).count()
     }
 }
 
