@@ -16,6 +16,8 @@ pub const VERSION_MIN: u16 = 1;
 pub const VERSION_MAX: u16 = 1;
 /// First bytes of a hello.
 pub const HELLO_MAGIC: [u8; 8] = *b"TWINSITE";
+/// Highest generation of a hello: a failover raises it by one, so there is always a next one.
+pub const GENERATION_MAX: u64 = 1 << 48;
 /// Longest control message in bytes, without its length prefix.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024;
 /// Longest reason in a close message, in bytes.
@@ -291,7 +293,7 @@ fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
         block_bytes: r.u32()?,
         interval_ms: r.u32()?,
         group: get_name(r)?,
-        generation: Generation(r.u64()?),
+        generation: Generation(bounded("generation", r.u64()?, GENERATION_MAX)?),
         committed: EpochId(r.u64()?),
         volumes: Vec::new(),
     };
@@ -392,6 +394,18 @@ mod tests {
                 .replace(' ', "")
         );
         assert_eq!(hex(&Message::close(CloseCode::Version, "old").encode()), "0800000006020003006f6c64");
+    }
+
+    /// Would catch a claim after which no failover can raise the generation.
+    #[test]
+    fn a_generation_without_a_next_one_is_refused() {
+        let decoded = |generation| {
+            let hello = Hello { generation: Generation(generation), ..hello() };
+            Message::decode(&Message::Hello(hello).encode()[4..])
+        };
+        assert!(decoded(GENERATION_MAX).is_ok());
+        let error = decoded(u64::MAX).unwrap_err().to_string();
+        assert_eq!(error, "generation: 18446744073709551615 is beyond the limit of 281474976710656");
     }
 
     #[test]
