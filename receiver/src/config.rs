@@ -38,6 +38,8 @@ pub struct Limits {
     pub groups_per_client: usize,
     /// Volumes a group may have.
     pub volumes_per_group: usize,
+    /// Bytes that the volumes of all groups of a client may have together, as it declares them.
+    pub volume_bytes_per_client: u64,
     /// Connections at once, of all clients. One more is refused in the handshake.
     pub connections: usize,
     /// Bytes of a journal segment before the next one is begun; at most 2 GiB.
@@ -49,6 +51,7 @@ impl Default for Limits {
         Self {
             groups_per_client: 64,
             volumes_per_group: proto::units::GROUP_VOLUMES_MAX,
+            volume_bytes_per_client: 64 << 40,
             connections: 1024,
             segment_bytes: 256 << 20,
         }

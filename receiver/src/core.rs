@@ -39,15 +39,19 @@ pub struct ClientPolicy {
     pub groups_max: usize,
     /// Volumes a group of it may have.
     pub volumes_max: usize,
+    /// Bytes its volumes may have together.
+    pub volume_bytes_max: u64,
 }
 
 /// What the store holds under the name of a hello.
 #[derive(Clone, Debug)]
 pub enum Stored {
-    /// Nothing yet; the client has `groups` others.
+    /// Nothing yet; the client has others.
     Absent {
         /// Groups the client has.
         groups: usize,
+        /// Bytes of their volumes together.
+        volume_bytes: u64,
     },
     /// A group.
     Present(StoredGroup),
@@ -346,8 +350,12 @@ impl Core {
         let given: Vec<Volume> = given.collect();
         let (ours, role, create) = match stored {
             Stored::Broken(cause) => return Err(SessionError::Storage(cause)),
-            Stored::Absent { groups } if groups >= self.policy.groups_max => {
+            Stored::Absent { groups, .. } if groups >= self.policy.groups_max => {
                 return Err(SessionError::Groups { client: client(), max: self.policy.groups_max });
+            }
+            Stored::Absent { volume_bytes, .. } if total(volume_bytes, &given) > self.policy.volume_bytes_max => {
+                let given = total(volume_bytes, &given);
+                return Err(SessionError::VolumeBytes { group, client: client(), given, max: self.policy.volume_bytes_max });
             }
             Stored::Absent { .. } => (Generation(0), GroupRole::Replica, true),
             Stored::Present(stored) if !stored.owned => return Err(SessionError::Owner { group, client: client() }),
@@ -365,6 +373,11 @@ impl Core {
             Admission::Ahead { ours, theirs } => Err(SessionError::Ahead { group, ours, theirs }),
         }
     }
+}
+
+/// Bytes of volumes together with those that are there.
+pub(crate) fn total(before: u64, volumes: &[Volume]) -> u64 {
+    volumes.iter().fold(before, |sum, v| sum.saturating_add(v.size_bytes))
 }
 
 fn same_volumes(group: &Name, stored: &[Volume], given: &[Volume]) -> Result<(), SessionError> {
@@ -445,6 +458,10 @@ impl Streaming {
         }
         if !t.matches(&seal) {
             return differ("digests");
+        }
+        // A primary cuts an epoch when something changed; empty ones would be points without end that cost it nothing.
+        if seal.frames == 0 {
+            return Err(SessionError::EmptyEpoch { epoch });
         }
         self.sealed = epoch;
         self.committing.push_back(seal.point());

@@ -85,7 +85,7 @@ pub enum GroupError {
         wanted: Point,
     },
     /// The client's space is used up.
-    #[error("client '{client}' has used its {max} bytes of space: raise `space_max` or remove points")]
+    #[error("client '{client}' has used its {max} bytes of space: raise `space_max`")]
     Space {
         /// The client.
         client: Name,
@@ -280,7 +280,7 @@ fn number_frame(table: &mut crate::index::FrameTable, segment: u32, offset: u64,
 impl Group {
     /// Opens a group's folder with recovery and starts its thread.
     pub(crate) fn open(folder: GroupFolder, usage: Arc<Usage>, options: JournalOptions) -> Result<Arc<Self>, GroupError> {
-        let superblock = SuperblockFile::open(&folder.path)?;
+        let superblock = SuperblockFile::open(&folder.path)?.with_faults(options.faults.clone());
         let block = superblock.get().clone();
         let volume_blocks: Arc<[u64]> = block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect();
         let expected = Expected {
@@ -290,7 +290,7 @@ impl Group {
             volume_blocks: Arc::clone(&volume_blocks),
         };
         let frames = FrameStore::new(&folder.journal(), volume_blocks);
-        let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes));
+        let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes), block.base.is_none());
         let mut found =
             Recovered { committed: empty, stage: Stage::default(), points: Vec::new(), frames: &frames, next_committed: 0 };
         let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
@@ -401,7 +401,7 @@ impl Shared {
 
     /// The index at `point`: at once for the newest, else by walking the journal's headers up to it.
     pub(crate) fn index_at(&self, point: Point) -> Result<Index, GroupError> {
-        let empty = || Index::new(self.volumes.iter().map(|v| v.size_bytes));
+        let empty = || Index::new(self.volumes.iter().map(|v| v.size_bytes), self.expected.base.is_none());
         if self.expected.base == Some(point) {
             return Ok(empty());
         }

@@ -2,7 +2,8 @@
 //!
 //! Per region of 4 MiB a sorted list of runs of 8 bytes. Regions are shared copy on write, so a
 //! snapshot is a clone and the index of the epoch that is arriving is a clone that nobody sees until it is committed.
-//! A block that no run covers is in the base.
+//! A block that no run covers is in the base. While nothing was folded into the base it is all zeroes, and zeroes over an
+//! untouched region are no entry: a peer that zeroes petabytes costs no memory.
 
 use proto::region::{REGION_BLOCKS, RegionMap};
 use proto::units::VolumeIndex;
@@ -102,13 +103,16 @@ pub(crate) enum Place {
 pub(crate) struct VolumeIndexMap {
     regions: RegionMap<Region>,
     blocks: u64,
+    /// Nothing was folded into the base: an untouched region reads as zeroes anyway.
+    base_is_zero: bool,
     runs: u64,
     regions_used: u64,
 }
 
 impl VolumeIndexMap {
-    pub(crate) fn new(size_bytes: u64) -> Self {
-        Self { regions: RegionMap::new(size_bytes), blocks: proto::units::blocks_of(size_bytes), runs: 0, regions_used: 0 }
+    pub(crate) fn new(size_bytes: u64, base_is_zero: bool) -> Self {
+        let (regions, blocks) = (RegionMap::new(size_bytes), proto::units::blocks_of(size_bytes));
+        Self { regions, blocks, base_is_zero, runs: 0, regions_used: 0 }
     }
 
     /// Makes `place` what holds for `extent`, which lies within the volume.
@@ -116,6 +120,11 @@ impl VolumeIndexMap {
         let (mut at, end) = (extent.start.0, extent.end().min(self.blocks));
         while at < end {
             let number = at / REGION_BLOCKS;
+            if self.base_is_zero && frame == FrameId::ZERO && self.regions.get(number).is_none() {
+                let Some((next, _)) = self.regions.iter_from(number).next() else { break };
+                at = next * REGION_BLOCKS;
+                continue;
+            }
             let stop = ((number + 1) * REGION_BLOCKS).min(end);
             let run = Run { start: (at % REGION_BLOCKS) as u16, len: (stop - at) as u16, frame };
             let region = self.regions.get_or_default(number);
@@ -168,8 +177,9 @@ pub(crate) struct Index {
 }
 
 impl Index {
-    pub(crate) fn new(sizes: impl IntoIterator<Item = u64>) -> Self {
-        Self { volumes: sizes.into_iter().map(VolumeIndexMap::new).collect() }
+    /// `base_is_zero`: nothing was folded into the base yet.
+    pub(crate) fn new(sizes: impl IntoIterator<Item = u64>, base_is_zero: bool) -> Self {
+        Self { volumes: sizes.into_iter().map(|size| VolumeIndexMap::new(size, base_is_zero)).collect() }
     }
 
     /// Applies a frame. `frame` is ignored for zero frames.

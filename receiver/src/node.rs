@@ -9,7 +9,7 @@ use proto::fencing::GroupRole;
 use proto::{Fingerprint, Generation, Name, Point};
 
 use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
-use crate::core::{Cause, Stored};
+use crate::core::{Cause, Stored, total};
 use crate::group::{Group, GroupError, SessionId, Usage};
 use crate::journal::{FIRST_SEGMENT, JournalOptions};
 use crate::store::{Store, StoreError};
@@ -93,7 +93,7 @@ impl Node {
         match groups.get(&(client.clone(), group.clone())) {
             Some(Slot::Open(group)) => Stored::Present(group.stored(key)),
             Some(Slot::Broken(cause)) => Stored::Broken(Arc::clone(cause)),
-            None => Stored::Absent { groups: groups.keys().filter(|(c, _)| c == client).count() },
+            None => held(&groups, client),
         }
     }
 
@@ -105,7 +105,8 @@ impl Node {
         }
     }
 
-    /// Creates a group; if it was created meanwhile, that one. Blocks on file I/O.
+    /// Creates a group; if it was created meanwhile, that one. `None` when another one took what was left of the client's
+    /// limits meanwhile: look up again. Blocks on file I/O.
     pub(crate) fn create(
         &self,
         client: &Name,
@@ -113,14 +114,19 @@ impl Node {
         owner: Fingerprint,
         generation: Generation,
         volumes: Vec<Volume>,
-    ) -> Result<Arc<Group>, Cause> {
+    ) -> Result<Option<Arc<Group>>, Cause> {
         // Held throughout: creations are rare, and a second hello must find the group or nothing.
         let mut groups = self.groups.lock();
         let key = (client.clone(), group.clone());
         match groups.get(&key) {
-            Some(Slot::Open(group)) => return Ok(Arc::clone(group)),
+            Some(Slot::Open(group)) => return Ok(Some(Arc::clone(group))),
             Some(Slot::Broken(cause)) => return Err(Arc::clone(cause)),
             None => {}
+        }
+        if let Stored::Absent { groups, volume_bytes } = held(&groups, client)
+            && (groups >= self.limits.groups_per_client || total(volume_bytes, &volumes) > self.limits.volume_bytes_per_client)
+        {
+            return Ok(None);
         }
         let block = Superblock {
             group_id: rand::random(),
@@ -138,7 +144,7 @@ impl Node {
         let folder = self.store.create_group(client, group, block).map_err(|e| Arc::new(e) as Cause)?;
         let group = Group::open(folder, usage, options(&self.limits)).map_err(|e| Arc::new(e) as Cause)?;
         groups.insert(key, Slot::Open(Arc::clone(&group)));
-        Ok(group)
+        Ok(Some(group))
     }
 
     /// `group` or `client/group`.
@@ -172,6 +178,18 @@ impl Node {
         };
         self.groups.lock().values().filter_map(open).collect()
     }
+}
+
+/// What a client has, against its limits.
+fn held(groups: &BTreeMap<Key, Slot>, client: &Name) -> Stored {
+    let (mut count, mut volume_bytes) = (0, 0);
+    for ((_, _), slot) in groups.iter().filter(|((c, _), _)| c == client) {
+        count += 1;
+        if let Slot::Open(group) = slot {
+            volume_bytes = total(volume_bytes, &group.shared.volumes);
+        }
+    }
+    Stored::Absent { groups: count, volume_bytes }
 }
 
 fn options(limits: &Limits) -> JournalOptions {

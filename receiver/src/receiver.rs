@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockdev::BlockDevice;
 use proto::fencing::GroupRole;
@@ -16,10 +17,21 @@ use tokio::task::JoinHandle;
 use crate::config::ReceiverConfig;
 use crate::group::{Group, GroupError};
 use crate::node::{Node, SelectError, Slot};
-use crate::session::{self, Client};
+use crate::session::{self, Client, one_line};
 use crate::status::{self, GroupStatus, PointInfo};
 use crate::store::{Store, StoreError};
 use crate::view::View;
+
+/// Handshakes at once; they are of anybody who can send packets. Sessions have their own limits.
+const HANDSHAKES_MAX: usize = 64;
+/// A handshake that is not done by then is given up.
+const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+/// Sessions have this long to say their last words when the receiver stops.
+const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// Sessions of a client at once, for each group it may have: one, and one that takes over from it.
+const SESSIONS_PER_GROUP: usize = 2;
+/// Sessions a client may have in any case: those of a lost path linger until their idle timeout.
+const SESSIONS_MIN: usize = 16;
 
 /// Why a receiver does not start, or does not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +123,8 @@ impl Receiver {
             }
         }
         let connections = Arc::new(Semaphore::new(limits.connections));
+        let sessions_max =
+            limits.groups_per_client.saturating_mul(SESSIONS_PER_GROUP).clamp(SESSIONS_MIN, Semaphore::MAX_PERMITS);
         let configured = clients.clone();
         let node = tokio::task::spawn_blocking(move || Node::open(Store::open(&store)?, &configured, limits))
             .await
@@ -125,9 +139,10 @@ impl Receiver {
             .and_then(|socket| Endpoint::new(identity.quic_endpoint(), Some(server), socket, Arc::new(quinn::TokioRuntime)))
             .map_err(|source| ReceiverError::Listen { address: listen, source })?;
         let clients: BTreeMap<Fingerprint, Arc<Client>> =
-            clients.into_iter().map(|config| (config.key, Arc::new(Client { key: config.key, config }))).collect();
+            clients.into_iter().map(|config| (config.key, Arc::new(Client::new(config, sessions_max)))).collect();
         let (stop, stopped) = watch::channel(false);
-        let accept = Accept { node: Arc::clone(&node), clients, connections, stopped };
+        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let accept = Accept { node: Arc::clone(&node), clients: Arc::new(clients), connections, handshakes, stopped };
         let accepting = tokio::spawn(accept.run(endpoint.clone()));
         Ok(Self { node, endpoint, stop, accepting })
     }
@@ -235,12 +250,16 @@ async fn activated(group: &Arc<Group>, point: Option<Point>) -> Result<Activated
     })
 }
 
+type Clients = BTreeMap<Fingerprint, Arc<Client>>;
+
 /// Accepts connections until told to stop, then waits for the sessions.
 struct Accept {
     node: Arc<Node>,
-    clients: BTreeMap<Fingerprint, Arc<Client>>,
+    clients: Arc<Clients>,
     /// One permit a connection, taken before anything is done for it.
     connections: Arc<Semaphore>,
+    /// One permit a connection whose key is not known yet.
+    handshakes: Arc<Semaphore>,
     stopped: watch::Receiver<bool>,
 }
 
@@ -255,17 +274,33 @@ impl Accept {
                 incoming = endpoint.accept() => incoming,
             };
             let Some(incoming) = incoming else { break };
-            let Ok(permit) = Arc::clone(&self.connections).try_acquire_owned() else {
+            // An address that may be forged costs one packet and no permit.
+            if !incoming.remote_address_validated() && incoming.may_retry() {
+                if let Err(error) = incoming.retry() {
+                    tracing::debug!(%error, "no retry");
+                }
+                continue;
+            }
+            let handshake = Arc::clone(&self.handshakes).try_acquire_owned();
+            let (Ok(permit), Ok(handshake)) = (Arc::clone(&self.connections).try_acquire_owned(), handshake) else {
                 incoming.refuse();
                 continue;
             };
-            let (node, clients, stopped) = (Arc::clone(&self.node), self.clients.clone(), self.stopped.clone());
+            let (node, clients, mut stopped) = (Arc::clone(&self.node), Arc::clone(&self.clients), self.stopped.clone());
             sessions.spawn(async move {
-                greet(incoming, node, clients, stopped).await;
+                let greeted = greet(incoming, &clients, &mut stopped).await;
+                drop(handshake);
+                if let Some((connection, client)) = greeted {
+                    admit(connection, node, client, stopped).await;
+                }
                 drop(permit);
             });
         }
-        while sessions.join_next().await.is_some() {}
+        let all = async { while sessions.join_next().await.is_some() {} };
+        if tokio::time::timeout(STOP_DEADLINE, all).await.is_err() {
+            tracing::warn!("{} sessions did not end within {} seconds", sessions.len(), STOP_DEADLINE.as_secs());
+            sessions.shutdown().await;
+        }
     }
 }
 
@@ -277,39 +312,73 @@ fn not_let_in(error: &quinn::ConnectionError) -> String {
             "it does not accept this node's key: compare its `peer_key` with `twinsite id` here".to_owned()
         }
         quinn::ConnectionError::TransportError(refused) if is_alert(refused.code) => {
-            format!("not let in: {}: add its key to [[receiver.client]] if it is one of yours", refused.reason)
+            let reason = one_line(&refused.reason);
+            format!("not let in: {reason}: add its key to [[receiver.client]] if it is one of yours")
         }
-        other => format!("handshake failed: {other}"),
+        other => format!("handshake failed: {}", one_line(other)),
     }
 }
 
 /// The handshake; a key that is not pinned ends here.
 async fn greet(
     incoming: Incoming,
-    node: Arc<Node>,
-    clients: BTreeMap<Fingerprint, Arc<Client>>,
-    mut stopped: watch::Receiver<bool>,
-) {
+    clients: &Clients,
+    stopped: &mut watch::Receiver<bool>,
+) -> Option<(quinn::Connection, Arc<Client>)> {
     let peer = incoming.remote_address();
     let connecting = match incoming.accept() {
         Ok(connecting) => connecting,
-        Err(error) => return tracing::info!("{peer}: {error}"),
+        Err(error) => {
+            tracing::info!("{peer}: {}", one_line(&error));
+            return None;
+        }
     };
     let connection = tokio::select! {
-        _ = stopped.wait_for(|stop| *stop) => return,
-        connection = connecting => connection,
+        _ = stopped.wait_for(|stop| *stop) => return None,
+        connection = tokio::time::timeout(HANDSHAKE_DEADLINE, connecting) => connection,
     };
     let connection = match connection {
-        Ok(connection) => connection,
-        Err(error) => return tracing::warn!("{peer}: {}", not_let_in(&error)),
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            tracing::warn!("{peer}: {}", not_let_in(&error));
+            return None;
+        }
+        Err(_) => {
+            tracing::info!("{peer}: no handshake within {} seconds", HANDSHAKE_DEADLINE.as_secs());
+            return None;
+        }
     };
     let key = connection
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
         .and_then(|keys| keys.first().map(|key| Fingerprint::of_spki(key.as_ref())));
-    match key.and_then(|key| clients.get(&key)) {
-        Some(client) => session::serve(connection, node, Arc::clone(client), stopped).await,
+    let Some(client) = key.and_then(|key| clients.get(&key)) else {
         // The verifier let it in, so this cannot be; and if it were, it would get nothing.
-        None => connection.close(VarInt::from_u32(CloseCode::UnknownGroup as u32), b"unknown key"),
+        connection.close(VarInt::from_u32(CloseCode::UnknownGroup as u32), b"unknown key");
+        return None;
+    };
+    Some((connection, Arc::clone(client)))
+}
+
+/// One client's sessions leave room for those of the others.
+async fn admit(connection: quinn::Connection, node: Arc<Node>, client: Arc<Client>, stopped: watch::Receiver<bool>) {
+    let Ok(_permit) = client.sessions.try_acquire() else {
+        let reason = format!("client '{}' has too many sessions at once", client.config.name);
+        tracing::warn!("{}: {reason}", connection.remote_address());
+        return connection.close(VarInt::from_u32(CloseCode::Limit as u32), reason.as_bytes());
+    };
+    session::serve(connection, node, Arc::clone(&client), stopped).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Would catch a peer's text that forges lines of a log.
+    #[test]
+    fn a_peers_text_stays_on_one_line() {
+        let close = quinn::ApplicationClose { error_code: VarInt::from_u32(1), reason: "bye\nERROR \x1b[31mforged".into() };
+        let error = quinn::ConnectionError::ApplicationClosed(close);
+        assert_eq!(not_let_in(&error), "handshake failed: closed by peer: bye ERROR  [31mforged (code 1)");
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use proto::control::{PASS_HEADER_BYTES, PassHeader};
 use proto::{CloseCode, DecodeError, Fingerprint, Message, Name};
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::batch::Assembler;
 use crate::config::ClientConfig;
@@ -27,7 +27,7 @@ const CHUNKS: usize = 64;
 /// What ends a session without an error of the protocol.
 #[derive(Debug, thiserror::Error)]
 enum Gone {
-    #[error("connection lost: {0}")]
+    #[error("connection lost: {}", one_line(.0))]
     Connection(#[from] quinn::ConnectionError),
     #[error("the primary closed its control stream")]
     ControlEnded,
@@ -40,6 +40,19 @@ enum Gone {
 pub(crate) struct Client {
     pub(crate) config: ClientConfig,
     pub(crate) key: Fingerprint,
+    /// One permit a session.
+    pub(crate) sessions: Semaphore,
+}
+
+impl Client {
+    pub(crate) fn new(config: ClientConfig, sessions_max: usize) -> Self {
+        Self { key: config.key, config, sessions: Semaphore::new(sessions_max) }
+    }
+}
+
+/// An error with a peer's text in it, for a log or a terminal: control characters do not get there.
+pub(crate) fn one_line(error: &impl ToString) -> String {
+    error.to_string().chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 struct Session {
@@ -63,7 +76,7 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
     let opened = tokio::time::timeout(HELLO_DEADLINE, connection.accept_bi()).await;
     let (send, recv) = match opened {
         Ok(Ok(streams)) => streams,
-        Ok(Err(error)) => return tracing::info!("client '{name}' at {peer}: {error}"),
+        Ok(Err(error)) => return tracing::info!("client '{name}' at {peer}: {}", one_line(&error)),
         Err(_) => {
             let reason = Gone::Silent.to_string();
             connection.close(VarInt::from_u32(CloseCode::Misbehaved as u32), reason.as_bytes());
@@ -75,6 +88,7 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
         groups: client.config.groups.clone(),
         groups_max: node.limits.groups_per_client,
         volumes_max: node.limits.volumes_per_group,
+        volume_bytes_max: node.limits.volume_bytes_per_client,
     };
     let mut session = Session {
         connection,
@@ -280,8 +294,16 @@ impl Session {
             let mut more = Vec::new();
             match action {
                 Action::Send(message) => {
-                    // A failure shows up as a lost connection at the next read.
-                    let _ = self.send.write_all(&message.encode()).await;
+                    let encoded = message.encode();
+                    let written = tokio::time::timeout(LAST_WORDS_DEADLINE, self.send.write_all(&encoded)).await;
+                    // A failure shows up as a lost connection at the next read; the last words have their own end.
+                    let is_last = queue.iter().any(|a| matches!(a, Action::Close { .. }));
+                    if written.is_err() && !is_last {
+                        let error = SessionError::Deaf;
+                        self.connection.close(VarInt::from_u32(error.code() as u32), error.to_string().as_bytes());
+                        queue.clear();
+                        ended = Some(self.core.fail(error, &mut more));
+                    }
                 }
                 Action::Lookup { group } => {
                     let stored = self.node.lookup(&self.client.config.name, &group, self.client.key);
@@ -322,7 +344,7 @@ impl Session {
             let (client, group) = (client.clone(), group.clone());
             let created = tokio::task::spawn_blocking(move || node.create(&client, &group, key, generation, volumes)).await;
             match created {
-                Ok(Ok(handle)) => Some(handle),
+                Ok(Ok(handle)) => handle,
                 Ok(Err(cause)) => return Event::Storage(cause),
                 Err(error) => return Event::Storage(Arc::new(error)),
             }

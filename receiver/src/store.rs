@@ -45,14 +45,6 @@ pub enum StoreError {
         /// Why it failed.
         source: io::Error,
     },
-    /// A file or folder that is none of ours.
-    #[error("{}: not a name of a {kind}: move it out of the store", path.display())]
-    Foreign {
-        /// The entry.
-        path: PathBuf,
-        /// What was expected there.
-        kind: &'static str,
-    },
     /// The new group's superblock.
     #[error(transparent)]
     Superblock(#[from] SuperblockError),
@@ -156,7 +148,8 @@ impl Store {
         &self.root
     }
 
-    /// Every group of every client, in order. What a creation left unfinished is no group.
+    /// Every group of every client, in order. What a creation left unfinished is no group; what is none of ours is said so in
+    /// the log and left alone.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -213,6 +206,10 @@ impl Store {
     }
 }
 
+fn foreign(path: &Path, kind: &str) -> String {
+    format!("{:?} is no folder of a {kind} and is left alone: move it out of the store", path)
+}
+
 fn named_folders(root: &Path, kind: &'static str) -> Result<Vec<(Name, PathBuf)>, StoreError> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(root).map_err(at(root, "list the folder"))? {
@@ -223,7 +220,8 @@ fn named_folders(root: &Path, kind: &'static str) -> Result<Vec<(Name, PathBuf)>
         }
         match text.parse::<Name>() {
             Ok(name) if path.is_dir() => found.push((name, path)),
-            _ => return Err(StoreError::Foreign { path, kind }),
+            // Of somebody's hand: no reason to keep the groups from their primaries.
+            _ => tracing::warn!("{}", foreign(&path, kind)),
         }
     }
     Ok(found)
@@ -256,11 +254,52 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_entry_is_named() {
+    fn a_foreign_entry_is_named_and_the_groups_are_found() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        std::fs::write(dir.path().join("notes"), "x").unwrap();
-        let error = store.groups().unwrap_err().to_string();
-        assert!(error.contains("notes: not a name of a client"), "{error}");
+        std::fs::create_dir_all(dir.path().join("a/db")).unwrap();
+        std::fs::create_dir(dir.path().join("No Name\n")).unwrap();
+        for file in ["notes", "a/notes"] {
+            std::fs::write(dir.path().join(file), "x").unwrap();
+        }
+        let log = Log::default();
+        let groups = tracing::subscriber::with_default(Collector(Log::clone(&log)), || store.groups()).unwrap();
+        assert_eq!(groups.iter().map(|g| (g.client.as_str(), g.group.as_str())).collect::<Vec<_>>(), [("a", "db")]);
+        let mut lines = log.lock().clone();
+        lines.sort();
+        let line = |entry: &str, kind| foreign(&dir.path().join(entry), kind);
+        let mut wanted = [line("No Name\n", "client"), line("notes", "client"), line("a/notes", "group")];
+        wanted.sort();
+        assert_eq!(lines, wanted);
+        assert!(wanted.iter().all(|l| !l.contains('\n')));
+    }
+
+    type Log = std::sync::Arc<parking_lot::Mutex<Vec<String>>>;
+
+    /// Keeps the messages of warnings.
+    struct Collector(Log);
+
+    impl tracing::Subscriber for Collector {
+        fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+            *metadata.level() == tracing::Level::WARN
+        }
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+        fn event(&self, event: &tracing::Event<'_>) {
+            struct Message<'a>(&'a Log);
+            impl tracing::field::Visit for Message<'_> {
+                fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                    if field.name() == "message" {
+                        self.0.lock().push(format!("{value:?}"));
+                    }
+                }
+            }
+            event.record(&mut Message(&self.0));
+        }
+        fn enter(&self, _: &tracing::span::Id) {}
+        fn exit(&self, _: &tracing::span::Id) {}
     }
 }

@@ -311,6 +311,7 @@ pub struct SuperblockFile {
     sequence: u64,
     current: Superblock,
     poisoned: bool,
+    faults: crate::disk::Faults,
 }
 
 impl SuperblockFile {
@@ -325,7 +326,7 @@ impl SuperblockFile {
             what: "create",
             source,
         })?;
-        let mut this = Self { path, file, sequence: 0, current: block.clone(), poisoned: false };
+        let mut this = Self { path, file, sequence: 0, current: block.clone(), poisoned: false, faults: Default::default() };
         this.write(block)?;
         Ok(this)
     }
@@ -348,7 +349,7 @@ impl SuperblockFile {
                 path.display()
             );
         }
-        Ok(Self { path, file, sequence, current, poisoned: false })
+        Ok(Self { path, file, sequence, current, poisoned: false, faults: Default::default() })
     }
 
     /// Both slots as they are; used by `check` too. The last value is a damaged slot, if the other one holds.
@@ -376,6 +377,22 @@ impl SuperblockFile {
         }
     }
 
+    /// Makes its writes fail, for tests.
+    pub(crate) fn with_faults(self, faults: crate::disk::Faults) -> Self {
+        Self { faults, ..self }
+    }
+
+    /// Whether a write failed: what holds is unknown until the file is read again.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned
+    }
+
+    /// Refuses if it [`is_poisoned`](Self::is_poisoned).
+    pub(crate) fn check(&self) -> Result<(), SuperblockError> {
+        if self.poisoned { Err(SuperblockError::Poisoned { path: self.path.clone() }) } else { Ok(()) }
+    }
+
     /// What holds.
     #[must_use]
     pub fn get(&self) -> &Superblock {
@@ -387,14 +404,16 @@ impl SuperblockFile {
     /// # Errors
     /// [`SuperblockError`]; the change may or may not have reached the disk, and the file refuses further changes.
     pub fn write(&mut self, block: Superblock) -> Result<(), SuperblockError> {
-        if self.poisoned {
-            return Err(SuperblockError::Poisoned { path: self.path.clone() });
-        }
+        self.check()?;
         // The first write must hit the slot that does not hold the current sequence.
         for _ in 0..2 {
             let sequence = self.sequence + 1;
             let offset = if sequence.is_multiple_of(2) { SLOT_BYTES as u64 } else { 0 };
-            let written = self.file.write_all_at(&block.encode(sequence), offset).and_then(|()| self.file.sync_data());
+            let written = self
+                .faults
+                .before_write(SLOT_BYTES)
+                .and_then(|()| self.file.write_all_at(&block.encode(sequence), offset))
+                .and_then(|()| self.file.sync_data());
             if let Err(source) = written {
                 self.poisoned = true;
                 return Err(SuperblockError::Io { path: self.path.clone(), what: "write", source });

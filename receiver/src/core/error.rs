@@ -97,6 +97,20 @@ pub enum SessionError {
         /// The limit.
         max: usize,
     },
+    /// Too many bytes of volumes.
+    #[error(
+        "with group '{group}' the volumes of client '{client}' would have {given} bytes, its limit is {max}: raise it at the receiver, or remove a group"
+    )]
+    VolumeBytes {
+        /// The group.
+        group: Name,
+        /// The client.
+        client: Name,
+        /// Bytes with the new group.
+        given: u64,
+        /// The limit.
+        max: u64,
+    },
     /// Too many volumes.
     #[error("group '{group}' has {given} volumes, the limit is {max}: raise it at the receiver, or split the group")]
     Volumes {
@@ -174,6 +188,15 @@ pub enum SessionError {
         /// What differs.
         what: &'static str,
     },
+    /// An epoch in which nothing changed.
+    #[error("seal of epoch {epoch} has no frames")]
+    EmptyEpoch {
+        /// The epoch.
+        epoch: EpochId,
+    },
+    /// It does not take what it is told.
+    #[error("the primary does not read its control stream")]
+    Deaf,
     /// Too many epochs in flight.
     #[error("more than {EPOCHS_IN_FLIGHT_MAX} epochs in flight")]
     InFlight,
@@ -218,7 +241,7 @@ impl SessionError {
                 CloseCode::Mismatch
             }
             Self::Ahead { .. } => CloseCode::Ahead,
-            Self::Groups { .. } | Self::Volumes { .. } => CloseCode::Limit,
+            Self::Groups { .. } | Self::VolumeBytes { .. } | Self::Volumes { .. } => CloseCode::Limit,
             Self::Superseded { .. } | Self::Fenced { .. } => CloseCode::Superseded,
             Self::Storage(_) => CloseCode::Storage,
             Self::Stopping | Self::PeerClosed { .. } => CloseCode::Stopping,
@@ -230,6 +253,8 @@ impl SessionError {
             | Self::SealGeneration { .. }
             | Self::SealOrder { .. }
             | Self::SealMismatch { .. }
+            | Self::EmptyEpoch { .. }
+            | Self::Deaf
             | Self::InFlight => CloseCode::Misbehaved,
         }
     }

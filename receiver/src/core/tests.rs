@@ -9,7 +9,7 @@ fn name(text: &str) -> Name {
 }
 
 fn core() -> Core {
-    Core::new(ClientPolicy { client: name("a"), groups: None, groups_max: 4, volumes_max: 4 })
+    Core::new(ClientPolicy { client: name("a"), groups: None, groups_max: 4, volumes_max: 4, volume_bytes_max: 10_000 })
 }
 
 fn hello() -> Hello {
@@ -25,7 +25,26 @@ fn hello() -> Hello {
     }
 }
 
+/// The one frame of an epoch.
+fn frame(epoch: u64) -> Vec<u8> {
+    let extents = [proto::BlockExtent { start: proto::BlockIndex(0), blocks: 1 }];
+    proto::frame::encode_zero(proto::VolumeIndex(0), EpochId(epoch), 0, &extents)
+}
+
+fn frame_arrives(core: &mut Core, epoch: u64) {
+    let bytes = frame(epoch);
+    let decoded = proto::Frame::decode(&bytes, 2).unwrap();
+    core.frame_arrived(&decoded.header, bytes.first_chunk().unwrap(), 1);
+}
+
 fn seal(epoch: u64) -> Seal {
+    let (mut tally, frame) = (Tally::default(), frame(epoch));
+    tally.add(frame.first_chunk().unwrap(), frame.len(), 0, 1);
+    let (frames, frame_bytes, digest) = (tally.frames, tally.frame_bytes, tally.digest());
+    Seal { frames, frame_bytes, zero_blocks: 1, digest, ..empty_seal(epoch) }
+}
+
+fn empty_seal(epoch: u64) -> Seal {
     Seal {
         passes: 1,
         epoch: EpochId(epoch),
@@ -55,7 +74,7 @@ fn good(core: &mut Core, event: Event) -> Vec<Action> {
 fn streaming() -> Core {
     let mut core = core();
     good(&mut core, Event::Message(Message::Hello(hello())));
-    good(&mut core, Event::Stored(Stored::Absent { groups: 0 }));
+    good(&mut core, Event::Stored(Stored::Absent { groups: 0, volume_bytes: 0 }));
     let out = good(&mut core, Event::Claimed { committed: None });
     let welcome =
         Message::Welcome { version: 1, generation: Generation(1), committed: None, epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX };
@@ -70,6 +89,7 @@ fn a_pass_waits_for_the_seal_before_it() {
     assert!(core.wants_pass());
     good(&mut core, Event::Pass(pass(1)));
     assert!(!core.wants_pass());
+    frame_arrives(&mut core, 1);
     good(&mut core, Event::PassEnd);
     assert!(!core.wants_pass(), "the seal is not here yet");
     assert_eq!(good(&mut core, Event::Message(Message::Seal(seal(1)))), [Action::Commit(seal(1))]);
@@ -77,6 +97,28 @@ fn a_pass_waits_for_the_seal_before_it() {
     good(&mut core, Event::Pass(pass(2)));
     let point = seal(1).point();
     assert_eq!(good(&mut core, Event::Committed(point)), [Action::Send(Message::Committed { point })]);
+}
+
+/// An epoch in which nothing changed would be a point that costs its sender nothing.
+#[test]
+fn an_empty_epoch_is_refused() {
+    let mut core = streaming();
+    good(&mut core, Event::Pass(pass(1)));
+    good(&mut core, Event::PassEnd);
+    let ended = core.handle(Event::Message(Message::Seal(empty_seal(1))), &mut Vec::new()).unwrap();
+    assert_eq!((ended.to_string().as_str(), ended.code()), ("seal of epoch 1 has no frames", proto::CloseCode::Misbehaved));
+}
+
+/// Volumes are declared in a few bytes; what they may come to is bounded by the client, not by its words.
+#[test]
+fn the_volumes_of_a_client_are_limited_together() {
+    for (volume_bytes, fits) in [(10_000 - 8192, true), (10_000 - 8191, false), (u64::MAX, false)] {
+        let mut core = core();
+        good(&mut core, Event::Message(Message::Hello(hello())));
+        let ended = core.handle(Event::Stored(Stored::Absent { groups: 1, volume_bytes }), &mut Vec::new());
+        assert_eq!(ended.is_none(), fits, "{volume_bytes}");
+        assert!(ended.is_none_or(|e| e.code() == proto::CloseCode::Limit));
+    }
 }
 
 /// Seals overtake passes; each is used when its own epoch is complete.
@@ -88,6 +130,7 @@ fn seals_that_come_early_wait_for_their_epoch() {
     }
     for epoch in 1..=3 {
         good(&mut core, Event::Pass(pass(epoch)));
+        frame_arrives(&mut core, epoch);
         assert_eq!(good(&mut core, Event::PassEnd), [Action::Commit(seal(epoch))]);
     }
 }

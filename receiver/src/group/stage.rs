@@ -80,7 +80,7 @@ mod tests {
     #[test]
     fn a_list_and_a_copy_give_the_same_index() {
         let size = 1_u64 << 30;
-        let mut committed = Index::new([size]);
+        let mut committed = Index::new([size], false);
         for blocks in [10_u64, STAGED_EXTENTS_MAX as u64 + 100] {
             let mut stage = Stage::default();
             for i in 0..blocks {

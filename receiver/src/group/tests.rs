@@ -180,3 +180,28 @@ fn a_promotion_cut_short_is_finished_later() {
         group.stop().await;
     });
 }
+
+/// Nobody knows which generation is on disk after a promotion whose write failed: its primary is ended and no other one is let
+/// in, or both sides could write.
+#[test]
+fn a_promotion_that_cannot_be_written_ends_the_session() {
+    let scene = Scene::new();
+    runtime().block_on(async {
+        let group = scene.open();
+        let (_, mut events) = claim(&group, 1).await;
+        epoch(&group, 1, &mut events, 1).await;
+        scene.disk.store(FULL, Ordering::SeqCst);
+        let error = group.promote(None).await.unwrap_err().to_string();
+        assert!(error.ends_with("cannot write the superblock: no storage space"), "{error}");
+        let Some(GroupEvent::Storage(cause)) = events.recv().await else { panic!("the session ends") };
+        assert_eq!(cause.to_string(), error);
+        assert_eq!(group.shared.state.read().last_error, Some(error));
+        assert!(!scene.folder.path.join("reserve").exists(), "the reserve is given up before the write");
+        scene.disk.store(FINE, Ordering::SeqCst);
+        let (Claimed::No(cause), _) = claim(&group, 2).await else { panic!("the superblock is poisoned") };
+        assert!(cause.to_string().ends_with("an earlier write of the superblock failed: restart the node"), "{cause}");
+        group.stop().await;
+        let promoted = scene.open().promote(None).await.unwrap();
+        assert_eq!((promoted.generation, promoted.fork.point), (Generation(2), point(1)));
+    });
+}

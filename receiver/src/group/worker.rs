@@ -13,7 +13,7 @@ use super::{
 };
 use crate::batch::Batch;
 use crate::core::Cause;
-use crate::journal::{Journal, JournalError};
+use crate::journal::{Journal, JournalError, PLACED_SEAL_BYTES};
 use crate::superblock::{ForkInUse, Superblock, SuperblockFile};
 
 pub(super) struct ActiveSession {
@@ -85,7 +85,9 @@ impl Worker {
             return Claimed::Changed;
         }
         self.end_session(GroupEvent::Superseded);
-        if let Err(error) = self.abandon() {
+        // After a failed promotion nobody knows which generation is on disk: nothing is written in the old one.
+        let usable = self.superblock.check().map_err(GroupError::from);
+        if let Err(error) = usable.and_then(|()| self.abandon()) {
             let cause: Cause = Arc::new(error);
             self.note(&cause);
             return Claimed::No(cause);
@@ -99,11 +101,7 @@ impl Worker {
 
     fn append(&mut self, batch: &Batch) -> Result<(), GroupError> {
         let bytes = batch.bytes.len() as u64;
-        if let Some(max) = self.usage.max
-            && self.usage.used.load(Ordering::Relaxed) + bytes > max
-        {
-            return Err(GroupError::Space { client: self.shared.folder.client.clone(), max });
-        }
+        self.check_space(bytes)?;
         let mut table = self.shared.frames.table.write();
         if u64::from(next_of(&table)) + batch.frames.len() as u64 > u64::from(crate::index::FrameId::MAX.0) {
             return Err(JournalError::Full { path: self.shared.folder.journal() }.into());
@@ -124,7 +122,18 @@ impl Worker {
         Ok(())
     }
 
+    fn check_space(&self, bytes: u64) -> Result<(), GroupError> {
+        match self.usage.max {
+            Some(max) if self.usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max => {
+                Err(GroupError::Space { client: self.shared.folder.client.clone(), max })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn commit(&mut self, seal: &Seal) -> Result<(), GroupError> {
+        self.superblock.check()?;
+        self.check_space(PLACED_SEAL_BYTES as u64)?;
         let end = self.journal.commit(seal)?;
         self.count();
         self.next_committed = next_frame(&self.shared.frames);
@@ -173,18 +182,32 @@ impl Worker {
         if !known {
             return Err(GroupError::NoPoint { group: group(), point });
         }
-        let generation = Generation(block.generation.0 + 1);
-        let name = format!("active-{generation}").parse();
-        let Ok(name) = name else { return Err(GroupError::NoPoint { group: group(), point }) };
+        let no_number = || GroupError::NoPoint { group: group(), point };
+        let generation = Generation(block.generation.0.checked_add(1).ok_or_else(no_number)?);
+        let name = format!("active-{generation}").parse().map_err(|_| no_number())?;
         let fork = ForkInUse { name, point };
+        // A full disk must not keep the copy from becoming the server; without the reserve the write may still succeed.
+        if let Err(error) = self.shared.folder.release_reserve() {
+            tracing::warn!("{error}");
+        }
         // All points up to here were synced when they were committed.
-        self.superblock.write(Superblock {
+        let written = self.superblock.write(Superblock {
             generation,
             role: GroupRole::Active,
             fork: Some(fork.clone()),
             synced: Some(newest),
             ..block
-        })?;
+        });
+        if let Err(error) = written {
+            // The new generation may be on disk or not: whoever writes now might write after the failover.
+            let cause: Cause = Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(error.to_string()));
+            self.note(&cause);
+            self.end_session(GroupEvent::Storage(cause));
+            if let Err(error) = self.abandon() {
+                tracing::warn!("{error}");
+            }
+            return Err(error.into());
+        }
         {
             let mut state = self.shared.state.write();
             state.generation = generation;

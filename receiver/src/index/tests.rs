@@ -28,7 +28,7 @@ proptest! {
     fn behaves_like_a_map_of_blocks(
         ops in prop::collection::vec((0..BLOCKS, prop_oneof![1..4u32, 1..2000u32], prop::bool::weighted(0.3)), 1..60)
     ) {
-        let (mut map, mut oracle) = (VolumeIndexMap::new(BLOCKS * BLOCK_BYTES - 5), BTreeMap::new());
+        let (mut map, mut oracle) = (VolumeIndexMap::new(BLOCKS * BLOCK_BYTES - 5, false), BTreeMap::new());
         let mut snapshots = Vec::new();
         for (i, (start, blocks, zero)) in ops.into_iter().enumerate() {
             let frame = if zero { FrameId::ZERO } else { FrameId(i as u32) };
@@ -70,10 +70,27 @@ fn frames_are_found_and_forgotten() {
 /// An empty TiB is scanned in one step.
 #[test]
 fn the_base_is_one_run_over_untouched_regions() {
-    let mut map = VolumeIndexMap::new(1 << 40);
+    let mut map = VolumeIndexMap::new(1 << 40, false);
     let blocks = (1_u64 << 40) / BLOCK_BYTES;
     assert_eq!(map.find(0, blocks), (Place::Base, blocks));
     map.put(BlockExtent { start: BlockIndex(5000), blocks: 1 }, FrameId(1));
     assert_eq!(map.find(3, blocks - 3), (Place::Base, 4096 - 3));
     assert_eq!(map.find(4096, blocks - 4096), (Place::Base, 904));
+}
+
+/// Would catch a peer that fills memory with zeroes over nothing: 16 TiB of them are 4 million regions.
+#[test]
+fn zeroes_over_an_empty_base_cost_nothing() {
+    let mut map = VolumeIndexMap::new(1 << 44, true);
+    let blocks = (1_u64 << 44) / BLOCK_BYTES;
+    let all = BlockExtent { start: BlockIndex(0), blocks: u32::MAX };
+    map.put(all, FrameId::ZERO);
+    assert_eq!((map.memory_bytes(), map.find(0, blocks)), (0, (Place::Base, blocks)));
+    map.put(BlockExtent { start: BlockIndex(1_000_000), blocks: 2 }, FrameId(1));
+    map.put(BlockExtent { start: BlockIndex(1_000_001), blocks: u32::MAX - 2_000_000 }, FrameId::ZERO);
+    assert_eq!(map.find(1_000_000, 5), (Place::Frame(FrameId(1)), 1));
+    assert_eq!(map.find(1_000_001, 5), (Place::Zero, 5));
+    map.put(all, FrameId::ZERO);
+    assert_eq!(map.find(1_000_000, 5).0, Place::Zero);
+    assert_eq!((map.regions_used, map.find(2_000_000, 5)), (1, (Place::Base, 5)));
 }

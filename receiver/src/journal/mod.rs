@@ -274,13 +274,19 @@ impl Journal {
             created_unix_us: crate::clock::unix_us(),
         };
         let create = || -> io::Result<File> {
-            self.options.faults.before_write(SEGMENT_HEADER_BYTES)?;
             let file = crate::store::create_file(&path)?;
+            self.options.faults.before_write(SEGMENT_HEADER_BYTES)?;
             file.write_all_at(&header.encode(), 0)?;
             crate::disk::sync_folder(&self.folder)?;
             Ok(file)
         };
-        let file = create().map_err(|source| JournalError::Io { path: path.clone(), what: "begin a segment of", source })?;
+        let file = create().map_err(|source| {
+            // A half-made file would be in the way when there is room again. One that was there before is not ours.
+            if source.kind() != io::ErrorKind::AlreadyExists {
+                let _ = std::fs::remove_file(&path);
+            }
+            JournalError::Io { path: path.clone(), what: "begin a segment of", source }
+        })?;
         self.bytes += SEGMENT_HEADER_BYTES as u64;
         self.tail = Some(Tail { number, file, bytes: SEGMENT_HEADER_BYTES as u64 });
         Ok(())
