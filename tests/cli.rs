@@ -41,6 +41,8 @@ fn a_disk_is_protected_lost_and_served_from_the_copy() {
     need(&[("nbdcopy", "libnbd-bin"), ("qemu-io", "qemu-utils")]);
     let folder = scratch();
     let mut pair = Pair::start(folder.path(), "db", "100ms", &[("root", 16 * MIB), ("data", 8 * MIB)]);
+    // The empty disks are a point of their own, so that there is an earlier one.
+    pair.primary.committed("db");
     let (image, noise_file) = (pair.images[0].clone(), folder.path().join("noise"));
     std::fs::write(&noise_file, noise(1, 16 * MIB as usize)).unwrap();
     run("nbdcopy", &[noise_file.to_str().unwrap(), &uri(&pair.sockets[0], "root")]);
@@ -120,6 +122,68 @@ fn a_disk_is_protected_lost_and_served_from_the_copy() {
     let status = pair.primary.cli(&["status"]);
     assert!(status.contains("fenced: another side may write now"), "{status}");
     run("qemu-io", &["-f", "raw", "-c", "read -P 0x5a 1M 2M", &uri(&pair.sockets[1], "data")]);
+}
+
+#[test]
+fn an_older_point_is_served_and_an_export_that_fails_is_shown() {
+    let folder = scratch();
+    let mut pair = Pair::start(folder.path(), "db", "100ms", &[("root", 4 * MIB)]);
+    let mut nbd = Nbd::connect(&pair.sockets[0], "root").unwrap();
+    nbd.write(MIB, &noise(21, 4096)).unwrap();
+    pair.primary.committed("db");
+    let older = pair.receiver.points("db").last().unwrap().0.clone();
+    nbd.write(MIB, &noise(22, 4096)).unwrap();
+    pair.primary.committed("db");
+    assert_ne!(pair.receiver.points("db").last().unwrap().0, older);
+    pair.primary.kill();
+    let copy = folder.path().join("copy.sock");
+    assert_eq!(pair.receiver.failover("db", Some(&older), &copy), older);
+    assert!(Nbd::connect(&copy, "root").unwrap().read(MIB, 4096).unwrap() == noise(21, 4096), "not the older content");
+
+    // Its address is taken when the node comes back: shown, and served elsewhere on demand.
+    pair.receiver.stop();
+    std::fs::write(&copy, "not a socket").unwrap();
+    pair.receiver.start();
+    let shown = pair.receiver.copy("primary", "db");
+    assert!(shown["state"] == "active" && shown["active"]["export"].is_null(), "{shown:#}");
+    assert!(shown["error"].as_str().unwrap().starts_with("not exported: "), "{shown:#}");
+    assert!(pair.receiver.cli(&["status"]).contains("copy.sock: exists and is not a socket"));
+    let other = folder.path().join("other.sock");
+    assert_eq!(pair.receiver.failover("db", None, &other), older);
+    let shown = pair.receiver.copy("primary", "db");
+    assert_eq!(shown["active"]["export"], format!("unix:{}", other.display()), "{shown:#}");
+    assert!(Nbd::connect(&other, "root").unwrap().read(MIB, 4096).unwrap() == noise(21, 4096), "not the older content");
+}
+
+#[test]
+fn a_failover_to_an_export_that_is_taken_changes_nothing() {
+    let folder = scratch();
+    let mut pair = Pair::start(folder.path(), "db", "100ms", &[("root", 4 * MIB)]);
+    pair.primary.stop();
+    let config = std::fs::read_to_string(pair.primary.config()).unwrap();
+    let group = &config[config.find("[[group]]").unwrap()..];
+    let second = group.replace("\"db\"", "\"web\"").replace("root.raw", "web.raw").replace("root.sock", "web.sock");
+    sparse(&pair.primary.folder.join("web.raw"), 4 * MIB);
+    std::fs::write(pair.primary.config(), format!("{config}{second}")).unwrap();
+    pair.primary.start();
+    pair.primary.committed("db");
+    pair.primary.committed("web");
+
+    let tcp = format!("tcp:{}", free_tcp());
+    pair.receiver.cli(&["failover", "db", "--export", &tcp, "--yes"]);
+    let records = std::fs::read(pair.receiver.folder.join("state/exports.json")).unwrap();
+    let said = refusal(&pair.receiver.ask(&["failover", "web", "--export", &tcp, "--yes"]), 1);
+    assert!(said.starts_with(&format!("{tcp} serves a disk named root already, of group primary/db")), "{said}");
+    let web = pair.receiver.copy("primary", "web");
+    assert!(web["state"] == "following" && web["generation"] == 1 && web["active"].is_null(), "{web:#}");
+    assert_eq!(std::fs::read(pair.receiver.folder.join("state/exports.json")).unwrap(), records);
+
+    // Replication goes on, and the other group's copy is served where it was.
+    let before = pair.receiver.points("web").len();
+    Nbd::connect(&pair.primary.folder.join("web.sock"), "root").unwrap().write(0, &noise(23, 4096)).unwrap();
+    pair.primary.committed("web");
+    assert!(pair.receiver.points("web").len() > before);
+    assert_eq!(pair.receiver.copy("primary", "db")["active"]["export"], tcp);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use axum::{Json, Router};
 use proto::Point;
 use serde::Deserialize;
 
+use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{ApiError, FailoverDone, FailoverPlan, FailoverRequest, NodeId, NodeStatus, Points};
 
@@ -42,7 +43,9 @@ impl IntoResponse for RequestError {
             Self::NoReceiver | Self::UnknownGroup { .. } | Self::AmbiguousGroup { .. } | Self::UnknownPoint { .. } => {
                 StatusCode::NOT_FOUND
             }
-            Self::NoPoint { .. } | Self::AlreadyActive { .. } => StatusCode::CONFLICT,
+            Self::NoPoint { .. } | Self::AlreadyActive { .. } | Self::Exports(ExportError::NameTaken { .. }) => {
+                StatusCode::CONFLICT
+            }
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
         };

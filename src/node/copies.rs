@@ -10,8 +10,8 @@ use receiver::{GroupStatus, Limits, Receiver, ReceiverError, Role};
 use replicator::QueueStatus;
 use tokio::sync::RwLock;
 
+use super::exports::Offered;
 use super::failover::RequestError;
-use super::record::ExportRecord;
 use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, PointInfo, Points};
 use crate::config::ReceiverConfig;
 
@@ -68,12 +68,12 @@ impl Copies {
         Ok(Self { receiver: RwLock::new(Some(receiver)), space_max_bytes })
     }
 
-    pub(crate) async fn status(&self, record: &ExportRecord) -> Vec<CopyStatus> {
+    pub(crate) async fn status(&self, offered: &Offered) -> Vec<CopyStatus> {
         let groups = self.receiver.read().await.as_ref().map(Receiver::status).unwrap_or_default();
-        groups.into_iter().map(|group| self.translated(group, record)).collect()
+        groups.into_iter().map(|group| self.translated(group, offered)).collect()
     }
 
-    fn translated(&self, group: GroupStatus, record: &ExportRecord) -> CopyStatus {
+    fn translated(&self, group: GroupStatus, offered: &Offered) -> CopyStatus {
         let name = GroupRef { client: group.client.clone(), group: group.group.clone() };
         let state = match (group.role, &group.peer) {
             (Role::Broken, _) => CopyState::Failed,
@@ -87,9 +87,17 @@ impl Copies {
             used: q.used,
             limit: q.limit,
         };
+        let export = offered.addresses.get(&name.to_string()).cloned();
+        let error = match (&group.active, &export) {
+            (Some(_), None) => Some(match offered.failed.get(&name.to_string()) {
+                Some(error) => format!("not exported: {error}"),
+                None => format!("not exported: run twinsite failover {name} --export ADDRESS"),
+            }),
+            _ => group.last_error,
+        };
         CopyStatus {
             state,
-            error: group.last_error,
+            error,
             generation: group.generation,
             committed: group.committed.map(|p| p.point),
             cut_unix_us: group.committed.map(|p| p.cut_unix_us),
@@ -103,9 +111,7 @@ impl Copies {
             peer: group.peer.map(|p| p.address.to_string()),
             volumes: group.volumes.into_iter().map(|v| CopyVolume { name: v.name, size_bytes: v.size_bytes }).collect(),
             queues: group.queues.into_iter().map(queue).collect(),
-            active: group
-                .active
-                .map(|a| ActiveStatus { point: a.point, export: record.get(&name.to_string()).map(str::to_owned) }),
+            active: group.active.map(|a| ActiveStatus { point: a.point, export }),
             client: name.client,
             group: name.group,
         }

@@ -26,6 +26,10 @@ pub(crate) enum ExportError {
     Nbd(#[from] NbdServerError),
     #[error(transparent)]
     Tls(#[from] TlsError),
+    #[error(
+        "{address} serves a disk named {disk} already, of group {group}: nothing was changed; choose another --export address"
+    )]
+    NameTaken { address: String, disk: String, group: String },
     #[error("{}: cannot make the folder of the socket: {source}: make it, or choose another path", path.display())]
     Folder { path: PathBuf, source: std::io::Error },
 }
@@ -34,6 +38,15 @@ pub(crate) enum ExportError {
 pub(crate) struct Exports {
     io: IoThreads,
     servers: Mutex<BTreeMap<String, Served>>,
+    /// Why a group's disks are not offered, by group.
+    failed: Mutex<BTreeMap<String, String>>,
+}
+
+/// Where groups are offered now, and why others are not.
+#[derive(Debug, Default)]
+pub(crate) struct Offered {
+    pub(crate) addresses: BTreeMap<String, String>,
+    pub(crate) failed: BTreeMap<String, String>,
 }
 
 struct Served {
@@ -43,7 +56,7 @@ struct Served {
 
 impl Exports {
     pub(crate) fn new(io: IoThreads) -> Self {
-        Self { io, servers: Mutex::default() }
+        Self { io, servers: Mutex::default(), failed: Mutex::default() }
     }
 
     /// Makes sure that a server listens on `address`; returns the address with the port that the system chose.
@@ -77,6 +90,38 @@ impl Exports {
         Ok(bound)
     }
 
+    /// Refuses if another group has one of these names at `address`.
+    pub(crate) async fn check_free(
+        &self,
+        address: &ListenAddr,
+        group: &str,
+        names: impl Iterator<Item = &Name>,
+    ) -> Result<(), ExportError> {
+        let servers = self.servers.lock().await;
+        let Some(served) = servers.get(&address.to_string()) else { return Ok(()) };
+        for name in names {
+            if let Some(other) = served.disks.iter().find(|d| d.name == name.as_str() && d.group != group) {
+                let (address, disk, group) = (address.to_string(), other.name.clone(), other.group.clone());
+                return Err(ExportError::NameTaken { address, disk, group });
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes why the disks of `group` are not offered, until they are.
+    pub(crate) async fn note_failed(&self, group: &str, error: &str) {
+        self.failed.lock().await.insert(group.to_owned(), error.to_owned());
+    }
+
+    /// Where groups are offered.
+    pub(crate) async fn offered(&self) -> Offered {
+        let mut addresses = BTreeMap::new();
+        for (address, served) in self.servers.lock().await.iter() {
+            addresses.extend(served.disks.iter().map(|d| (d.group.clone(), address.clone())));
+        }
+        Offered { addresses, failed: self.failed.lock().await.clone() }
+    }
+
     /// Offers `disks` of `group` on `address`, all or none.
     pub(crate) async fn add(
         &self,
@@ -99,6 +144,7 @@ impl Exports {
             added.push(ExportedDisk { name: name.to_string(), group: group.to_owned() });
         }
         served.disks.append(&mut added);
+        self.failed.lock().await.remove(group);
         Ok(())
     }
 

@@ -76,8 +76,11 @@ impl Node {
             point: wanted,
             known: points.points.iter().map(|p| p.point).collect(),
         })?;
-        let record = self.record.lock().await;
-        let status = copies.status(&record).await.into_iter().find(|g| g.client == group.client && g.group == group.group);
+        let status = copies
+            .status(&self.exports.offered().await)
+            .await
+            .into_iter()
+            .find(|g| g.client == group.client && g.group == group.group);
         let status = status.ok_or_else(no_point)?;
         Ok(FailoverPlan {
             client: group.client,
@@ -98,6 +101,8 @@ impl Node {
     pub(crate) async fn failover(&self, request: &FailoverRequest) -> Result<FailoverDone, RequestError> {
         let began = Instant::now();
         let copies = self.receiving()?;
+        // One failover at a time, from the plan on: a second one sees what the first has done.
+        let mut record = self.record.lock().await;
         let plan = self.failover_plan(&request.group, request.point).await?;
         let group = GroupRef { client: plan.client.clone(), group: plan.group.clone() };
         if let (Some(active), Some(wanted)) = (&plan.active, request.point)
@@ -109,10 +114,11 @@ impl Node {
         // A relative path would be relative to the daemon's folder, which nobody knows; the command line makes it absolute.
         let address = export_address(Path::new("/"), &request.export).map_err(refused)?;
         let selector = group.to_string();
-        let mut record = self.record.lock().await;
+        self.exports.check_free(&address, &selector, plan.volumes.iter().map(|v| &v.name)).await?;
+        let before = record.get(&selector).map(str::to_owned);
         let address = self.exports.listen(&address, None).await?;
         let result = async {
-            record.set(&selector, &address.to_string())?;
+            record.set(&selector, Some(&address.to_string()))?;
             let activated = match plan.active {
                 Some(_) => copies.failover(&group, None).await?,
                 None => copies.failover(&group, Some(plan.point)).await?,
@@ -123,6 +129,14 @@ impl Node {
             Ok::<_, RequestError>((activated.point, activated.generation, volumes))
         }
         .await;
+        if let Err(error) = &result {
+            if record.get(&selector) != before.as_deref()
+                && let Err(error) = record.set(&selector, before.as_deref())
+            {
+                tracing::error!(group = selector, "{error}");
+            }
+            self.exports.note_failed(&selector, &error.to_string()).await;
+        }
         self.exports.prune().await;
         let (point, generation, volumes) = result?;
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -157,7 +171,10 @@ impl Node {
             };
             match self.export_again(&selector, &recorded, activated).await {
                 Ok(()) => tracing::info!(group = selector, address = recorded, "active copy exported again"),
-                Err(error) => tracing::error!(group = selector, "active copy not exported: {error}"),
+                Err(error) => {
+                    tracing::error!(group = selector, "active copy not exported: {error}");
+                    self.exports.note_failed(&selector, &error.to_string()).await;
+                }
             }
         }
         self.exports.prune().await;

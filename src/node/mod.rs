@@ -33,7 +33,6 @@ use crate::api::{NodeId, NodeStatus, Points, ReceiverStatus};
 use crate::config::Config;
 use crate::key;
 
-/// Threads of the runtime that speaks with peers and the control socket.
 /// Niceness of the threads that replicate.
 const REPLICATION_NICE: i32 = 10;
 /// Threads of the runtime: network, control socket, journals.
@@ -56,7 +55,7 @@ impl Node {
     pub(crate) async fn status(&self) -> NodeStatus {
         let receiver = match (&self.copies, &self.listen) {
             (Some(Ok(copies)), Some(listen)) => {
-                let groups = copies.status(&*self.record.lock().await).await;
+                let groups = copies.status(&self.exports.offered().await).await;
                 Some(ReceiverStatus { listen: listen.clone(), error: None, groups })
             }
             (Some(Err(error)), Some(listen)) => {

@@ -42,11 +42,17 @@ impl ExportRecord {
         self.addresses.get(selector).map(String::as_str)
     }
 
-    /// Durable when it returns.
-    pub(crate) fn set(&mut self, selector: &str, address: &str) -> Result<(), RecordError> {
-        self.addresses.insert(selector.to_owned(), address.to_owned());
-        let text = serde_json::to_vec_pretty(&self.addresses).unwrap_or_default();
-        self.replace(&text).map_err(|source| RecordError::Io { path: self.path.clone(), source })
+    /// Durable when it returns; `None` forgets. An error changes nothing.
+    pub(crate) fn set(&mut self, selector: &str, address: Option<&str>) -> Result<(), RecordError> {
+        let mut addresses = self.addresses.clone();
+        match address {
+            Some(address) => addresses.insert(selector.to_owned(), address.to_owned()),
+            None => addresses.remove(selector),
+        };
+        let text = serde_json::to_vec_pretty(&addresses).unwrap_or_default();
+        self.replace(&text).map_err(|source| RecordError::Io { path: self.path.clone(), source })?;
+        self.addresses = addresses;
+        Ok(())
     }
 
     fn replace(&self, text: &[u8]) -> io::Result<()> {
@@ -69,10 +75,12 @@ mod tests {
     #[test]
     fn addresses_survive_and_a_damaged_file_is_named() {
         let folder = tempfile::tempdir().unwrap();
-        ExportRecord::open(folder.path()).unwrap().set("a/db", "unix:/x").unwrap();
-        let record = ExportRecord::open(folder.path()).unwrap();
+        ExportRecord::open(folder.path()).unwrap().set("a/db", Some("unix:/x")).unwrap();
+        let mut record = ExportRecord::open(folder.path()).unwrap();
         assert_eq!(record.get("a/db"), Some("unix:/x"));
         assert_eq!(record.get("a/web"), None);
+        record.set("a/db", None).unwrap();
+        assert_eq!(ExportRecord::open(folder.path()).unwrap().get("a/db"), None);
         fs::write(folder.path().join(FILE), "{").unwrap();
         assert!(ExportRecord::open(folder.path()).unwrap_err().to_string().contains(FILE));
     }
