@@ -3,19 +3,20 @@
 //!
 //! Bounds: [`SCRAPES_MAX`] connections at once (others wait in the kernel), each for [`SCRAPE_TIME`] at most, one request each.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replicator::{GroupStatus, LinkState};
+use replicator::{GroupStatus, LinkState, QueueStatus};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use super::Node;
-use crate::api::{CopyState, CopyStatus, NodeStatus, PrimaryStatus};
+use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
 
 const SCRAPES_MAX: usize = 16;
 const SCRAPE_TIME: Duration = Duration::from_secs(5);
@@ -59,6 +60,7 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_queue_used", "gauge", "Fill of a queue, in its unit"),
     ("twinsite_queue_limit", "gauge", "Limit of a queue, in its unit"),
     ("twinsite_nbd_connections", "gauge", "NBD clients of an address"),
+    ("twinsite_nbd_connections_limit", "gauge", "NBD clients of an address at most"),
 ];
 
 /// Listens for scrapers.
@@ -155,7 +157,7 @@ pub(crate) fn render(status: &NodeStatus) -> String {
         receiver.groups.iter().for_each(|group| copy(&mut samples, group));
     }
     for export in &status.exports {
-        samples.add("twinsite_nbd_connections", &[("address", &export.address)], export.connections.len() as f64);
+        nbd(&mut samples, export);
     }
     let mut text = String::new();
     for (name, kind, help) in METRICS {
@@ -216,6 +218,25 @@ fn copy(samples: &mut Samples, group: &CopyStatus) {
     for queue in &group.queues {
         let (client, group) = (group.client.as_str(), group.group.as_str());
         let labels = [("role", "receiver"), ("client", client), ("group", group), ("queue", &queue.name), ("unit", &queue.unit)];
+        samples.add("twinsite_queue_used", &labels, queue.used as f64);
+        samples.add("twinsite_queue_limit", &labels, queue.limit as f64);
+    }
+}
+
+/// Of the clients' queues, the fullest of each kind: clients come and go, and may be many.
+fn nbd(samples: &mut Samples, export: &ExportStatus) {
+    let address = export.address.as_str();
+    samples.add("twinsite_nbd_connections", &[("address", address)], export.connections.len() as f64);
+    samples.add("twinsite_nbd_connections_limit", &[("address", address)], export.connections_max as f64);
+    let mut fullest: BTreeMap<&str, &QueueStatus> = BTreeMap::new();
+    for queue in export.connections.iter().flat_map(|c| &c.queues) {
+        let known = fullest.entry(&queue.name).or_insert(queue);
+        if queue.used > known.used {
+            *known = queue;
+        }
+    }
+    for queue in fullest.values() {
+        let labels = [("role", "nbd"), ("address", address), ("queue", queue.name.as_str()), ("unit", &queue.unit)];
         samples.add("twinsite_queue_used", &labels, queue.used as f64);
         samples.add("twinsite_queue_limit", &labels, queue.limit as f64);
     }
