@@ -73,9 +73,9 @@ pub(crate) fn bar(done: u64, total: u64, width: usize) -> String {
     format!("[{}{}]", "#".repeat(filled), ".".repeat(width - filled))
 }
 
-/// Text from a peer or a file without what would move a terminal's cursor; line breaks stay.
+/// Text from a peer or a file as one line, without what would move a terminal's cursor.
 pub(crate) fn sanitised(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 /// Pads to `width` characters.
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(utc(1_769_864_399_000_000), "2026-01-31 12:59:59 UTC");
         assert_eq!(bar(1, 2, 10), "[#####.....]");
         assert_eq!(bar(9, 0, 4), "[####]");
-        assert_eq!(sanitised("a\x1b[2Jb\nc"), "a [2Jb\nc");
+        assert_eq!(sanitised("a\x1b[2Jb\nc"), "a [2Jb c");
         assert_eq!(table(&[vec!["A".into(), ">N".into()], vec!["xyz".into(), "1".into()]]), "A    N\nxyz  1\n");
     }
 }

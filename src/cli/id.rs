@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::api::NodeId;
-use crate::config::{CONFIG_DEFAULT, Config, STATE_DIR_DEFAULT};
+use crate::config::{CONFIG_DEFAULT, Config, STATE_DIR_DEFAULT, host_name};
 use crate::key;
 
 /// Port that the examples use.
@@ -31,8 +31,4 @@ pub(crate) fn run(file: Option<&Path>, json: bool) -> anyhow::Result<()> {
     println!("To let another machine send its disks here, paste there, in its [[group]]:\n");
     println!("peer = \"{}:{port}\"\npeer_key = \"{}\"", id.name, id.key);
     Ok(())
-}
-
-fn host_name() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

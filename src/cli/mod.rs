@@ -32,8 +32,8 @@ pub(crate) struct Usage(pub(crate) String);
     version,
     after_help = "\
 Examples:
-  twinsite demo                              both sites on this machine, a disaster, and the proof; needs no root
-  twinsite id                                this machine's key, to be pasted at the other machine
+  twinsite demo               both sites on this machine, and a disaster
+  twinsite id                 this machine's key, for the other machine
   twinsite run --config /etc/twinsite/twinsite.toml
   twinsite status --watch
   twinsite failover db --export unix:/run/twinsite/db.sock
@@ -54,10 +54,11 @@ enum Command {
     #[command(after_help = "\
 Examples:
   twinsite run --config twinsite.toml
-  twinsite run --check --config twinsite.toml     say what is wrong with the file, change nothing
+  twinsite run --check --config twinsite.toml     change nothing
 
-SIGTERM and SIGINT stop in order: guests are disconnected, the last epoch is committed; a second signal stops at once.
-Logs go to standard error; RUST_LOG overrides the level of the file.")]
+SIGTERM and SIGINT stop in order: guests are disconnected, the last epoch is
+committed; a second signal stops at once. Logs go to standard error; RUST_LOG
+overrides the level of the file.")]
     Run {
         /// Only check the configuration
         #[arg(long)]
@@ -85,7 +86,8 @@ Examples:
   twinsite status --watch         again every second, until Ctrl-C
   twinsite status --json db       for scripts: field names are an interface
 
-lag is the age of the oldest acknowledged write that is not committed at the receiver.")]
+lag is the age of the oldest acknowledged write that is not committed at the
+receiver.")]
     Status {
         /// Only this group
         group: Option<String>,
@@ -122,8 +124,9 @@ Examples:
   twinsite failover db --export unix:/run/twinsite/db.sock
   twinsite failover db --export tcp:127.0.0.1:10809 --point 1.18211 --yes
 
-First says what it will do. It raises the group's generation, so the old primary can no longer replicate into it; makes a
-writable fork of the point; and serves its disks over NBD. Nothing is copied. The points are kept.
+First says what it will do. It raises the group's generation, so the old
+primary can no longer replicate into it; makes a writable fork of the point;
+and serves its disks over NBD. Nothing is copied. The points are kept.
 Running it again for an active group serves it at the new address.")]
     Failover {
         /// GROUP, or CLIENT/GROUP
@@ -217,7 +220,10 @@ pub(crate) fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}", human::sanitised(&format!("{error:#}")));
+            let told = format!("{error:#}");
+            // Of our own errors only those of a configuration have several lines; what a peer sent has one.
+            let lines: Vec<&str> = if error.is::<ConfigErrors>() { told.lines().collect() } else { vec![&told] };
+            lines.into_iter().for_each(|line| eprintln!("{}", human::sanitised(line)));
             let usage = error.is::<Usage>() || error.is::<ConfigErrors>();
             ExitCode::from(if usage { 2 } else { 1 })
         }

@@ -14,6 +14,7 @@ use proto::{Codec, Fingerprint, Name};
 
 pub use error::{ConfigError, ConfigErrors, Problem};
 pub use parse::export_address;
+pub(crate) use parse::host_name;
 
 /// Where the configuration is looked for.
 pub const CONFIG_DEFAULT: &str = "/etc/twinsite/twinsite.toml";

@@ -294,7 +294,8 @@ fn titled(kind: &str, section: &Section<'_>) -> String {
     }
 }
 
-fn host_name() -> String {
+/// What a node calls itself unless it is told: the host's name up to the first dot.
+pub(crate) fn host_name() -> String {
     let uname = rustix::system::uname();
     let host = uname.nodename().to_string_lossy();
     host.split('.').next().and_then(|h| h.parse::<Name>().ok()).map_or_else(|| "node".to_owned(), |n| n.to_string())
