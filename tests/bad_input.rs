@@ -124,7 +124,7 @@ fn a_wrong_key_is_told_at_both_ends() {
     site.primary.start();
     let error = site.error("bad");
     assert!(error.contains(&site.primary.key()), "it shows the key that was pinned: {error}");
-    site.receiver_says(&["127.0.0.1", "not let in"]);
+    site.receiver_says(&["127.0.0.1", "it does not accept this node's key: compare its `peer_key`"]);
     site.goes_on("good", 1);
     site.copy_equals("good", &good);
 }
