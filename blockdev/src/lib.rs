@@ -11,6 +11,7 @@ mod fault;
 mod file;
 mod memory;
 pub mod nbd;
+mod ranges;
 mod uring;
 
 pub use buf::Buf;
@@ -19,4 +20,5 @@ pub use device::{BlockDevice, Extent, ExtentKind, IoFuture, ZeroMode};
 pub use fault::{Fault, FaultDevice, Operation};
 pub use file::{FileDevice, FileError, OpenOptions};
 pub use memory::MemoryDevice;
+pub use ranges::{RangeGuard, RangeLocks};
 pub use uring::{IoThreads, SharedFile};

@@ -19,7 +19,6 @@ struct Region {
 #[derive(Clone, Debug)]
 pub struct DirtyMap {
     regions: RegionMap<Region>,
-    size_bytes: u64,
     blocks: u64,
     set: u64,
 }
@@ -28,7 +27,7 @@ impl DirtyMap {
     /// The empty set for a volume of `size_bytes`.
     #[must_use]
     pub fn new(size_bytes: u64) -> Self {
-        Self { regions: RegionMap::new(size_bytes), size_bytes, blocks: blocks_of(size_bytes), set: 0 }
+        Self { regions: RegionMap::new(size_bytes), blocks: blocks_of(size_bytes), set: 0 }
     }
 
     /// All blocks of a volume of `size_bytes`.
@@ -133,12 +132,6 @@ impl DirtyMap {
                 self.set = self.set + after - before;
             }
         }
-    }
-
-    /// Size of the volume in bytes.
-    #[must_use]
-    pub fn volume_bytes(&self) -> u64 {
-        self.size_bytes
     }
 }
 

@@ -9,9 +9,9 @@
 
 use std::io;
 
-use super::ranges::RangeGuard;
 use super::{FileDevice, PAGE_BYTES};
 use crate::Buf;
+use crate::ranges::RangeGuard;
 use crate::uring::SharedFile;
 
 impl FileDevice {

@@ -10,7 +10,6 @@ mod direct;
 mod error;
 mod gate;
 mod lock;
-mod ranges;
 
 use std::fs::File;
 use std::io;
@@ -23,10 +22,10 @@ use rustix::io::ReadWriteFlags;
 
 pub use error::FileError;
 
+use crate::ranges::RangeLocks;
 use crate::uring::SharedFile;
 use crate::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, ZeroMode};
 use gate::InlineGate;
-use ranges::RangeLocks;
 
 /// Largest write made on the io thread itself, in bytes. Copying more into the page cache takes longer than the
 /// hop to a worker and keeps other connections waiting.

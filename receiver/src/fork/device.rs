@@ -9,13 +9,12 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use blockdev::{BlockDevice, Buf, Extent, FileDevice, IoFuture, ZeroMode};
+use blockdev::{BlockDevice, Buf, Extent, FileDevice, IoFuture, RangeLocks, ZeroMode};
 use parking_lot::RwLock;
 use proto::DirtyMap;
 use proto::units::BLOCK_BYTES;
 
 use super::map::{MapFile, PAGE_BLOCKS, page_of};
-use super::ranges::RangeLocks;
 use crate::view::View;
 
 /// A writable overlay on a view.
@@ -113,7 +112,7 @@ impl ForkDevice {
     }
 
     /// Locks the blocks of a range for a change and copies up those it covers in part.
-    async fn prepare(&self, offset: u64, length: u64) -> io::Result<super::ranges::RangeGuard<'_>> {
+    async fn prepare(&self, offset: u64, length: u64) -> io::Result<blockdev::RangeGuard<'_>> {
         let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
         let exclusive = self.partial_blocks(offset, length).next().is_some();
         let guard = self.locks.lock(blocks, exclusive).await;

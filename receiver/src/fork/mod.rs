@@ -5,7 +5,6 @@
 
 mod device;
 mod map;
-mod ranges;
 #[cfg(test)]
 mod tests;
 

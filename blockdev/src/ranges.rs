@@ -1,7 +1,8 @@
-//! Locks on ranges of blocks, first come, first served.
+//! Locks on ranges of blocks, for read-modify-write.
 //!
-//! A copy-up replaces a whole block to change a part of it, so it must not run beside anything else that writes the
-//! block; whole-block writes do not mind each other.
+//! A lock is granted when no earlier request that conflicts is still there, waiting or granted: first come, first
+//! served, so nobody starves. Shared locks do not conflict with each other (two aligned writes may land in
+//! either order); an exclusive lock conflicts with everything that overlaps.
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
@@ -11,11 +12,11 @@ use std::task::{Poll, Waker};
 use parking_lot::Mutex;
 
 #[derive(Debug, Default)]
-pub(super) struct RangeLocks {
+pub struct RangeLocks {
     state: Mutex<State>,
 }
 
-/// Bounded by the requests in flight, which the exports bound.
+// Bounded by the requests in flight, which the exports bound.
 #[derive(Debug, Default)]
 struct State {
     next: u64,
@@ -37,14 +38,15 @@ impl Entry {
 
 /// Held until dropped.
 #[derive(Debug)]
-pub(super) struct RangeGuard<'a> {
+pub struct RangeGuard<'a> {
     locks: &'a RangeLocks,
     id: u64,
 }
 
 impl RangeLocks {
     /// Waits for `range`.
-    pub(super) async fn lock(&self, range: Range<u64>, exclusive: bool) -> RangeGuard<'_> {
+    pub async fn lock(&self, range: Range<u64>, exclusive: bool) -> RangeGuard<'_> {
+        // A guard from the start, so that a dropped future gives its place up.
         let guard = self.enter(range, exclusive);
         poll_fn(|cx| {
             let mut state = self.state.lock();
@@ -61,7 +63,8 @@ impl RangeLocks {
     }
 
     /// `range`, if nothing stands in the way.
-    pub(super) fn try_lock(&self, range: Range<u64>, exclusive: bool) -> Option<RangeGuard<'_>> {
+    #[must_use]
+    pub fn try_lock(&self, range: Range<u64>, exclusive: bool) -> Option<RangeGuard<'_>> {
         let guard = self.enter(range, exclusive);
         let granted = self.state.lock().granted(guard.id);
         granted.then_some(guard)
@@ -88,8 +91,12 @@ impl Drop for RangeGuard<'_> {
         let wakers: Vec<Waker> = {
             let mut state = self.locks.state.lock();
             let Some(gone) = state.entries.remove(&self.id) else { return };
-            let later = state.entries.range_mut(self.id..);
-            later.filter(|(_, e)| e.conflicts(&gone)).filter_map(|(_, e)| e.waker.take()).collect()
+            state
+                .entries
+                .range_mut(self.id..)
+                .filter(|(_, later)| later.conflicts(&gone))
+                .filter_map(|(_, later)| later.waker.take())
+                .collect()
         };
         for waker in wakers {
             waker.wake();
@@ -100,6 +107,45 @@ impl Drop for RangeGuard<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::Context;
+
+    fn ready<F: Future>(future: std::pin::Pin<&mut F>) -> Option<F::Output> {
+        match future.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(value) => Some(value),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn exclusive_waits_for_overlap_only_and_in_order() {
+        let locks = RangeLocks::default();
+        let shared = ready(pin!(locks.lock(0..4, false))).expect("free");
+        let mut writer = pin!(locks.lock(3..5, true));
+        assert!(ready(writer.as_mut()).is_none(), "overlaps a shared lock");
+        let mut late = pin!(locks.lock(4..6, false));
+        assert!(ready(late.as_mut()).is_none(), "does not overtake the waiting exclusive lock");
+        assert!(ready(pin!(locks.lock(6..9, true))).is_some(), "elsewhere nothing waits");
+        drop(shared);
+        let granted = ready(writer.as_mut()).expect("granted after release");
+        assert!(ready(late.as_mut()).is_none());
+        drop(granted);
+        assert!(ready(late.as_mut()).is_some());
+    }
+
+    #[test]
+    fn a_dropped_waiter_gives_its_place_up() {
+        let locks = RangeLocks::default();
+        let first = ready(pin!(locks.lock(0..1, true))).expect("free");
+        {
+            let mut second = pin!(locks.lock(0..1, true));
+            assert!(ready(second.as_mut()).is_none());
+        }
+        drop(first);
+        assert!(ready(pin!(locks.lock(0..1, true))).is_some());
+        assert!(locks.state.lock().entries.is_empty());
+    }
 
     #[test]
     fn exclusive_stands_alone_and_shared_does_not() {
