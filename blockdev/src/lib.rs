@@ -13,6 +13,7 @@ mod memory;
 pub mod nbd;
 mod ranges;
 mod uring;
+mod waits;
 
 pub use buf::Buf;
 pub use delay::DelayDevice;

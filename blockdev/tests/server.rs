@@ -9,7 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockdev::nbd::{Export, ListenAddr, NbdServer, ServerOptions};
-use blockdev::{BlockDevice, Buf, DelayDevice, Fault, FaultDevice, FileDevice, IoThreads, MemoryDevice, OpenOptions, Operation};
+use blockdev::{
+    BlockDevice, Buf, DelayDevice, Extent, Fault, FaultDevice, FileDevice, IoFuture, IoThreads, MemoryDevice, OpenOptions,
+    Operation, ZeroMode,
+};
 use common::client::*;
 use common::{MIB, Server, file_device, noise};
 
@@ -126,6 +129,67 @@ fn errors_of_the_device_reach_the_client_as_what_they_are() {
     assert_eq!(client.call(WRITE_ZEROES, FAST_ZERO, 0, 2, &[]).errno, ENOTSUP);
     faults.inject(Fault::always(Operation::Extents, libc::EIO));
     assert_eq!(client.call(BLOCK_STATUS, 0, 0, 2, &[]).errno, EIO);
+}
+
+/// A disk that takes long writes at once up to a byte, from which on it is full, or too slow to do anything at once.
+struct Wall {
+    disk: Arc<MemoryDevice>,
+    at: u64,
+    full: bool,
+}
+
+impl BlockDevice for Wall {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+    fn read<'a>(&'a self, offset: u64, buf: Buf) -> IoFuture<'a, Buf> {
+        self.disk.read(offset, buf)
+    }
+    fn write<'a>(&'a self, offset: u64, data: Buf) -> IoFuture<'a, Buf> {
+        self.disk.write(offset, data)
+    }
+    fn flush<'a>(&'a self) -> IoFuture<'a, ()> {
+        self.disk.flush()
+    }
+    fn write_zeroes<'a>(&'a self, offset: u64, length: u64, mode: ZeroMode) -> IoFuture<'a, ()> {
+        self.disk.write_zeroes(offset, length, mode)
+    }
+    fn trim<'a>(&'a self, offset: u64, length: u64) -> IoFuture<'a, ()> {
+        self.disk.trim(offset, length)
+    }
+    fn extents<'a>(&'a self, offset: u64, length: u64, extents_max: usize) -> IoFuture<'a, Vec<Extent>> {
+        self.disk.extents(offset, length, extents_max)
+    }
+    fn try_write(&self, offset: u64, data: &[u8]) -> Option<std::io::Result<()>> {
+        match (offset + data.len() as u64 > self.at, self.full) {
+            (false, _) => self.disk.try_write(offset, data),
+            (true, true) => Some(Err(std::io::Error::from_raw_os_error(libc::ENOSPC))),
+            (true, false) => None,
+        }
+    }
+}
+
+/// A long write leaves the socket in pieces: whatever stops the device in the middle, the client gets one answer, and the stream
+/// of requests goes on behind it.
+#[test]
+fn a_long_write_survives_a_device_that_stops_in_the_middle() {
+    let data = noise(3, 900_000);
+    for full in [false, true] {
+        for at in [0, 70_000, 400_000, 900_000] {
+            let disk = memory();
+            let server = Server::new(Arc::new(Wall { disk: disk.clone(), at, full }));
+            let mut client = Client::connect(&server.socket, "disk", true);
+            for flags in [0, FUA] {
+                let answer = client.call(WRITE, flags, 1_003, 900_000, &data);
+                assert_eq!(answer.errno, if full { ENOSPC } else { 0 }, "at {at}");
+                assert_eq!(client.call(WRITE, 0, 0, 3, b"abc").errno, if full && at == 0 { ENOSPC } else { 0 });
+            }
+            if !full {
+                assert!(disk.snapshot()[1_003..901_003] == data, "at {at}");
+                assert_eq!(server.server.connections()[0].written_bytes, 2 * 900_003);
+            }
+        }
+    }
 }
 
 #[test]

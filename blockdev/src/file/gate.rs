@@ -7,10 +7,13 @@
 //!
 //! So the write is made inline and timed. One that took longer than [`STALL`] closes the gate for [`BACKOFF_FACTOR`]
 //! times as long as it took: in that time writes go through io_uring, whose workers wait instead of the io thread.
-//! The io thread thus loses at most one part in `BACKOFF_FACTOR` of its time to stalls, however slow the disk.
+//! The io thread thus loses at most one part in `BACKOFF_FACTOR` of its time to stalls, however slow the disk. A write that was long
+//! because others had the processor did not wait for the disk: the way through a worker would only cost it more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+use crate::waits;
 
 /// An inline write slower than this waited for something.
 const STALL: Duration = Duration::from_millis(2);
@@ -47,16 +50,17 @@ impl InlineGate {
     pub(super) fn timed<T>(&self, write: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = write();
-        self.record(start.elapsed());
+        let took = start.elapsed();
+        if took > STALL && waits::waited() {
+            self.close(took);
+        }
         result
     }
 
-    fn record(&self, took: Duration) {
-        if took > STALL {
-            let closed = (took * BACKOFF_FACTOR).min(BACKOFF_MAX);
-            let until = self.now_ns().saturating_add(nanoseconds(closed));
-            self.closed_until_ns.fetch_max(until, Ordering::Relaxed);
-        }
+    fn close(&self, took: Duration) {
+        let closed = (took * BACKOFF_FACTOR).min(BACKOFF_MAX);
+        let until = self.now_ns().saturating_add(nanoseconds(closed));
+        self.closed_until_ns.fetch_max(until, Ordering::Relaxed);
     }
 
     fn now_ns(&self) -> u64 {
@@ -75,9 +79,15 @@ mod tests {
     #[test]
     fn a_stall_closes_the_gate_and_a_quick_write_does_not() {
         let gate = InlineGate::new();
-        gate.record(Duration::from_micros(30));
+        crate::waits::note();
+        gate.timed(|| ());
         assert!(gate.is_open());
-        gate.record(Duration::from_secs(3600));
+        let begun = Instant::now();
+        gate.timed(|| while begun.elapsed() < STALL * 2 {});
+        assert!(gate.is_open(), "slow, but it waited for nothing");
+        gate.timed(|| std::thread::sleep(STALL * 2));
+        assert!(!gate.is_open(), "closed after a stall");
+        gate.close(Duration::from_secs(3600));
         assert!(!gate.is_open(), "closed after a stall");
         let until = gate.closed_until_ns.load(Ordering::Relaxed);
         assert!(until <= gate.now_ns() + nanoseconds(BACKOFF_MAX), "and never for longer than the bound");

@@ -43,8 +43,15 @@ pub(super) const BYTES_IN_FLIGHT_MAX: usize = 32 << 20;
 const REQUESTS_PER_TURN: u32 = 128;
 /// Replies collected before they are sent although more requests wait: the client works on these meanwhile.
 const REPLIES_PER_SEND: u32 = 16;
-/// Payloads up to this many bytes are taken from the receive buffer, longer ones are received into their own buffer.
+/// Payloads up to this many bytes are written whole from the receive buffer; longer ones leave it in pieces of at least as much, so
+/// that each piece is written while the processor's cache still holds it. What the device cannot take at once is
+/// received into a buffer of its own.
 const INLINE_PAYLOAD_BYTES_MAX: usize = 64 << 10;
+/// Unsent reply bytes at which no further request is taken: data leave for the socket before the next are read, for the cache's
+/// sake again.
+const SEND_FIRST_BYTES: usize = 256 << 10;
+/// A piece of a long write ends on a multiple of this, so that no page is written twice in part.
+const PIECE_ALIGN_BYTES: u64 = 4096;
 
 /// How long a client may take to accept its last replies when its connection is ended from this side.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -64,6 +71,13 @@ enum Receiving {
         buf: Buf,
         filled: usize,
     },
+    /// What is left of a long write whose beginning was written from the inbox, piece by piece.
+    Pieces {
+        cookie: u64,
+        offset: u64,
+        left: usize,
+        fua: bool,
+    },
     /// The payload of a refused write.
     Skip {
         left: usize,
@@ -74,6 +88,8 @@ enum Receiving {
 enum Parsed {
     /// A request was taken.
     One,
+    /// A long read was started: it is looked at, and perhaps sent, before more requests are taken.
+    LongRead,
     /// More bytes are needed, or there is no room for more requests.
     Wait,
     Disconnect,
@@ -173,9 +189,15 @@ impl Connection {
         let mut turns = REQUESTS_PER_TURN;
         loop {
             let mut progress = self.poll_running(cx);
-            while !self.draining && turns > 0 && self.replies_unsent < REPLIES_PER_SEND {
+            while !self.draining && turns > 0 && self.replies_unsent < REPLIES_PER_SEND && self.outbox.bytes() < SEND_FIRST_BYTES
+            {
                 match self.parse() {
                     Ok(Parsed::One) => turns -= 1,
+                    Ok(Parsed::LongRead) => {
+                        turns -= 1;
+                        progress = true;
+                        break;
+                    }
                     Ok(Parsed::Wait) => break,
                     Ok(Parsed::Disconnect) => self.drain(),
                     Err(error) => {
@@ -254,6 +276,7 @@ impl Connection {
                 self.start_write(cookie, request, buf);
                 return Ok(Parsed::One);
             }
+            Some(Receiving::Pieces { cookie, offset, left, fua }) => return Ok(self.take_piece(cookie, offset, left, fua)),
             Some(Receiving::Skip { left }) => {
                 let skipped = left.min(self.inbox.unread().len());
                 self.inbox.consume(skipped);
@@ -290,6 +313,9 @@ impl Connection {
                 Counters::add(&self.counters.read_bytes, u64::from(length));
                 if !self.read_at_once(cookie, offset, length) {
                     self.start(cookie, length as usize, request, None);
+                    if length as usize > INLINE_PAYLOAD_BYTES_MAX {
+                        return Ok(Parsed::LongRead);
+                    }
                 }
             }
             _ => {
@@ -362,12 +388,52 @@ impl Connection {
         if length <= INLINE_PAYLOAD_BYTES_MAX {
             return Parsed::Wait;
         }
-        let mut buf = self.pool.take(length);
-        let filled = here.len();
-        buf[..filled].copy_from_slice(here);
-        self.inbox.consume(REQUEST_BYTES + filled);
-        self.held += length;
-        self.receiving = Some(Receiving::Payload { cookie, request, buf, filled });
+        self.inbox.consume(REQUEST_BYTES);
+        self.take_piece(cookie, offset, length, fua)
+    }
+
+    /// Writes what the inbox has of a long write whose next byte goes to `offset`.
+    ///
+    /// A client that goes away in the middle leaves the write in part, as a machine does that loses power: it had no answer.
+    fn take_piece(&mut self, cookie: u64, offset: u64, left: usize, fua: bool) -> Parsed {
+        let here = self.inbox.unread();
+        let mut piece = here.len().min(left);
+        if piece < left {
+            // The inbox has room for more than the least piece and an unaligned end of it.
+            if piece < INLINE_PAYLOAD_BYTES_MAX {
+                self.receiving = Some(Receiving::Pieces { cookie, offset, left, fua });
+                return Parsed::Wait;
+            }
+            piece -= ((offset + piece as u64) % PIECE_ALIGN_BYTES) as usize;
+        }
+        match self.device.try_write(offset, &here[..piece]) {
+            Some(Ok(())) => {
+                Counters::add(&self.counters.written_bytes, piece as u64);
+                self.inbox.consume(piece);
+                let (offset, left) = (offset + piece as u64, left - piece);
+                if left > 0 {
+                    self.receiving = Some(Receiving::Pieces { cookie, offset, left, fua });
+                } else if fua {
+                    self.start(cookie, 0, ValidRequest::Flush, None);
+                } else {
+                    self.answer(cookie, Outcome::Done(None));
+                }
+            }
+            Some(Err(error)) => {
+                self.answer(cookie, Outcome::Failed { errno: Errno::of(&error), chunk: false });
+                self.receiving = Some(Receiving::Skip { left });
+            }
+            None => {
+                let filled = here.len().min(left);
+                let mut buf = self.pool.take(left);
+                buf[..filled].copy_from_slice(&here[..filled]);
+                self.inbox.consume(filled);
+                self.held += left;
+                // Bounded by the length of a request, 32 bits.
+                let request = ValidRequest::Write { offset, length: left as u32, fua };
+                self.receiving = Some(Receiving::Payload { cookie, request, buf, filled });
+            }
+        }
         Parsed::One
     }
 

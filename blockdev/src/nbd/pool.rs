@@ -26,10 +26,11 @@ impl Pool {
         let mut idle = self.idle.borrow_mut();
         // The smallest that fits, and not one that is far too large.
         let fits = |buf: &Buf| buf.capacity() >= len && buf.capacity() / 4 <= len.max(4096);
-        let best = (0..idle.bufs.len()).filter(|&i| fits(&idle.bufs[i])).min_by_key(|&i| idle.bufs[i].capacity());
+        // Among equals the one that came back last: the processor's cache may still hold it.
+        let best = (0..idle.bufs.len()).rev().filter(|&i| fits(&idle.bufs[i])).min_by_key(|&i| idle.bufs[i].capacity());
         match best {
             Some(index) => {
-                let mut buf = idle.bufs.swap_remove(index);
+                let mut buf = idle.bufs.remove(index);
                 idle.bytes -= buf.capacity();
                 buf.set_len(len);
                 buf

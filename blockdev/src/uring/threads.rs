@@ -15,6 +15,7 @@ use tokio::task::LocalSet;
 
 use super::ring;
 use super::watch::watch_ring;
+use crate::waits;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -120,8 +121,11 @@ impl IoThread {
         let (ready, started) = std::sync::mpsc::sync_channel(1);
         let handle = std::thread::Builder::new().name(format!("io-{index}")).spawn(move || {
             let built = ring::install().and_then(|fd| {
-                let runtime =
-                    tokio::runtime::Builder::new_current_thread().enable_all().on_thread_park(ring::submit_pending).build()?;
+                let runtime = tokio::runtime::Builder::new_current_thread()
+                    .enable_all()
+                    .on_thread_park(ring::submit_pending)
+                    .on_thread_unpark(waits::note)
+                    .build()?;
                 let guard = runtime.enter();
                 let completions = watch_ring(fd)?;
                 drop(guard);
