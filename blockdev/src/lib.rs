@@ -5,6 +5,7 @@
 //! `Export(Tap(Fork(View)))`. This crate knows nothing of epochs, groups or peers.
 
 mod buf;
+mod crash;
 mod delay;
 mod device;
 mod fault;
@@ -16,6 +17,7 @@ mod uring;
 mod waits;
 
 pub use buf::Buf;
+pub use crash::CrashDevice;
 pub use delay::DelayDevice;
 pub use device::{BlockDevice, Extent, ExtentKind, IoFuture, ZeroMode};
 pub use fault::{Fault, FaultDevice, Operation};

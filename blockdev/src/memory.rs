@@ -28,6 +28,18 @@ impl MemoryDevice {
         Self { size, chunks: RwLock::new(vec![None; count]) }
     }
 
+    /// A disk with this content.
+    #[must_use]
+    pub fn with_content(content: &[u8]) -> Self {
+        let disk = Self::new(content.len() as u64);
+        for (chunk, bytes) in disk.chunks.write().iter_mut().zip(content.chunks(CHUNK_BYTES as usize)) {
+            let mut whole = vec![0; CHUNK_BYTES as usize];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            *chunk = Some(whole.into());
+        }
+        disk
+    }
+
     /// The whole content.
     #[must_use]
     pub fn snapshot(&self) -> Vec<u8> {

@@ -4,9 +4,10 @@
 //! are how two versions find out that they do not fit.
 
 use crate::codec::{DecodeError, Reader, bounded};
+use crate::hashes::{HashQuery, Hashes};
 use crate::name::{NAME_BYTES_MAX, Name};
 use crate::seal::Seal;
-use crate::units::{EpochId, GROUP_VOLUMES_MAX, Generation, Point, VOLUME_BYTES_MAX};
+use crate::units::{EpochId, GROUP_VOLUMES_MAX, Generation, Point, SessionToken, VOLUME_BYTES_MAX};
 
 /// The protocol's name in the TLS handshake.
 pub const ALPN: &[u8] = b"twinsite/1";
@@ -118,6 +119,8 @@ pub enum Message {
         generation: Generation,
         /// Newest commit, if there is any; the next epoch is one more than its epoch (or 1).
         committed: Option<Point>,
+        /// The session that cut it; zeroes if there is none.
+        writer: SessionToken,
         /// Epochs the receiver accepts in flight.
         epochs_in_flight_max: u16,
     },
@@ -128,6 +131,10 @@ pub enum Message {
         /// The point.
         point: Point,
     },
+    /// Primary to receiver: asks for hashes of the newest committed point.
+    HashQuery(HashQuery),
+    /// Receiver to primary: the answer.
+    Hashes(Hashes),
     /// Receiver to primary: another side may write now.
     Fenced {
         /// The generation that holds.
@@ -148,6 +155,8 @@ const SEAL: u8 = 3;
 const COMMITTED: u8 = 4;
 const FENCED: u8 = 5;
 const CLOSE: u8 = 6;
+const HASH_QUERY: u8 = 7;
+const HASHES: u8 = 8;
 
 impl Message {
     /// A close message; the reason is cut to its limit.
@@ -168,6 +177,8 @@ impl Message {
             Self::Welcome { .. } => "welcome",
             Self::Seal(_) => "seal",
             Self::Committed { .. } => "committed",
+            Self::HashQuery(_) => "hash query",
+            Self::Hashes(_) => "hashes",
             Self::Fenced { .. } => "fenced",
             Self::Close { .. } => "close",
         }
@@ -194,7 +205,7 @@ impl Message {
                     body.extend_from_slice(&volume.size_bytes.to_le_bytes());
                 }
             }
-            Self::Welcome { version, generation, committed, epochs_in_flight_max } => {
+            Self::Welcome { version, generation, committed, writer, epochs_in_flight_max } => {
                 body.push(WELCOME);
                 body.extend_from_slice(&version.to_le_bytes());
                 body.extend_from_slice(&generation.0.to_le_bytes());
@@ -202,6 +213,7 @@ impl Message {
                 let point = committed.unwrap_or(Point { generation: Generation(0), epoch: EpochId(0) });
                 body.extend_from_slice(&point.generation.0.to_le_bytes());
                 body.extend_from_slice(&point.epoch.0.to_le_bytes());
+                body.extend_from_slice(&writer.0);
                 body.extend_from_slice(&epochs_in_flight_max.to_le_bytes());
             }
             Self::Seal(seal) => {
@@ -212,6 +224,14 @@ impl Message {
                 body.push(COMMITTED);
                 body.extend_from_slice(&point.generation.0.to_le_bytes());
                 body.extend_from_slice(&point.epoch.0.to_le_bytes());
+            }
+            Self::HashQuery(query) => {
+                body.push(HASH_QUERY);
+                query.encode(&mut body);
+            }
+            Self::Hashes(hashes) => {
+                body.push(HASHES);
+                hashes.encode(&mut body);
             }
             Self::Fenced { generation } => {
                 body.push(FENCED);
@@ -253,10 +273,13 @@ impl Message {
                     1 => Some(point),
                     value => return Err(DecodeError::Unknown { what: "welcome committed", value: value.into() }),
                 };
-                Self::Welcome { version, generation, committed, epochs_in_flight_max: r.u16()? }
+                let writer = SessionToken(r.array()?);
+                Self::Welcome { version, generation, committed, writer, epochs_in_flight_max: r.u16()? }
             }
             SEAL => Self::Seal(Seal::decode(r.bytes(crate::seal::SEAL_BYTES)?)?),
             COMMITTED => Self::Committed { point: Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) } },
+            HASH_QUERY => Self::HashQuery(HashQuery::decode(&mut r)?),
+            HASHES => Self::Hashes(Hashes::decode(&mut r)?),
             FENCED => Self::Fenced { generation: Generation(r.u64()?) },
             CLOSE => {
                 let code = r.u16()?;
@@ -368,6 +391,7 @@ impl PassHeader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::{BlockIndex, VolumeIndex};
     use proptest::prelude::*;
 
     fn hello() -> Hello {
@@ -421,12 +445,27 @@ mod tests {
             data_blocks: 1,
             zero_blocks: 0,
             first_write_unix_us: 1,
+            session: SessionToken([3; 16]),
             digest: [1; 32],
         };
         for message in [
             Message::Hello(hello()),
-            Message::Welcome { version: 1, generation: Generation(1), committed: None, epochs_in_flight_max: 8 },
-            Message::Welcome { version: 1, generation: Generation(1), committed: Some(point), epochs_in_flight_max: 8 },
+            Message::Welcome {
+                version: 1,
+                generation: Generation(1),
+                committed: None,
+                writer: SessionToken::default(),
+                epochs_in_flight_max: 8,
+            },
+            Message::Welcome {
+                version: 1,
+                generation: Generation(1),
+                committed: Some(point),
+                writer: SessionToken([5; 16]),
+                epochs_in_flight_max: 8,
+            },
+            Message::HashQuery(HashQuery { id: 7, volume: VolumeIndex(2), start: BlockIndex(160), blocks: 33, chunk_blocks: 16 }),
+            Message::Hashes(Hashes { id: 7, hashes: vec![[1; 32], [2; 32], [3; 32]] }),
             Message::Seal(seal),
             Message::Committed { point },
             Message::Fenced { generation: Generation(4) },

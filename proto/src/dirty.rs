@@ -8,6 +8,9 @@ use bitvec::order::Lsb0;
 use crate::region::{REGION_BLOCKS, RegionMap};
 use crate::units::{BLOCK_BYTES, BlockExtent, BlockIndex, blocks_of};
 
+/// Bytes of the bits of one region.
+pub const REGION_BITMAP_BYTES: usize = (REGION_BLOCKS / 8) as usize;
+
 const WORDS: usize = (REGION_BLOCKS / 64) as usize;
 
 #[derive(Clone, Debug, Default)]
@@ -81,6 +84,33 @@ impl DirtyMap {
         self.set != 0
             && pieces(first, first.saturating_add(count).min(self.blocks))
                 .any(|(region, from, to)| self.regions.get(region).is_some_and(|r| r.bits[from..to].any()))
+    }
+
+    /// Whether any block of `region` is in the set.
+    #[must_use]
+    pub fn touches_region(&self, region: u64) -> bool {
+        self.set != 0 && self.regions.get(region).is_some_and(|r| r.bits.any())
+    }
+
+    /// The bits of `region` as they are stored: bit `i` of the little-endian bytes is block `i` of the region.
+    #[must_use]
+    pub fn region_bits(&self, region: u64) -> [u8; REGION_BITMAP_BYTES] {
+        let mut out = [0; REGION_BITMAP_BYTES];
+        if let Some(region) = self.regions.get(region) {
+            for (bytes, word) in out.chunks_exact_mut(8).zip(region.bits.data) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+        }
+        out
+    }
+
+    /// Adds blocks of `region` from bits as [`region_bits`](Self::region_bits) gave them; bits beyond the volume are ignored.
+    pub fn mark_bits(&mut self, region: u64, bits: &[u8; REGION_BITMAP_BYTES]) {
+        for (i, byte) in bits.iter().enumerate().filter(|(_, byte)| **byte != 0) {
+            for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
+                self.mark(region * REGION_BLOCKS + i as u64 * 8 + bit, 1);
+            }
+        }
     }
 
     /// Adds everything that is in `other`, a set of a volume of the same size.
@@ -161,6 +191,20 @@ mod tests {
         let map = DirtyMap::full(REGION_BLOCKS * BLOCK_BYTES + 1);
         assert_eq!(map.count(), REGION_BLOCKS + 1);
         assert!(!map.contains(REGION_BLOCKS + 1));
+    }
+
+    #[test]
+    fn the_bits_of_a_region_read_back() {
+        let size = (REGION_BLOCKS + 9) * BLOCK_BYTES;
+        let (mut map, mut copy) = (DirtyMap::new(size), DirtyMap::new(size));
+        map.mark(3, 10);
+        map.mark(REGION_BLOCKS + 8, 1);
+        for region in 0..2 {
+            copy.mark_bits(region, &map.region_bits(region));
+        }
+        assert_eq!((copy.count(), copy.next_run(0, 99), copy.contains(REGION_BLOCKS + 8)), (11, map.next_run(0, 99), true));
+        copy.mark_bits(1, &[0xff; REGION_BITMAP_BYTES]);
+        assert_eq!(copy.count(), 10 + 9, "nothing beyond the volume");
     }
 
     proptest! {

@@ -3,12 +3,12 @@
 
 use crate::codec::{DecodeError, Reader, check_crc};
 use crate::frame::FRAME_HEADER_BYTES;
-use crate::units::{EpochId, Generation, Point};
+use crate::units::{EpochId, Generation, Point, SessionToken};
 
 /// First bytes of every seal record.
 pub const SEAL_MAGIC: [u8; 4] = *b"TWS1";
 /// Bytes of a seal record.
-pub const SEAL_BYTES: usize = 108;
+pub const SEAL_BYTES: usize = 124;
 
 /// Offsets of a seal record.
 pub mod layout {
@@ -24,8 +24,9 @@ pub mod layout {
         (48, 8, "data_blocks"),
         (56, 8, "zero_blocks"),
         (64, 8, "first_write_unix_us"),
-        (72, 32, "digest"),
-        (104, 4, "record_crc32"),
+        (72, 16, "session"),
+        (88, 32, "digest"),
+        (120, 4, "record_crc32"),
     ];
 }
 
@@ -50,6 +51,8 @@ pub struct Seal {
     pub zero_blocks: u64,
     /// The oldest write in the epoch, microseconds since 1970 on the primary's clock; 0 if it has none.
     pub first_write_unix_us: u64,
+    /// The session that cut it.
+    pub session: SessionToken,
     /// BLAKE3 of the fixed parts of all frames in order (each carries the checksums of its table and payload).
     pub digest: [u8; 32],
 }
@@ -79,6 +82,7 @@ impl Seal {
         ] {
             out.extend_from_slice(&value.to_le_bytes());
         }
+        out.extend_from_slice(&self.session.0);
         out.extend_from_slice(&self.digest);
         let crc = crc32fast::hash(&out);
         out.extend_from_slice(&crc.to_le_bytes());
@@ -105,6 +109,7 @@ impl Seal {
             data_blocks: r.u64()?,
             zero_blocks: r.u64()?,
             first_write_unix_us: r.u64()?,
+            session: SessionToken(r.array()?),
             digest: r.array()?,
         };
         let stored = r.u32()?;
@@ -179,6 +184,7 @@ mod tests {
             data_blocks: 99,
             zero_blocks: 4,
             first_write_unix_us: 1_699_999_999_000_000,
+            session: SessionToken([9; 16]),
             digest: [7; 32],
         };
         let bytes = seal.encode();

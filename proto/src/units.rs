@@ -53,6 +53,12 @@ pub fn blocks_of(size_bytes: u64) -> u64 {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct VolumeIndex(pub u16);
 
+/// A random number that a primary draws for each of its sessions. It stands in every seal of the session, so the newest seal
+/// tells who wrote last: a clone of the primary that got in between has another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SessionToken(pub [u8; 16]);
+
 /// Number of an epoch; rises by one a commit, never reused within a generation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -13,9 +13,10 @@ use std::sync::Arc;
 use proto::control::{Hello, PassHeader, PassKind, VERSION_MAX, VERSION_MIN};
 use proto::fencing::{Admission, GroupRole, admit};
 use proto::frame::FRAME_HEADER_BYTES;
+use proto::hashes::{HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX};
 use proto::seal::Tally;
 use proto::units::{BLOCK_BYTES, blocks_of};
-use proto::{EpochId, FrameHeader, FrameKind, Generation, Message, Name, Point, Seal};
+use proto::{EpochId, FrameHeader, FrameKind, Generation, Message, Name, Point, Seal, SessionToken};
 
 use crate::superblock::Volume;
 
@@ -86,6 +87,8 @@ pub enum Event {
     Claimed {
         /// Newest commit.
         committed: Option<Point>,
+        /// The session that cut it.
+        writer: SessionToken,
     },
     /// A pass stream was opened.
     Pass(PassHeader),
@@ -93,6 +96,8 @@ pub enum Event {
     PassEnd,
     /// It was reset.
     PassReset,
+    /// Answer to [`Action::Hash`].
+    Hashed(Hashes),
     /// The epoch of [`Action::Commit`] is durable.
     Committed(Point),
     /// A newer session has the group.
@@ -127,6 +132,8 @@ pub enum Action {
         /// Its volumes.
         volumes: Vec<Volume>,
     },
+    /// Hash a range of the newest committed point; answer with [`Event::Hashed`].
+    Hash(HashQuery),
     /// Append the seal and make the epoch durable; answer with [`Event::Committed`].
     Commit(Seal),
     /// Forget the frames since the last commit.
@@ -188,6 +195,8 @@ struct Streaming {
     /// Seals that came before the end of their last pass.
     seals: VecDeque<Seal>,
     committing: VecDeque<Point>,
+    /// Hash queries that are not answered yet.
+    hashing: usize,
 }
 
 #[derive(Debug)]
@@ -292,11 +301,12 @@ impl Core {
             (State::Looking(hello), Event::Stored(stored)) => self.stored(hello, stored, out),
             // Something changed between looking and claiming: decide again.
             (State::Claiming { hello, .. }, Event::Stored(stored)) => self.stored(hello, stored, out),
-            (State::Claiming { hello, generation, volumes }, Event::Claimed { committed }) => {
+            (State::Claiming { hello, generation, volumes }, Event::Claimed { committed, writer }) => {
                 out.push(Action::Send(Message::Welcome {
                     version: hello.version_max.min(VERSION_MAX),
                     generation,
                     committed,
+                    writer,
                     epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX,
                 }));
                 Ok(State::Streaming(Streaming {
@@ -308,12 +318,19 @@ impl Core {
                     pass: None,
                     seals: VecDeque::new(),
                     committing: VecDeque::new(),
+                    hashing: 0,
                 }))
             }
             (State::Streaming(s), Event::Pass(header)) => s.pass(header).map(State::Streaming),
             (State::Streaming(s), Event::PassEnd) => s.pass_end(out).map(State::Streaming),
             (State::Streaming(s), Event::PassReset) => Ok(State::Streaming(s.pass_reset(out))),
             (State::Streaming(s), Event::Message(Message::Seal(seal))) => s.seal(seal, out).map(State::Streaming),
+            (State::Streaming(s), Event::Message(Message::HashQuery(query))) => s.hash(query, out).map(State::Streaming),
+            (State::Streaming(mut s), Event::Hashed(hashes)) => {
+                s.hashing -= 1;
+                out.push(Action::Send(Message::Hashes(hashes)));
+                Ok(State::Streaming(s))
+            }
             (State::Streaming(s), Event::Committed(point)) => Ok(State::Streaming(s.committed(point, out))),
             (state, Event::Message(message)) => Err(SessionError::Unexpected { state: state.kind(), message: message.kind() }),
             (state, event) => match (event, group) {
@@ -466,6 +483,23 @@ impl Streaming {
         self.sealed = epoch;
         self.committing.push_back(seal.point());
         out.push(Action::Commit(seal));
+        Ok(self)
+    }
+
+    /// Hashes are of the newest point, so none may be asked for while that is about to change.
+    fn hash(mut self, query: HashQuery, out: &mut Vec<Action>) -> Result<Self, SessionError> {
+        if self.open.is_some() || !self.seals.is_empty() || !self.committing.is_empty() {
+            return Err(SessionError::HashOrder);
+        }
+        if self.hashing >= QUERIES_IN_FLIGHT_MAX {
+            return Err(SessionError::HashQueries);
+        }
+        let blocks = self.volume_blocks.get(usize::from(query.volume.0)).copied().unwrap_or(0);
+        if query.end() > blocks {
+            return Err(SessionError::HashRange { volume: query.volume.0, end: query.end(), blocks });
+        }
+        self.hashing += 1;
+        out.push(Action::Hash(query));
         Ok(self)
     }
 

@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use parking_lot::{Mutex, RwLock};
 use proto::fencing::GroupRole;
 use proto::units::blocks_of;
-use proto::{BlockExtent, EpochId, Fingerprint, FrameHeader, FrameKind, Generation, Name, Point, Seal};
+use proto::{BlockExtent, EpochId, Fingerprint, FrameHeader, FrameKind, Generation, Name, Point, Seal, SessionToken};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::batch::Batch;
@@ -113,6 +113,7 @@ pub(crate) struct PointEntry {
     pub(crate) frame_bytes: u64,
     pub(crate) data_blocks: u64,
     pub(crate) zero_blocks: u64,
+    pub(crate) session: SessionToken,
     pub(crate) end: Mark,
 }
 
@@ -125,6 +126,7 @@ impl PointEntry {
             frame_bytes: seal.frame_bytes,
             data_blocks: seal.data_blocks,
             zero_blocks: seal.zero_blocks,
+            session: seal.session,
             end,
         }
     }
@@ -156,6 +158,8 @@ pub(crate) enum GroupEvent {
 pub(crate) enum Claimed {
     Yes {
         committed: Option<Point>,
+        /// The session that cut it.
+        writer: SessionToken,
     },
     /// Generation or role are not what they were when the group was looked up.
     Changed,

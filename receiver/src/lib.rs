@@ -15,6 +15,7 @@ mod disk;
 pub mod fork;
 mod frames;
 mod group;
+mod hashing;
 mod index;
 pub mod journal;
 mod node;

@@ -11,6 +11,7 @@ use proto::{Fingerprint, Generation, Name, Point};
 use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
 use crate::core::{Cause, Stored, total};
 use crate::group::{Group, GroupError, SessionId, Usage};
+use crate::hashing::Hasher;
 use crate::journal::{FIRST_SEGMENT, JournalOptions};
 use crate::store::{Store, StoreError};
 use crate::superblock::{Superblock, Volume};
@@ -57,6 +58,7 @@ type Key = (Name, Name);
 pub(crate) struct Node {
     pub(crate) store: Store,
     pub(crate) limits: Limits,
+    pub(crate) hasher: Hasher,
     usages: BTreeMap<Name, Arc<Usage>>,
     groups: Mutex<BTreeMap<Key, Slot>>,
     sessions: AtomicU64,
@@ -67,6 +69,7 @@ impl Node {
     pub(crate) fn open(store: Store, clients: &[ClientConfig], limits: Limits) -> Result<Self, StoreError> {
         let usage = |c: &ClientConfig| (c.name.clone(), Arc::new(Usage { used: AtomicU64::new(0), max: c.space_max_bytes }));
         let mut usages: BTreeMap<_, _> = clients.iter().map(usage).collect();
+        let hasher = Hasher::new().map_err(|source| StoreError::Thread { path: store.root().to_owned(), source })?;
         let mut groups = BTreeMap::new();
         for folder in store.groups()? {
             let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
@@ -80,7 +83,7 @@ impl Node {
             };
             groups.insert(key, slot);
         }
-        Ok(Self { store, limits, usages, groups: Mutex::new(groups), sessions: AtomicU64::new(1) })
+        Ok(Self { store, limits, hasher, usages, groups: Mutex::new(groups), sessions: AtomicU64::new(1) })
     }
 
     pub(crate) fn next_session(&self) -> SessionId {

@@ -3,19 +3,23 @@
 //! Decides nothing about the protocol. Reads are cancel-safe, so one task serves control stream, pass stream and group.
 
 use std::future::pending;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::control::{PASS_HEADER_BYTES, PassHeader};
+use proto::hashes::{HashQuery, Hashes};
 use proto::{CloseCode, DecodeError, Fingerprint, Message, Name};
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::batch::Assembler;
 use crate::config::ClientConfig;
-use crate::core::{Action, ClientPolicy, Core, Event, SessionError};
+use crate::core::{Action, Cause, ClientPolicy, Core, Event, SessionError};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
 use crate::node::Node;
+use crate::view::{View, views};
 
 /// A connection that has not said hello by then is closed.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -67,7 +71,13 @@ struct Session {
     assembler: Assembler,
     group: Option<(Arc<Group>, mpsc::Receiver<GroupEvent>)>,
     interval_ms: u32,
+    /// Views of the newest point while the primary compares; none while it sends.
+    compared: Option<Arc<Vec<View>>>,
+    /// Answers under way, in the order of their questions; the core bounds their number.
+    hashing: FuturesOrdered<Hashing>,
 }
+
+type Hashing = Pin<Box<dyn Future<Output = Result<Hashes, Cause>> + Send>>;
 
 /// Serves a connection whose key was verified until it ends.
 pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<Client>, stop: watch::Receiver<bool>) {
@@ -102,6 +112,8 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
         assembler: Assembler::default(),
         group: None,
         interval_ms: 0,
+        compared: None,
+        hashing: FuturesOrdered::new(),
     };
     let reason = session.run(stop).await;
     let group = session.group.take();
@@ -133,6 +145,7 @@ enum Input {
     DataEnd,
     DataReset,
     Group(GroupEvent),
+    Hashed(Result<Hashes, Cause>),
     Stop,
 }
 
@@ -170,7 +183,7 @@ impl Session {
         stop: &mut watch::Receiver<bool>,
         hello_by: tokio::time::Instant,
     ) -> Result<Input, InputError> {
-        let Self { connection, control, pass, group, core, .. } = self;
+        let Self { connection, control, pass, group, core, hashing, .. } = self;
         let wants_pass = core.wants_pass() && pass.is_none();
         let greeted = group.is_some();
         let events = async {
@@ -190,6 +203,7 @@ impl Session {
             _ = stop.wait_for(|stop| *stop) => Ok(Input::Stop),
             // The group's thread is gone: the node is stopping.
             event = events => Ok(event.map_or(Input::Stop, Input::Group)),
+            Some(hashed) = hashing.next() => Ok(Input::Hashed(hashed)),
             message = control.next() => message.map(Input::Control),
             stream = connection.accept_uni(), if wants_pass => Ok(Input::Opened(stream.map_err(Gone::from)?)),
             data = data => data,
@@ -205,7 +219,10 @@ impl Session {
                 }
                 self.core.handle(Event::Message(message), actions)
             }
+            Input::Hashed(Ok(hashes)) => self.core.handle(Event::Hashed(hashes), actions),
+            Input::Hashed(Err(cause)) => self.core.handle(Event::Storage(cause), actions),
             Input::Opened(stream) => {
+                self.compared = None;
                 self.pass = Some(PassReader { stream, header: Vec::new(), begun: false });
                 None
             }
@@ -313,6 +330,11 @@ impl Session {
                     let event = self.claim(group, generation, create, volumes).await;
                     ended = self.core.handle(event, &mut more).or(ended);
                 }
+                Action::Hash(query) => {
+                    if let Err(cause) = self.hash(query) {
+                        ended = self.core.handle(Event::Storage(cause), &mut more).or(ended);
+                    }
+                }
                 Action::Commit(seal) => {
                     if let Some((group, _)) = &self.group {
                         group.commit(self.id, seal).await;
@@ -362,18 +384,33 @@ impl Session {
         };
         let (claimed, events) = handle.claim(self.id, peer, generation).await;
         match claimed {
-            Claimed::Yes { committed } => {
+            Claimed::Yes { committed, writer } => {
                 tracing::info!(
                     "{client}/{group} from {}: session in generation {generation}, at {}",
                     peer.address,
                     committed.map_or_else(|| "no point yet".to_owned(), |p| format!("point {p}"))
                 );
                 self.group = Some((handle, events));
-                Event::Claimed { committed }
+                Event::Claimed { committed, writer }
             }
             Claimed::Changed => Event::Stored(self.node.lookup(&client, &group, key)),
             Claimed::No(cause) => Event::Storage(cause),
         }
+    }
+
+    /// Starts the answer to a query, of the newest committed point.
+    fn hash(&mut self, query: HashQuery) -> Result<(), Cause> {
+        let Some((group, _)) = &self.group else { return Ok(()) };
+        let views = match &self.compared {
+            Some(views) => Arc::clone(views),
+            None => {
+                let index = group.shared.state.read().index.clone();
+                let views = views(&group.shared, index).map_err(|error| Arc::new(error) as Cause)?;
+                Arc::clone(self.compared.insert(Arc::new(views)))
+            }
+        };
+        self.hashing.push_back(Box::pin(self.node.hasher.answer(views, query)));
+        Ok(())
     }
 
     /// Closes the connection after the last message has arrived, or a deadline.

@@ -45,6 +45,14 @@ pub enum StoreError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The thread that hashes.
+    #[error("{}: cannot start the hashing thread: {source}", path.display())]
+    Thread {
+        /// The store.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The new group's superblock.
     #[error(transparent)]
     Superblock(#[from] SuperblockError),

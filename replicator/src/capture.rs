@@ -50,6 +50,8 @@ pub(crate) enum Item {
     End,
     /// Every pass of the epoch is complete.
     Seal(Box<proto::Seal>),
+    /// Hashes are wanted.
+    Query(proto::HashQuery),
 }
 
 /// The queue between capture and sender.
@@ -105,6 +107,11 @@ pub(crate) enum CaptureError {
     /// The spill file could not be read back.
     #[error("spill file: cannot read {bytes} bytes at {offset}: {source}")]
     Spill { offset: u64, bytes: u64, source: std::io::Error },
+    /// The receiver answered another question than it was asked.
+    #[error(
+        "the receiver answered hash query {got}, {asked} was asked or the answer is of another length: update the older side"
+    )]
+    Answer { asked: u32, got: u32 },
     /// The frozen epoch could not be completed.
     #[error("the epoch is given up and merged into the next: {0}")]
     Freeze(#[from] FreezeFailure),

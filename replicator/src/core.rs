@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use proto::control::{CloseCode, Hello, Message, PassKind, VERSION_MAX, VERSION_MIN, VolumeHello};
-use proto::{BLOCK_BYTES, EpochId, Generation, Name, Point};
+use proto::{BLOCK_BYTES, EpochId, Generation, Hashes, Name, Point, SessionToken};
 
 /// Passes of one epoch at most. The last is frozen whatever its size, so an epoch always ends.
 pub(crate) const PASSES_MAX: u16 = 12;
@@ -34,10 +34,12 @@ pub(crate) enum Event {
     Tick(Load),
     /// As a tick, and the node is stopping: cut at once rather than at the end of the interval.
     Hurry(Load),
-    /// The connection stands.
-    Connected,
+    /// The connection stands. With a token for the session, drawn at random, and the point up to which the dirty log was cleared.
+    Connected { session: SessionToken, cleared: Option<Point> },
     /// A message on the control stream.
     Message(Message),
+    /// Nothing is suspect any more.
+    Compared,
     /// The pass that was begun is captured; its frames are queued.
     PassDone(Load),
     /// The connection is gone or could not be made. `jitter` is uniform in 0..1.
@@ -60,14 +62,20 @@ pub(crate) enum Action {
     Connect,
     /// Send on the control stream.
     Send(Message),
-    /// Record the generation durably before anything else.
-    Record(Generation),
-    /// Everything up to this epoch is committed.
-    Committed(EpochId),
+    /// Record these durably before anything that follows; `forget_cleared` if the copy is of another history.
+    Record { generation: Generation, sessions: [SessionToken; 2], forget_cleared: bool },
+    /// Everything up to this point is committed.
+    Committed(Point),
     /// Return all uncommitted marks to the open map.
     Merge,
-    /// Mark everything dirty.
+    /// Mark everything dirty: there is no copy.
     MarkAll,
+    /// Make everything suspect, also durably: the copy is of another history.
+    SuspectAll,
+    /// Compare what is suspect with the copy; answer with [`Event::Compared`], at once if nothing is.
+    Compare,
+    /// Hand this answer to the comparison.
+    Answer(Hashes),
     /// Capture a pass.
     BeginPass { epoch: EpochId, pass: u16, kind: PassKind },
     /// The epoch's passes are queued: queue its seal.
@@ -118,7 +126,9 @@ pub(crate) struct Streaming {
     next_cut: Instant,
     /// Everything known to be needed for a first complete copy has been committed once.
     complete: bool,
-    had_copy: bool,
+    /// Nothing is cut while blocks are suspect: a point without them might never have been.
+    comparing: bool,
+    session: SessionToken,
 }
 
 #[derive(Debug)]
@@ -133,7 +143,7 @@ struct Building {
 pub(crate) enum Phase {
     Waiting { until: Instant, refused: bool },
     Connecting,
-    Greeting { deadline: Instant },
+    Greeting { deadline: Instant, session: SessionToken, cleared: Option<Point> },
     Streaming(Box<Streaming>),
     Fenced,
 }
@@ -148,6 +158,14 @@ impl Phase {
             Self::Fenced => "fenced",
         }
     }
+}
+
+/// What a receiver answers to a hello.
+struct Welcome {
+    generation: Generation,
+    committed: Option<Point>,
+    writer: SessionToken,
+    in_flight_max: u16,
 }
 
 /// Fixed facts of a group.
@@ -167,23 +185,28 @@ pub(crate) struct Core {
     phase: Phase,
     attempt: u32,
     generation: Generation,
-    /// The generation that is durably recorded.
-    recorded: Generation,
+    /// The sessions that are durably recorded: a commit of neither is not ours.
+    sessions: [SessionToken; 2],
     /// Newest commit this run of the process knows of.
     committed: Option<Point>,
-    /// First and newest epoch sealed in the last session.
-    sealed: Option<(EpochId, EpochId)>,
+    /// Newest epoch sealed in the last session.
+    sealed: Option<EpochId>,
 }
 
 impl Core {
-    pub(crate) fn new(config: CoreConfig, generation: Generation, now: Instant) -> Self {
+    pub(crate) fn new(config: CoreConfig, generation: Generation, sessions: [SessionToken; 2], now: Instant) -> Self {
         let phase = Phase::Waiting { until: now, refused: false };
-        Self { config, phase, attempt: 0, generation, recorded: generation, committed: None, sealed: None }
+        Self { config, phase, attempt: 0, generation, sessions, committed: None, sealed: None }
     }
 
-    /// The record that an action asked for is durable. Until then every session asks again.
-    pub(crate) fn recorded(&mut self, generation: Generation) {
-        self.recorded = generation;
+    /// The record that an action asked for is durable.
+    pub(crate) fn recorded(&mut self, sessions: [SessionToken; 2]) {
+        self.sessions = sessions;
+    }
+
+    /// The token of the session under way.
+    pub(crate) fn session(&self) -> SessionToken {
+        if let Phase::Streaming(s) = &self.phase { s.session } else { SessionToken::default() }
     }
 
     pub(crate) fn generation(&self) -> Generation {
@@ -202,21 +225,23 @@ impl Core {
         if let Phase::Streaming(s) = &self.phase { s.in_flight.len() } else { 0 }
     }
 
-    /// Whether the first copy (or the one after a restart) is still being made, and whether the receiver had one before.
-    pub(crate) fn syncing(&self) -> Option<bool> {
-        match &self.phase {
-            Phase::Streaming(s) if !s.complete => Some(s.had_copy),
-            _ => None,
-        }
+    /// Whether the first copy is still being made.
+    pub(crate) fn syncing(&self) -> bool {
+        matches!(&self.phase, Phase::Streaming(s) if !s.complete)
+    }
+
+    /// Whether suspect blocks are being compared with the copy.
+    pub(crate) fn comparing(&self) -> bool {
+        matches!(&self.phase, Phase::Streaming(s) if s.comparing)
     }
 
     /// When a tick is due at the latest.
     pub(crate) fn deadline(&self, now: Instant) -> Instant {
         match &self.phase {
             Phase::Waiting { until, .. } => *until,
-            Phase::Greeting { deadline } => *deadline,
+            Phase::Greeting { deadline, .. } => *deadline,
             // A cut that has to wait is looked at again soon; one that is being captured ends with an event of its own.
-            Phase::Streaming(s) if s.building.is_none() => s.next_cut.max(now + Duration::from_millis(1)),
+            Phase::Streaming(s) if s.building.is_none() && !s.comparing => s.next_cut.max(now + Duration::from_millis(1)),
             Phase::Connecting | Phase::Streaming(_) | Phase::Fenced => now + Duration::from_secs(3600),
         }
     }
@@ -240,34 +265,26 @@ impl Core {
                 out.push(Action::Connect);
                 (Phase::Connecting, Ok(()))
             }
-            (Phase::Connecting, Event::Connected) => {
+            (Phase::Connecting, Event::Connected { session, cleared }) => {
                 out.push(Action::Send(Message::Hello(self.hello())));
-                (Phase::Greeting { deadline: now + WELCOME_TIMEOUT }, Ok(()))
+                (Phase::Greeting { deadline: now + WELCOME_TIMEOUT, session, cleared }, Ok(()))
             }
-            (Phase::Greeting { deadline }, Event::Tick(_)) if now >= deadline => {
-                (Phase::Greeting { deadline }, Err(SessionError::Silent))
-            }
+            (phase @ Phase::Greeting { deadline, .. }, Event::Tick(_)) if now >= deadline => (phase, Err(SessionError::Silent)),
             (phase, Event::Message(Message::Fenced { generation })) => {
                 out.extend([Action::Merge, Action::Disconnect]);
                 drop(phase);
                 (Phase::Fenced, Err(SessionError::Fenced { generation }))
             }
-            (phase, Event::Message(Message::Close { code, reason })) => {
-                if code == CloseCode::Superseded as u16 && matches!(phase, Phase::Streaming(_)) {
-                    // Another process with our key took the group over (a cloned machine): a later commit whose epoch has a number of
-                    // ours may be its epoch, so none of ours counts that we were not told of.
-                    self.sealed = None;
-                }
-                (phase, Err(SessionError::Closed { code, reason }))
-            }
+            (phase, Event::Message(Message::Close { code, reason })) => (phase, Err(SessionError::Closed { code, reason })),
             (
-                phase @ Phase::Greeting { .. },
-                Event::Message(Message::Welcome { version, generation, committed, epochs_in_flight_max }),
+                phase @ Phase::Greeting { session, cleared, .. },
+                Event::Message(Message::Welcome { version, generation, committed, writer, epochs_in_flight_max }),
             ) => {
                 if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
                     return (phase, Err(SessionError::Version { theirs: version }));
                 }
-                let streaming = self.welcome(now, generation, committed, epochs_in_flight_max, out);
+                let welcome = Welcome { generation, committed, writer, in_flight_max: epochs_in_flight_max };
+                let streaming = self.welcome(now, welcome, session, cleared, out);
                 (Phase::Streaming(Box::new(streaming)), Ok(()))
             }
             (Phase::Streaming(mut s), event) => {
@@ -279,7 +296,9 @@ impl Core {
                 (phase, Err(error))
             }
             // A tick that comes early, or the end of a capture whose session is gone.
-            (phase, Event::Tick(_) | Event::Hurry(_) | Event::PassDone(_) | Event::Connected) => (phase, Ok(())),
+            (phase, Event::Tick(_) | Event::Hurry(_) | Event::PassDone(_) | Event::Compared | Event::Connected { .. }) => {
+                (phase, Ok(()))
+            }
         }
     }
 
@@ -296,39 +315,37 @@ impl Core {
         }
     }
 
-    /// The receiver's newest commit decides which marks are still needed. What it claims must lie between what it told us last
-    /// and what we sealed last; anything else is another history, and the copy is then made anew.
+    /// The receiver's newest commit decides which marks are still needed. It must have been written by a session of ours, and lie
+    /// between what we know to be committed and what we sealed last; anything else is another history, and all is compared with it.
     fn welcome(
         &mut self,
         now: Instant,
-        generation: Generation,
-        theirs: Option<Point>,
-        in_flight_max: u16,
+        welcome: Welcome,
+        session: SessionToken,
+        cleared: Option<Point>,
         out: &mut Vec<Action>,
     ) -> Streaming {
+        let Welcome { generation, committed: theirs, writer, in_flight_max } = welcome;
         self.generation = generation;
-        if generation != self.recorded {
-            out.push(Action::Record(generation));
-        }
-        let newest = self.sealed.map(|(_, newest)| newest);
-        let known = match (self.committed, theirs) {
-            (Some(ours), Some(theirs)) => {
-                theirs.generation == ours.generation && theirs >= ours && theirs.epoch <= newest.unwrap_or(ours.epoch)
-            }
-            (Some(_), None) => false,
-            (None, Some(theirs)) => newest.is_none_or(|newest| theirs.epoch <= newest),
-            (None, None) => true,
-        };
-        // A commit of an earlier run of this process says nothing about our marks: no epoch of theirs is in the ledger.
-        let acknowledged =
-            theirs.filter(|t| known && (self.committed.is_some() || self.sealed.is_some_and(|(first, _)| t.epoch >= first)));
-        out.extend(acknowledged.map(|point| Action::Committed(point.epoch)));
+        let ours = writer != SessionToken::default() && self.sessions.contains(&writer);
+        // After a restart all that is known is what made the dirty log forget regions.
+        let least = self.committed.or(cleared);
+        let most = self.sealed.or(self.committed.map(|p| p.epoch));
+        let known = theirs.filter(|t| {
+            ours && least.is_none_or(|least| t.generation == least.generation && *t >= least)
+                && most.is_none_or(|most| t.epoch <= most)
+        });
+        out.extend(known.map(Action::Committed));
         out.push(Action::Merge);
-        if !known {
+        if theirs.is_none() {
             out.push(Action::MarkAll);
+        } else if known.is_none() {
+            out.push(Action::SuspectAll);
         }
-        self.committed = acknowledged;
-        let complete = acknowledged.is_some();
+        // Whoever wrote last is known from here on: what is suspect because of it is so durably.
+        out.push(Action::Record { generation, sessions: [writer, session], forget_cleared: known.is_none() });
+        out.push(Action::Compare);
+        self.committed = known;
         self.sealed = None;
         Streaming {
             generation,
@@ -337,23 +354,33 @@ impl Core {
             building: None,
             next_epoch: theirs.map_or(EpochId(1), |p| p.epoch.next()),
             next_cut: now,
-            complete,
-            had_copy: theirs.is_some(),
+            complete: theirs.is_some(),
+            comparing: true,
+            session,
         }
     }
 
     fn stream(&mut self, s: &mut Streaming, now: Instant, event: Event, out: &mut Vec<Action>) -> Result<(), SessionError> {
         match event {
             Event::Tick(load) => {
-                if s.building.is_none() && now >= s.next_cut {
+                if s.building.is_none() && !s.comparing && now >= s.next_cut {
                     self.cut_if_due(s, now, load, out);
                 }
                 Ok(())
             }
             Event::Hurry(load) => {
-                if s.building.is_none() {
+                if s.building.is_none() && !s.comparing {
                     self.cut_if_due(s, now, load, out);
                 }
+                Ok(())
+            }
+            Event::Compared => {
+                s.comparing = false;
+                s.next_cut = now;
+                Ok(())
+            }
+            Event::Message(Message::Hashes(hashes)) if s.comparing => {
+                out.push(Action::Answer(hashes));
                 Ok(())
             }
             Event::PassDone(load) => {
@@ -369,11 +396,11 @@ impl Core {
                 s.complete = true;
                 self.attempt = 0;
                 self.committed = Some(point);
-                out.push(Action::Committed(point.epoch));
+                out.push(Action::Committed(point));
                 Ok(())
             }
             Event::Message(message) => Err(SessionError::Unexpected { state: "streaming", message: message.kind() }),
-            Event::Connected | Event::Lost { .. } => Ok(()),
+            Event::Connected { .. } | Event::Lost { .. } => Ok(()),
         }
     }
 
@@ -400,7 +427,7 @@ impl Core {
             s.in_flight.push_back(done.epoch);
             s.next_epoch = done.epoch.next();
             s.next_cut = s.next_cut.max(now);
-            self.sealed = Some((self.sealed.map_or(done.epoch, |(first, _)| first), done.epoch));
+            self.sealed = Some(done.epoch);
             out.push(Action::Seal { epoch: done.epoch, generation: s.generation, passes: u32::from(done.pass) + 1 });
             return;
         }

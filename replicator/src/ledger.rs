@@ -17,8 +17,10 @@ use std::time::Instant;
 use blockdev::Buf;
 use parking_lot::Mutex;
 use proto::units::BLOCK_BYTES;
-use proto::{BlockExtent, DirtyMap, EpochId};
+use proto::{BlockExtent, DirtyMap, EpochId, Point};
 use tokio::sync::Notify;
+
+use crate::dirtylog::Known;
 
 /// Most bytes that one copy-before-write step reads at once.
 const COPY_STEP_BLOCKS: u64 = 256;
@@ -113,6 +115,10 @@ struct Changes {
 struct State {
     tag: u64,
     open: Vec<DirtyMap>,
+    /// Blocks that may differ from the copy and are not known to: they must be compared before the next commit.
+    suspect: Vec<DirtyMap>,
+    /// The newest commit that was told.
+    committed: Option<Point>,
     open_first_write: Option<Instant>,
     in_flight: VecDeque<InFlight>,
     frozen: Option<Frozen>,
@@ -162,6 +168,7 @@ pub(crate) enum Step {
 pub(crate) struct Summary {
     pub(crate) open_bytes: Vec<u64>,
     pub(crate) uncommitted_bytes: u64,
+    pub(crate) suspect_bytes: u64,
     pub(crate) oldest_write: Option<Instant>,
     pub(crate) copied_before_write: u64,
     pub(crate) copied_bytes: u64,
@@ -169,11 +176,14 @@ pub(crate) struct Summary {
 }
 
 impl Ledger {
-    /// A ledger in which everything is dirty: nothing is known of the copy yet.
-    pub(crate) fn new(sizes: Vec<u64>, limits: CopyLimits) -> Self {
+    /// A ledger that begins with what the dirty log knows.
+    pub(crate) fn new(sizes: Vec<u64>, limits: CopyLimits, known: Vec<Known>) -> Self {
+        let (suspect, open) = known.into_iter().map(|k| (k.suspect, k.dirty)).unzip();
         let state = State {
             tag: 1,
-            open: sizes.iter().map(|s| DirtyMap::full(*s)).collect(),
+            open,
+            suspect,
+            committed: None,
             open_first_write: None,
             in_flight: VecDeque::new(),
             frozen: None,
@@ -414,10 +424,11 @@ impl Ledger {
         self.state.lock().building.as_ref().and_then(|b| b.first_write)
     }
 
-    /// Everything up to `epoch` is on stable storage at the receiver.
-    pub(crate) fn committed(&self, epoch: EpochId) {
+    /// Everything up to `point` is on stable storage at the receiver.
+    pub(crate) fn committed(&self, point: Point) {
         let mut state = self.state.lock();
-        let done = state.sealed.iter().take_while(|c| c.epoch <= epoch).count();
+        state.committed = Some(point);
+        let done = state.sealed.iter().take_while(|c| c.epoch <= point.epoch).count();
         let released: Vec<Changes> = state.sealed.drain(..done).collect();
         // Freeing the maps of a large disk takes milliseconds, which no guest write is to wait for.
         drop(state);
@@ -450,11 +461,70 @@ impl Ledger {
         count
     }
 
-    /// Everything is dirty: the copy is not what we thought it was.
+    /// Everything is dirty: there is no copy.
     pub(crate) fn mark_all(&self) {
+        let open = self.sizes.iter().map(|s| DirtyMap::full(*s)).collect();
+        let suspect = self.sizes.iter().map(|s| DirtyMap::new(*s)).collect();
         let mut state = self.state.lock();
         state.sealed.clear();
-        state.open = self.sizes.iter().map(|s| DirtyMap::full(*s)).collect();
+        let old = (std::mem::replace(&mut state.open, open), std::mem::replace(&mut state.suspect, suspect));
+        // Freed outside: large maps take a while.
+        drop(state);
+        drop(old);
+    }
+
+    /// Everything is suspect: the copy is of another history.
+    pub(crate) fn suspect_all(&self) {
+        let suspect = self.sizes.iter().map(|s| DirtyMap::full(*s)).collect();
+        let mut state = self.state.lock();
+        state.committed = None;
+        let old = std::mem::replace(&mut state.suspect, suspect);
+        drop(state);
+        drop(old);
+    }
+
+    /// Bytes that must be compared with the copy.
+    pub(crate) fn suspect_bytes(&self) -> u64 {
+        self.state.lock().suspect.iter().map(DirtyMap::bytes).sum()
+    }
+
+    /// The first suspect run of `volume` at or after `from`, within one region.
+    pub(crate) fn suspect_run(&self, volume: usize, from: u64) -> Option<BlockExtent> {
+        self.state.lock().suspect.get(volume)?.next_run(from, u32::MAX)
+    }
+
+    /// These blocks were compared: they are suspect no longer, and dirty if they differ.
+    pub(crate) fn settle(&self, volume: usize, runs: &[BlockExtent], differ: bool) {
+        let mut state = self.state.lock();
+        for run in runs {
+            state.suspect[volume].clear(run.start.0, run.blocks.into());
+            if differ {
+                state.open[volume].mark(run.start.0, run.blocks.into());
+            }
+        }
+    }
+
+    /// Calls `clean` for those of `regions` in which every block is as it is in the newest commit, while no write can be admitted. Returns
+    /// that commit, if there is one; without one nothing is clean.
+    pub(crate) fn clean_regions(&self, volume: usize, regions: &[u64], mut clean: impl FnMut(u64)) -> Option<Point> {
+        let state = self.state.lock();
+        let point = state.committed?;
+        let changes = state.sealed.iter().chain(&state.building).map(|c| &c.maps);
+        let maps: Vec<&DirtyMap> = changes.chain([&state.open, &state.suspect]).filter_map(|maps| maps.get(volume)).collect();
+        for region in regions {
+            if !maps.iter().any(|map| map.touches_region(*region)) {
+                clean(*region);
+            }
+        }
+        Some(point)
+    }
+
+    /// What is dirty when nothing is under way any more: the exact maps for the next start. `None` while blocks are suspect or an
+    /// epoch is not committed.
+    pub(crate) fn settled(&self) -> Option<Vec<DirtyMap>> {
+        let state = self.state.lock();
+        let quiet = state.building.is_none() && state.sealed.is_empty() && state.suspect.iter().all(DirtyMap::is_empty);
+        (quiet && state.in_flight.iter().all(|w| w.writes == 0)).then(|| state.open.clone())
     }
 
     /// When the oldest write that is not committed was admitted.
@@ -474,6 +544,7 @@ impl Ledger {
         let held: u64 = state.sealed.iter().chain(&state.building).flat_map(|c| &c.maps).map(DirtyMap::bytes).sum();
         Summary {
             uncommitted_bytes: open_bytes.iter().sum::<u64>() + held,
+            suspect_bytes: state.suspect.iter().map(DirtyMap::bytes).sum(),
             open_bytes,
             oldest_write: state.oldest_write(),
             copied_before_write: state.copied_before_write,

@@ -7,7 +7,9 @@
 #![allow(missing_debug_implementations, reason = "devices and sockets have nothing to show")]
 
 mod capture;
+mod compare;
 mod core;
+mod dirtylog;
 mod ledger;
 mod link;
 #[cfg(test)]
@@ -18,6 +20,7 @@ mod shared;
 mod spec;
 mod status;
 mod tap;
+mod upkeep;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,6 +34,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::core::{Core, CoreConfig};
+use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, Ledger};
 use crate::link::Link;
 use crate::record::Record;
@@ -84,6 +88,20 @@ pub enum ReplicatorError {
         /// Why.
         source: FileError,
     },
+    /// A dirty log cannot be opened.
+    #[error("dirty log of disk {volume}: {source}")]
+    DirtyLogOpen {
+        /// The disk.
+        volume: Name,
+        /// Why.
+        source: FileError,
+    },
+    /// A dirty log cannot be read or written, or is of another disk.
+    #[error("{reason}")]
+    DirtyLog {
+        /// What, where, and what to do.
+        reason: String,
+    },
     /// An old spill file cannot be removed.
     #[error("spill file {}: cannot remove it: {source}", path.display())]
     SpillRemove {
@@ -117,6 +135,25 @@ fn open_spill(dir: &Path, limit_bytes: u64) -> Result<Arc<dyn BlockDevice>, Repl
     Ok(Arc::new(device))
 }
 
+/// Opens the dirty logs of all disks, on the group's own thread.
+fn open_logs(
+    dir: &Path,
+    volumes: &[VolumeSpec],
+    thread: &IoThreads,
+) -> Result<(DirtyLog, Vec<dirtylog::Known>), ReplicatorError> {
+    let mut files = Vec::new();
+    for VolumeSpec { name, device } in volumes {
+        let (path, volume_bytes) = (dir.join(format!("{name}.dirtylog")), device.size());
+        let options = OpenOptions { create_size: Some(log_bytes(volume_bytes)), ..OpenOptions::default() };
+        let device =
+            FileDevice::open(&path, options).map_err(|source| ReplicatorError::DirtyLogOpen { volume: name.clone(), source })?;
+        files.push(LogFile { name: path.display().to_string(), device: Arc::new(device), volume_bytes });
+    }
+    let opened = thread.block_on(move || DirtyLog::open(files));
+    let failed = |reason: String| ReplicatorError::DirtyLog { reason };
+    opened.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
+}
+
 /// One group at its primary, running.
 pub struct Replicator {
     shared: Arc<Shared>,
@@ -148,7 +185,8 @@ impl Replicator {
         if !(INTERVAL_MIN..=INTERVAL_MAX).contains(&tuning.interval) {
             return Err(ReplicatorError::Interval { group, given: tuning.interval });
         }
-        let (record, generation) = Record::open(&state_dir)?;
+        let record = Arc::new(Record::open(&state_dir)?);
+        let recorded = record.get();
         let capture = IoThreads::new(1).map_err(|source| ReplicatorError::Thread { group: group.clone(), source })?;
         capture.spawn(|| async {
             // Zero is this very thread. Without the right to be nicer nothing breaks.
@@ -158,15 +196,18 @@ impl Replicator {
         });
         let sizes: Vec<u64> = volumes.iter().map(|v| v.device.size()).collect();
         let limits = CopyLimits { memory_bytes: tuning.freeze_budget_bytes, spill_bytes: tuning.spill_limit_bytes };
-        let ledger = Arc::new(Ledger::new(sizes.clone(), limits));
+        let (log, known) = open_logs(&state_dir, &volumes, &capture)?;
+        let log = Arc::new(log);
+        let ledger = Arc::new(Ledger::new(sizes, limits, known));
         let spill = open_spill(&state_dir, tuning.spill_limit_bytes)?;
         let devices: Arc<[Arc<dyn BlockDevice>]> = volumes.iter().map(|v| v.device.clone()).collect();
-        let names: Vec<(Name, u64)> = volumes.iter().map(|v| v.name.clone()).zip(sizes).collect();
+        let names: Vec<(Name, u64)> =
+            volumes.iter().map(|v| v.name.clone()).zip(volumes.iter().map(|v| v.device.size())).collect();
         let taps = volumes
             .into_iter()
             .enumerate()
             .map(|(index, v)| {
-                (v.name, Arc::new(Tap::new(v.device, ledger.clone(), spill.clone(), index)) as Arc<dyn BlockDevice>)
+                (v.name, Arc::new(Tap::new(v.device, ledger.clone(), log.clone(), spill.clone(), index)) as Arc<dyn BlockDevice>)
             })
             .collect();
         let config = CoreConfig {
@@ -176,8 +217,8 @@ impl Replicator {
             freeze_budget_bytes: tuning.freeze_budget_bytes,
             epochs_in_flight: tuning.epochs_in_flight,
         };
-        let core = Core::new(config, generation, Instant::now());
-        let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, generation));
+        let core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
+        let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation));
         let (stop, stopping) = watch::channel(None);
         let driver =
             Driver::new(shared.clone(), core, Link { peer, identity }, record, capture.clone(), devices, spill, stopping);
@@ -205,12 +246,13 @@ impl Replicator {
     }
 
     /// Stops. While connected, everything written so far is sent and committed first, for at most `within`. The exports must
-    /// have stopped before. Returns whether everything is committed.
+    /// have stopped before. Returns whether everything is committed. The dirty log then says exactly what is not.
     pub async fn shutdown(mut self, within: Duration) -> bool {
         self.stop.send_replace(Some(Instant::now() + within));
         let ended = (&mut self.driver).await;
         self.sampler.abort();
-        ended.is_ok() && self.shared.ledger.summary().uncommitted_bytes == 0
+        let left = self.shared.ledger.summary();
+        ended.is_ok() && left.uncommitted_bytes == 0 && left.suspect_bytes == 0
     }
 }
 

@@ -19,11 +19,12 @@ use proptest::prelude::*;
 use proto::control::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
-use proto::{Codec, EpochId, Frame, FrameHeader, FrameKind};
+use proto::{Codec, DirtyMap, EpochId, Frame, FrameHeader, FrameKind, Generation, Point};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
+use crate::dirtylog::{DirtyLog, Known, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, Ledger};
 use crate::tap::Tap;
 
@@ -281,7 +282,7 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
                 }
                 unacknowledged.push(epoch);
                 if random.random_bool(0.5) {
-                    world.ledger.committed(epoch);
+                    world.ledger.committed(Point { generation: Generation(1), epoch });
                     unacknowledged.clear();
                 }
                 epoch = epoch.next();
@@ -309,11 +310,19 @@ fn run(seed: u64) {
                     as Arc<dyn BlockDevice>
             })
             .collect();
-        let ledger =
-            Arc::new(Ledger::new(vec![SIZE; VOLUMES], CopyLimits { memory_bytes: 8 * BLOCK_BYTES, spill_bytes: SIZE * 2 }));
+        let file =
+            || LogFile { name: "memory".to_owned(), device: Arc::new(MemoryDevice::new(log_bytes(SIZE))), volume_bytes: SIZE };
+        let (dirty_log, _) = DirtyLog::open((0..VOLUMES).map(|_| file()).collect()).await.unwrap();
+        let dirty_log = Arc::new(dirty_log);
+        let known = || Known { suspect: DirtyMap::new(SIZE), dirty: DirtyMap::full(SIZE) };
+        let limits = CopyLimits { memory_bytes: 8 * BLOCK_BYTES, spill_bytes: SIZE * 2 };
+        let ledger = Arc::new(Ledger::new(vec![SIZE; VOLUMES], limits, (0..VOLUMES).map(|_| known()).collect()));
         let spill: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(SIZE * 2));
-        let taps =
-            devices.iter().enumerate().map(|(i, d)| Arc::new(Tap::new(d.clone(), ledger.clone(), spill.clone(), i))).collect();
+        let taps = devices
+            .iter()
+            .enumerate()
+            .map(|(i, d)| Arc::new(Tap::new(d.clone(), ledger.clone(), dirty_log.clone(), spill.clone(), i)))
+            .collect();
         let world = Rc::new(World { taps, devices, spill, ledger, log, cuts: Cell::new(0) });
         let guests: Vec<_> =
             (0..6).map(|g| tokio::task::spawn_local(guest(world.clone(), seed.wrapping_mul(31) + g, 60))).collect();
@@ -355,7 +364,7 @@ async fn epochs_quiet(world: &World, last: &RefCell<u64>) {
     .await
     .unwrap();
     world.ledger.seal(header.epoch);
-    world.ledger.committed(header.epoch);
+    world.ledger.committed(Point { generation: Generation(1), epoch: header.epoch });
     let mut image = vec![vec![0xEE; SIZE as usize]; VOLUMES];
     apply_frames(&mut image, &mut items);
     assert!(image == oracle(&world.log, u64::MAX), "a full pass over a quiet disk is the disk");

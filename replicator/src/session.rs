@@ -7,16 +7,18 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use blockdev::{BlockDevice, IoThreads};
 use proto::control::{CloseCode, Message, PassHeader, PassKind};
 use proto::seal::Tally;
-use proto::{EpochId, Generation, Seal};
+use proto::{EpochId, Generation, Hashes, Seal, SessionToken};
 use quinn::{Connection, Endpoint, SendStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::capture::{CaptureError, FrameQueue, Item, Pass};
+use crate::compare::Compare;
 use crate::core::{Action, Core, Event, Load, SessionError};
 use crate::link::{self, ControlError, Link, LinkError, read_message};
 use crate::record::{Record, RecordError};
 use crate::shared::Shared;
+use crate::upkeep::Upkeep;
 
 /// Why a session ended, for the log and for `status`.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +33,8 @@ pub(crate) enum EndError {
     Record(#[from] RecordError),
     #[error(transparent)]
     Capture(#[from] CaptureError),
+    #[error(transparent)]
+    DirtyLog(#[from] std::io::Error),
 }
 
 impl EndError {
@@ -49,6 +53,13 @@ struct Capturing {
     kind: PassKind,
 }
 
+/// A comparison under way on the capture thread.
+struct Comparing {
+    done: oneshot::Receiver<Result<(), CaptureError>>,
+    /// Never full: as many answers as questions may be asked at once.
+    answers: mpsc::Sender<Hashes>,
+}
+
 /// One connection and what belongs to it.
 struct Live {
     _endpoint: Endpoint,
@@ -60,12 +71,22 @@ struct Live {
     sender: Option<JoinHandle<()>>,
 }
 
+impl Drop for Live {
+    /// Whatever ends the driver ends what works for it: the connection, and with it the task that reads.
+    fn drop(&mut self) {
+        if let Some(sender) = &self.sender {
+            sender.abort();
+        }
+        link::close(&self.connection, CloseCode::Stopping, "the session is over");
+    }
+}
+
 /// The task of one group.
 pub(crate) struct Driver {
     pub(crate) shared: Arc<Shared>,
     pub(crate) core: Core,
     pub(crate) link: Arc<Link>,
-    pub(crate) record: Record,
+    pub(crate) record: Arc<Record>,
     pub(crate) capture: IoThreads,
     pub(crate) devices: Arc<[Arc<dyn BlockDevice>]>,
     pub(crate) spill: Arc<dyn BlockDevice>,
@@ -73,6 +94,8 @@ pub(crate) struct Driver {
     live: Option<Live>,
     connecting: Option<JoinHandle<Result<(Endpoint, Connection), LinkError>>>,
     capturing: Option<Capturing>,
+    comparing: Option<Comparing>,
+    upkeep: Upkeep,
     tally: Option<Box<Tally>>,
     cut_unix_us: u64,
     pass: Option<PassHeader>,
@@ -84,13 +107,14 @@ impl Driver {
         shared: Arc<Shared>,
         core: Core,
         link: Link,
-        record: Record,
+        record: Arc<Record>,
         capture: IoThreads,
         devices: Arc<[Arc<dyn BlockDevice>]>,
         spill: Arc<dyn BlockDevice>,
         stop: watch::Receiver<Option<Instant>>,
     ) -> Self {
         let link = Arc::new(link);
+        let upkeep = Upkeep::new(shared.clone(), record.clone());
         Self {
             shared,
             core,
@@ -103,6 +127,8 @@ impl Driver {
             live: None,
             connecting: None,
             capturing: None,
+            comparing: None,
+            upkeep,
             tally: None,
             cut_unix_us: 0,
             pass: None,
@@ -141,6 +167,7 @@ impl Driver {
             self.shared.publish(&self.core, self.live.as_ref().map(|l| (&l.connection, &l.queue)), self.pass);
         }
         self.end("this node is stopping").await;
+        self.upkeep.finish(&self.capture).await;
         self.shared.stopped();
     }
 
@@ -171,10 +198,22 @@ impl Driver {
                 let kind = self.capturing.take().map(|c| c.kind);
                 self.pass_ended(done, kind)
             }
+            done = async { (&mut self.comparing.as_mut().expect("guarded").done).await }, if self.comparing.is_some() => {
+                self.comparing = None;
+                match done {
+                    Ok(Ok(())) => Ok(Some(Event::Compared)),
+                    Ok(Err(error)) => Err(error.into()),
+                    Err(_) => Err(CaptureError::Stopped.into()),
+                }
+            }
+            () = self.upkeep.due() => {
+                self.upkeep.begin(&self.capture);
+                Ok(Some(Event::Tick(load)))
+            }
             connected = async { self.connecting.as_mut().expect("guarded").await }, if self.connecting.is_some() => {
                 self.connecting = None;
                 match connected {
-                    Ok(Ok((endpoint, connection))) => { self.open(endpoint, connection).await?; Ok(Some(Event::Connected)) }
+                    Ok(Ok((endpoint, connection))) => { self.open(endpoint, connection).await?; Ok(Some(self.connected())) }
                     Ok(Err(error)) => Err(error.into()),
                     Err(_) => Err(ControlError::Ended.into()),
                 }
@@ -238,12 +277,15 @@ impl Driver {
                 self.connecting = Some(tokio::spawn(async move { link.connect().await }));
             }
             Action::Send(message) => self.send(&message).await?,
-            Action::Record(generation) => {
-                self.record.store(generation)?;
-                self.core.recorded(generation);
+            Action::Record { generation, sessions, forget_cleared } => {
+                self.record.update(|record| {
+                    (record.generation, record.sessions) = (generation, sessions);
+                    record.cleared = record.cleared.filter(|_| !forget_cleared);
+                })?;
+                self.core.recorded(sessions);
             }
-            Action::Committed(epoch) => {
-                self.shared.ledger.committed(epoch);
+            Action::Committed(point) => {
+                self.shared.ledger.committed(point);
                 self.shared.committed_now();
             }
             Action::Merge => {
@@ -252,8 +294,21 @@ impl Driver {
                 self.shared.epochs_merged.fetch_add(merged, Ordering::Relaxed);
             }
             Action::MarkAll => {
-                tracing::warn!(group = %self.shared.group, "the copy is not the one this node knew; everything is sent again");
+                tracing::info!(group = %self.shared.group, "the receiver has no copy; everything is sent");
                 self.shared.ledger.mark_all();
+            }
+            Action::SuspectAll => {
+                tracing::warn!(group = %self.shared.group, "the copy is not the one this node knew; everything is compared");
+                self.shared.ledger.suspect_all();
+                let log = self.shared.log.clone();
+                self.capture.call(move || async move { log.cover_all().await }).await.flatten()?;
+            }
+            Action::Compare => self.begin_comparison(),
+            Action::Answer(hashes) => {
+                let taken = self.comparing.as_ref().map(|c| c.answers.try_send(hashes));
+                if taken.is_none_or(|taken| taken.is_err()) {
+                    return Err(CaptureError::Stopped.into());
+                }
             }
             Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes)?,
@@ -338,6 +393,28 @@ impl Driver {
         self.capturing = Some(Capturing { done: receiver, kind: header.kind });
     }
 
+    fn connected(&self) -> Event {
+        Event::Connected { session: SessionToken(rand::random()), cleared: self.record.get().cleared }
+    }
+
+    fn begin_comparison(&mut self) {
+        let Some(live) = &self.live else { return };
+        let (done, receiver) = oneshot::channel();
+        let (sender, answers) = mpsc::channel(proto::hashes::QUERIES_IN_FLIGHT_MAX);
+        let (shared, queue, devices) = (self.shared.clone(), live.queue.clone(), self.devices.clone());
+        let suspect = shared.ledger.suspect_bytes();
+        if suspect > 0 {
+            tracing::info!(group = %shared.group, bytes = suspect, "comparing what may differ from the copy");
+        }
+        self.capture.spawn(move || async move {
+            let compare =
+                Compare { ledger: &shared.ledger, devices: &devices, queue: &queue, answers, counters: &shared.compared };
+            // The driver may be gone: then nobody needs the result.
+            let _ = done.send(compare.run().await);
+        });
+        self.comparing = Some(Comparing { done: receiver, answers: sender });
+    }
+
     fn seal(&mut self, epoch: EpochId, generation: Generation, passes: u32) -> Result<(), EndError> {
         let (Some(live), Some(tally)) = (&self.live, self.tally.take()) else { return Ok(()) };
         let first_write_unix_us = self
@@ -357,6 +434,7 @@ impl Driver {
             data_blocks: tally.data_blocks,
             zero_blocks: tally.zero_blocks,
             first_write_unix_us,
+            session: self.core.session(),
             digest: tally.digest(),
         };
         Ok(live.queue.mark(Item::Seal(Box::new(seal)))?)
@@ -374,9 +452,6 @@ impl Driver {
             connecting.abort();
         }
         if let Some(live) = self.live.take() {
-            if let Some(sender) = &live.sender {
-                sender.abort();
-            }
             link::close(&live.connection, CloseCode::Stopping, reason);
         }
         self.stop_capture().await;
@@ -384,6 +459,14 @@ impl Driver {
 
     /// Waits for a pass whose queue is gone to notice, then gives its epoch up.
     async fn stop_capture(&mut self) {
+        if let Some(Comparing { done, answers }) = self.comparing.take() {
+            drop(answers);
+            if let Some(live) = &mut self.live {
+                live.items = None;
+            }
+            // As below.
+            let _ = done.await;
+        }
         if let Some(capturing) = self.capturing.take() {
             if let Some(live) = &mut self.live {
                 live.items = None;
@@ -430,6 +513,7 @@ async fn send_items(
                 written
             }
             Item::End => stream.take().is_some_and(|mut s| s.finish().is_ok()),
+            Item::Query(query) => control.write_all(&Message::HashQuery(query).encode()).await.is_ok(),
             Item::Seal(seal) => control.write_all(&Message::Seal(*seal).encode()).await.is_ok(),
         };
         if !sent {

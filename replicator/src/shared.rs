@@ -10,7 +10,9 @@ use proto::{Generation, Name, Point};
 use quinn::Connection;
 
 use crate::capture::{CaptureCounters, FrameQueue};
+use crate::compare::CompareCounters;
 use crate::core::{Core, Phase};
+use crate::dirtylog::DirtyLog;
 use crate::ledger::Ledger;
 use crate::spec::{PeerSpec, Tuning};
 use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
@@ -44,6 +46,8 @@ pub(crate) struct Shared {
     pub(crate) peer: PeerSpec,
     pub(crate) tuning: Tuning,
     pub(crate) ledger: std::sync::Arc<Ledger>,
+    pub(crate) log: std::sync::Arc<DirtyLog>,
+    pub(crate) compared: CompareCounters,
     pub(crate) counters: CaptureCounters,
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) epochs_merged: AtomicU64,
@@ -61,6 +65,7 @@ impl Shared {
         tuning: Tuning,
         volumes: Vec<(Name, u64)>,
         ledger: std::sync::Arc<Ledger>,
+        log: std::sync::Arc<DirtyLog>,
         generation: Generation,
     ) -> Self {
         let histogram = Histogram::new_with_bounds(1, LAG_MS_MAX, 3).expect("the bounds are constants that fit");
@@ -69,6 +74,8 @@ impl Shared {
             peer,
             tuning,
             ledger,
+            log,
+            compared: CompareCounters::default(),
             counters: CaptureCounters::default(),
             sent_bytes: AtomicU64::new(0),
             epochs_merged: AtomicU64::new(0),
@@ -96,12 +103,12 @@ impl Shared {
 
     /// Takes over the driver's state for `status`.
     pub(crate) fn publish(&self, core: &Core, live: Option<(&Connection, &FrameQueue)>, pass: Option<PassHeader>) {
-        let state = match (core.phase(), core.syncing()) {
-            (Phase::Waiting { refused: true, .. }, _) => LinkState::Refused,
-            (Phase::Fenced, _) => LinkState::Fenced,
-            (_, Some(false)) => LinkState::FirstSync,
-            (_, Some(true)) => LinkState::Resync,
-            (Phase::Streaming(_), None) => LinkState::Streaming,
+        let state = match core.phase() {
+            Phase::Waiting { refused: true, .. } => LinkState::Refused,
+            Phase::Fenced => LinkState::Fenced,
+            Phase::Streaming(_) if core.syncing() => LinkState::FirstSync,
+            Phase::Streaming(_) if core.comparing() => LinkState::Comparing,
+            Phase::Streaming(_) => LinkState::Streaming,
             _ => LinkState::Connecting,
         };
         let mut p = self.published.lock();
@@ -127,6 +134,10 @@ impl Shared {
         if let Some((connection, _)) = live {
             p.wire_bytes_now = connection.stats().udp_tx.bytes;
         }
+    }
+
+    pub(crate) fn volume_count(&self) -> usize {
+        self.volumes.len()
     }
 
     pub(crate) fn report(&self, error: &str) {
@@ -170,7 +181,7 @@ impl Shared {
             peer: self.peer.address.clone(),
             peer_key: self.peer.key,
             state: p.state,
-            error: p.error.clone(),
+            error: self.log.failure().or_else(|| p.error.clone()),
             generation: p.generation,
             committed: p.committed,
             committed_age_ms: p.committed_at.map(|t| millis(t.elapsed())),
@@ -182,6 +193,9 @@ impl Shared {
                 max_ms: lag.max(),
             },
             dirty_bytes: summary.uncommitted_bytes,
+            suspect_bytes: summary.suspect_bytes,
+            compared_bytes: load(&self.compared.compared_bytes),
+            differing_bytes: load(&self.compared.differing_bytes),
             captured_bytes: data,
             zero_bytes: load(&self.counters.zero_bytes),
             sent_bytes: load(&self.sent_bytes),

@@ -24,8 +24,8 @@ pub enum LinkState {
     Connecting,
     /// The first full copy is under way.
     FirstSync,
-    /// A copy exists; everything that may have changed is being sent again.
-    Resync,
+    /// A copy exists; what may differ from it is compared by hash. Nothing is committed meanwhile, and the copy stays activatable.
+    Comparing,
     /// Following, epoch by epoch.
     Streaming,
     /// Another side may write now; nothing is replicated.
@@ -102,6 +102,15 @@ pub struct GroupStatus {
     pub lag: LagSummary,
     /// Bytes changed and not yet committed remotely, all maps together.
     pub dirty_bytes: u64,
+    /// Bytes that may differ from the copy and have yet to be compared: what was being written before an unclean stop.
+    #[serde(default)]
+    pub suspect_bytes: u64,
+    /// Bytes compared with the copy since start.
+    #[serde(default)]
+    pub compared_bytes: u64,
+    /// Bytes of these that differed, and were sent.
+    #[serde(default)]
+    pub differing_bytes: u64,
     /// Bytes of dirty blocks captured since start.
     pub captured_bytes: u64,
     /// Bytes of zero blocks and holes captured since start; they travel as extents.

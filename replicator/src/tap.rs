@@ -11,32 +11,42 @@ use blockdev::{BlockDevice, Buf, Extent, IoFuture, ZeroMode};
 use proto::BlockExtent;
 use proto::units::BLOCK_BYTES;
 
+use crate::dirtylog::DirtyLog;
 use crate::ledger::{CopiedRun, Copy, Ledger, Place, Range, Step, Ticket};
 
 /// A disk whose changes are tracked.
 pub(crate) struct Tap {
     device: Arc<dyn BlockDevice>,
     ledger: Arc<Ledger>,
+    log: Arc<DirtyLog>,
     /// Takes the copies that do not fit memory.
     spill: Arc<dyn BlockDevice>,
     volume: usize,
 }
 
 impl Tap {
-    pub(crate) fn new(device: Arc<dyn BlockDevice>, ledger: Arc<Ledger>, spill: Arc<dyn BlockDevice>, volume: usize) -> Self {
-        Self { device, ledger, spill, volume }
+    pub(crate) fn new(
+        device: Arc<dyn BlockDevice>,
+        ledger: Arc<Ledger>,
+        log: Arc<DirtyLog>,
+        spill: Arc<dyn BlockDevice>,
+        volume: usize,
+    ) -> Self {
+        Self { device, ledger, log, spill, volume }
     }
 
-    /// Admission of a change of `length` bytes at `offset`: marks it, then copies what a capture still needs of it.
-    async fn admit(&self, offset: u64, length: u64) -> Ticket<'_> {
+    /// Admission of a change of `length` bytes at `offset`: marks it, makes sure that the dirty log has it, then copies what a capture
+    /// still needs of it. The mark comes first: regions without a mark are those that the log may forget.
+    async fn admit(&self, offset: u64, length: u64) -> io::Result<Ticket<'_>> {
         let range = Range::of_bytes(self.volume, offset, length);
         let ticket = self.ledger.admit(range, Instant::now);
+        self.log.cover(&range).await?;
         loop {
             let changed = self.ledger.changed().notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
             match self.ledger.step(&ticket, &range) {
-                Step::Issue => return ticket,
+                Step::Issue => return Ok(ticket),
                 Step::Wait => changed.await,
                 Step::Copy { claim, runs } => {
                     let guard = ClaimGuard { ledger: &self.ledger, claim, done: false };
@@ -132,7 +142,7 @@ impl BlockDevice for Tap {
             if data.is_empty() {
                 return Ok(data);
             }
-            let _ticket = self.admit(offset, data.len() as u64).await;
+            let _ticket = self.admit(offset, data.len() as u64).await?;
             self.device.write(offset, data).await
         })
     }
@@ -146,7 +156,7 @@ impl BlockDevice for Tap {
             if length == 0 {
                 return Ok(());
             }
-            let _ticket = self.admit(offset, length).await;
+            let _ticket = self.admit(offset, length).await?;
             self.device.write_zeroes(offset, length, mode).await
         })
     }
@@ -173,7 +183,12 @@ impl BlockDevice for Tap {
         if data.is_empty() {
             return Some(Ok(()));
         }
-        let _ticket = self.ledger.try_admit(Range::of_bytes(self.volume, offset, data.len() as u64), Instant::now)?;
+        let range = Range::of_bytes(self.volume, offset, data.len() as u64);
+        let _ticket = self.ledger.try_admit(range, Instant::now)?;
+        if !self.log.covers(&range) {
+            // Its marks stay; the write proper will make the same.
+            return None;
+        }
         self.device.try_write(offset, data)
     }
 }

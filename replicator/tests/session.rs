@@ -13,9 +13,12 @@ use parking_lot::Mutex;
 use proto::control::{CloseCode, Hello, Message, PASS_HEADER_BYTES, PassHeader, PassKind};
 use proto::frame::{FRAME_HEADER_BYTES, FrameKind};
 use proto::seal::Tally;
-use proto::{BLOCK_BYTES, EpochId, Fingerprint, Frame, FrameHeader, Generation, Identity, Point, transport};
+use proto::{
+    BLOCK_BYTES, EpochId, Fingerprint, Frame, FrameHeader, Generation, HashQuery, Hashes, Identity, Point, SessionToken,
+    transport,
+};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
-use replicator::{GroupSpec, GroupStatus, LinkState, PeerSpec, Replicator, Tuning, VolumeSpec};
+use replicator::{GroupSpec, GroupStatus, LinkState, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
 
 const SIZE: u64 = 20 * 1024 * 1024 + 512;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -35,6 +38,8 @@ struct Behaviour {
 struct Store {
     image: Vec<Vec<u8>>,
     committed: Option<Point>,
+    writer: SessionToken,
+    queries: Vec<HashQuery>,
     hellos: Vec<Hello>,
     passes: Vec<PassHeader>,
     data_blocks: u64,
@@ -104,21 +109,38 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
         connection.closed().await;
         return Ok(());
     }
-    let committed = {
+    let (committed, writer) = {
         let mut store = store.lock();
         if store.image.is_empty() {
             store.image = hello.volumes.iter().map(|v| vec![0; v.size_bytes as usize]).collect();
         }
-        store.committed
+        (store.committed, store.writer)
     };
     let generation = Generation(hello.generation.0.max(1));
-    send(&mut out, &Message::Welcome { version: 1, generation, committed, epochs_in_flight_max: 8 }).await?;
+    send(&mut out, &Message::Welcome { version: 1, generation, committed, writer, epochs_in_flight_max: 8 }).await?;
     let mut epoch = committed.map_or(1, |p| p.epoch.0 + 1);
+    // The primary compares before it sends, so no query is cut when the first pass comes; its seal may overtake it.
+    let mut early = None;
+    let mut first = loop {
+        tokio::select! {
+            stream = connection.accept_uni() => break Some(stream.map_err(text)?),
+            asked = message(&mut incoming), if early.is_none() => match asked? {
+                Message::HashQuery(query) => {
+                    let answer = hashes(&mut store.lock(), query);
+                    send(&mut out, &Message::Hashes(answer)).await?;
+                }
+                other => early = Some(other),
+            }
+        }
+    };
     loop {
         let mut staged = store.lock().image.clone();
         let mut tally = Tally::default();
         for pass in 0.. {
-            let mut stream = connection.accept_uni().await.map_err(text)?;
+            let mut stream = match first.take() {
+                Some(stream) => stream,
+                None => connection.accept_uni().await.map_err(text)?,
+            };
             let mut head = [0; PASS_HEADER_BYTES];
             stream.read_exact(&mut head).await.map_err(text)?;
             let header = PassHeader::decode(&head).map_err(text)?;
@@ -129,7 +151,11 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
                 break;
             }
         }
-        let Message::Seal(seal) = message(&mut incoming).await? else { return Err("no seal".into()) };
+        let sealed = match early.take() {
+            Some(early) => early,
+            None => message(&mut incoming).await?,
+        };
+        let Message::Seal(seal) = sealed else { return Err("no seal".into()) };
         assert_eq!(seal.epoch, EpochId(epoch));
         assert!(tally.matches(&seal), "digest and totals");
         if behaviour.lock().drop_at.take_if(|e| *e == epoch).is_some() {
@@ -139,6 +165,7 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
             let mut store = store.lock();
             store.image = staged;
             store.committed = Some(seal.point());
+            store.writer = seal.session;
         }
         if behaviour.lock().drop_after.take_if(|e| *e == epoch).is_some() {
             return Err("dropped after the commit".into());
@@ -146,6 +173,14 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
         send(&mut out, &Message::Committed { point: seal.point() }).await?;
         epoch += 1;
     }
+}
+
+fn hashes(store: &mut Store, query: HashQuery) -> Hashes {
+    store.queries.push(query);
+    let mut volume = store.image[usize::from(query.volume.0)].clone();
+    volume.resize(volume.len().next_multiple_of(BLOCK_BYTES as usize), 0);
+    let range = &volume[(query.start.0 * BLOCK_BYTES) as usize..(query.end() * BLOCK_BYTES) as usize];
+    Hashes { id: query.id, hashes: proto::hashes::hash_chunks(range, query.chunk_blocks).collect() }
 }
 
 async fn frames(stream: &mut RecvStream, image: &mut [Vec<u8>], tally: &mut Tally, store: &Mutex<Store>) -> Result<(), String> {
@@ -184,7 +219,7 @@ struct Primary {
     replicator: Replicator,
     disks: Vec<Arc<MemoryDevice>>,
     io: IoThreads,
-    _dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
 }
 
 impl Primary {
@@ -193,8 +228,39 @@ impl Primary {
     }
 
     fn start_with(identity: &Identity, address: SocketAddr, key: Fingerprint, tuning: Tuning) -> Self {
+        let disks = (0..2).map(|_| Arc::new(MemoryDevice::new(SIZE))).collect();
         let dir = tempfile::tempdir().unwrap();
-        let disks: Vec<_> = (0..2).map(|_| Arc::new(MemoryDevice::new(SIZE))).collect();
+        Self::try_start(identity, address, key, tuning, disks, &Arc::new(dir)).unwrap()
+    }
+
+    /// The next process on the same disks and state folder. Without a clean stop it begins where the old one was killed.
+    async fn restart(self, identity: &Identity, receiver: &SmallReceiver, clean: bool) -> Self {
+        let Self { replicator, disks, dir, .. } = self;
+        if clean {
+            assert!(replicator.shutdown(DEADLINE).await);
+        } else {
+            drop(replicator);
+        }
+        let start = Instant::now();
+        loop {
+            let (address, key) = (receiver.address, receiver.identity.fingerprint());
+            // The old tasks let go of the log's file in their own time.
+            match Self::try_start(identity, address, key, fast(), disks.clone(), &dir) {
+                Ok(primary) => return primary,
+                Err(error) => assert!(start.elapsed() < DEADLINE, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn try_start(
+        identity: &Identity,
+        address: SocketAddr,
+        key: Fingerprint,
+        tuning: Tuning,
+        disks: Vec<Arc<MemoryDevice>>,
+        dir: &Arc<tempfile::TempDir>,
+    ) -> Result<Self, ReplicatorError> {
         let volumes = disks
             .iter()
             .enumerate()
@@ -202,7 +268,8 @@ impl Primary {
             .collect();
         let peer = PeerSpec { address: address.to_string(), key };
         let spec = GroupSpec { group: "db".parse().unwrap(), volumes, peer, state_dir: dir.path().join("db"), tuning };
-        Self { replicator: Replicator::start(spec, identity.clone()).unwrap(), disks, io: IoThreads::new(1).unwrap(), _dir: dir }
+        let replicator = Replicator::start(spec, identity.clone())?;
+        Ok(Self { replicator, disks, io: IoThreads::new(1).unwrap(), dir: dir.clone() })
     }
 
     async fn write(&self, disk: usize, offset: u64, data: Vec<u8>) {
@@ -345,4 +412,75 @@ async fn refusals_are_told_in_one_line() {
     fenced.write(0, 0, pattern(1, 10)).await;
     let status = fenced.until("fencing", |s| s.state == LinkState::Fenced).await;
     assert!(error(&status).contains("generation 5 holds") && status.dirty_bytes > 0, "{status:?}");
+}
+
+/// After a clean stop nothing is compared and nothing is sent again; after a kill only what was marked is compared, and only what differs
+/// is sent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_sends_what_differs() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let primary = Primary::start(&identity, &receiver, fast());
+    primary.write(0, 0, pattern(1, 8 << 20)).await;
+    primary.write(1, 5, pattern(2, 3 << 20)).await;
+    primary.settled().await;
+    let primary = primary.restart(&identity, &receiver, true).await;
+    primary.write(0, 9 << 20, pattern(3, 4096)).await;
+    let status = primary.settled().await;
+    assert_eq!((status.suspect_bytes, status.compared_bytes, status.captured_bytes), (0, 0, 4096), "{status:?}");
+
+    // One block reaches the disk and not the copy; the log knows its region.
+    receiver.behaviour.lock().answer = Some(Message::close(CloseCode::Stopping, "away"));
+    let primary = primary.restart(&identity, &receiver, false).await;
+    primary.until("the receiver is away", |s| s.error.is_some()).await;
+    primary.write(0, 50_000, pattern(4, 5000)).await;
+    let before = receiver.store.lock().data_blocks;
+    receiver.behaviour.lock().answer = None;
+    let primary = primary.restart(&identity, &receiver, false).await;
+    primary.until("compared", |s| s.compared_bytes > 0 && s.suspect_bytes == 0 && s.state == LinkState::Streaming).await;
+    let status = primary.settled().await;
+    assert!(receiver.store.lock().image == primary.images());
+    assert_eq!(status.differing_bytes, 2 * BLOCK_BYTES, "{status:?}");
+    assert_eq!(receiver.store.lock().data_blocks - before, 2, "nothing else was sent");
+    let chunks: BTreeSet<u32> = receiver.store.lock().queries.iter().map(|q| q.chunk_blocks).collect();
+    assert_eq!(chunks, BTreeSet::from([1, 16]));
+}
+
+/// A clone of the machine, with its key and its record, writes another history. The original compares everything, also the regions
+/// that its log has forgotten.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_in_between_is_noticed() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let primary = Primary::start(&identity, &receiver, fast());
+    primary.write(0, 0, pattern(1, 1 << 20)).await;
+    primary.settled().await;
+    let primary = primary.restart(&identity, &receiver, true).await;
+    primary.settled().await;
+    let clone = {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let state = dir.path().join("db");
+        std::fs::create_dir(&state).unwrap();
+        for entry in std::fs::read_dir(primary.dir.path().join("db")).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, state.join(path.file_name().unwrap())).unwrap();
+        }
+        let disks = primary.disks.iter().map(|d| Arc::new(MemoryDevice::with_content(&d.snapshot()))).collect();
+        let (address, key) = (receiver.address, receiver.identity.fingerprint());
+        Primary::try_start(&identity, address, key, fast(), disks, &dir).unwrap()
+    };
+    clone.settled().await;
+    clone.write(1, 12 << 20, pattern(7, 10_000)).await;
+    clone.settled().await;
+    let committed = receiver.store.lock().committed;
+    assert!(clone.replicator.shutdown(DEADLINE).await);
+    assert!(receiver.store.lock().image != primary.images(), "the copy is the clone's");
+    let primary = primary.restart(&identity, &receiver, false).await;
+    primary.until("compared", |s| s.compared_bytes == 2 * SIZE.next_multiple_of(BLOCK_BYTES) && s.dirty_bytes == 0).await;
+    let start = Instant::now();
+    while receiver.store.lock().image != primary.images() {
+        assert!(start.elapsed() < DEADLINE, "the copy is the original's again");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(receiver.store.lock().committed > committed);
 }

@@ -96,7 +96,9 @@ fn state_of(state: LinkState, paint: Paint) -> String {
     match state {
         LinkState::Connecting => paint.warn("connecting"),
         LinkState::FirstSync => paint.warn("first sync"),
-        LinkState::Resync => paint.warn("resync: the last copy stays activatable while everything is sent again"),
+        LinkState::Comparing => {
+            paint.warn("comparing: what may differ from the copy is looked for by hash; the copy stays activatable")
+        }
         LinkState::Streaming => paint.good("streaming"),
         LinkState::Fenced => paint.bad("fenced: another side may write now, nothing is replicated"),
         LinkState::Refused => paint.bad("refused by the receiver"),
@@ -111,7 +113,7 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
         out.pair("error", &paint.bad(&human::sanitised(error)));
     }
     if let Some(pass) = &group.pass
-        && matches!(group.state, LinkState::FirstSync | LinkState::Resync)
+        && group.state == LinkState::FirstSync
     {
         let percent = (u128::from(pass.done_bytes) * 100).checked_div(u128::from(pass.total_bytes)).unwrap_or(100);
         let left = pass.left_s.map_or_else(|| "-".to_owned(), |s| ms(s * 1000));
@@ -135,6 +137,10 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
         },
     );
     out.pair("dirty", &bytes(group.dirty_bytes));
+    if group.suspect_bytes > 0 || group.compared_bytes > 0 {
+        let (left, done, differing) = (bytes(group.suspect_bytes), bytes(group.compared_bytes), bytes(group.differing_bytes));
+        out.pair("suspect", &format!("{left} to compare; {done} compared, {differing} of it differed"));
+    }
     let (captured, zero, sent) = (bytes(group.captured_bytes), bytes(group.zero_bytes), bytes(group.sent_bytes));
     out.pair("captured", &format!("{captured} (and {zero} of zeroes)"));
     out.pair("sent", &format!("{sent}, saved {:.1} %", group.saved_percent));

@@ -36,6 +36,9 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_primary_fenced", "gauge", "1 if another side may write now"),
     ("twinsite_primary_lag_seconds", "gauge", "Age of the oldest acknowledged write that is not committed at the receiver"),
     ("twinsite_primary_dirty_bytes", "gauge", "Bytes changed and not committed at the receiver"),
+    ("twinsite_primary_suspect_bytes", "gauge", "Bytes that have yet to be compared with the copy"),
+    ("twinsite_primary_compared_bytes_total", "counter", "Bytes compared with the copy since start"),
+    ("twinsite_primary_differing_bytes_total", "counter", "Compared bytes that differed"),
     ("twinsite_primary_generation", "gauge", "Generation of the group"),
     ("twinsite_primary_committed_epoch", "gauge", "Newest committed epoch"),
     ("twinsite_primary_committed_age_seconds", "gauge", "Time since the newest commit"),
@@ -180,6 +183,9 @@ fn primary(samples: &mut Samples, group: &GroupStatus) {
     add("twinsite_primary_fenced", flag(LinkState::Fenced));
     add("twinsite_primary_lag_seconds", seconds(group.lag_ms));
     add("twinsite_primary_dirty_bytes", group.dirty_bytes as f64);
+    add("twinsite_primary_suspect_bytes", group.suspect_bytes as f64);
+    add("twinsite_primary_compared_bytes_total", group.compared_bytes as f64);
+    add("twinsite_primary_differing_bytes_total", group.differing_bytes as f64);
     add("twinsite_primary_generation", group.generation.0 as f64);
     if let Some(point) = group.committed {
         add("twinsite_primary_committed_epoch", point.epoch.0 as f64);

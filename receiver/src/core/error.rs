@@ -89,6 +89,22 @@ pub enum SessionError {
         /// The claim.
         theirs: Generation,
     },
+    /// Hashes were asked for while the newest point is about to change.
+    #[error("the primary asked for hashes while an epoch arrives: update the older side")]
+    HashOrder,
+    /// Too many queries at once.
+    #[error("the primary has {} unanswered hash queries: update the older side", proto::hashes::QUERIES_IN_FLIGHT_MAX)]
+    HashQueries,
+    /// Hashes of what is not there.
+    #[error("the primary asked for hashes up to block {end} of volume {volume}, which has {blocks}: update the older side")]
+    HashRange {
+        /// The volume.
+        volume: u16,
+        /// One past the last block asked for.
+        end: u64,
+        /// Blocks it has; 0 if there is no such volume.
+        blocks: u64,
+    },
     /// Too many groups.
     #[error("client '{client}' has {max} groups, which is its limit: raise it at the receiver, or remove a group")]
     Groups {
@@ -255,6 +271,9 @@ impl SessionError {
             | Self::SealMismatch { .. }
             | Self::EmptyEpoch { .. }
             | Self::Deaf
+            | Self::HashOrder
+            | Self::HashQueries
+            | Self::HashRange { .. }
             | Self::InFlight => CloseCode::Misbehaved,
         }
     }

@@ -1,5 +1,6 @@
 //! The state machine without a driver: orders of events that a network makes rare.
 
+use proto::SessionToken;
 use proto::control::VolumeHello;
 
 use super::*;
@@ -55,6 +56,7 @@ fn empty_seal(epoch: u64) -> Seal {
         data_blocks: 0,
         zero_blocks: 0,
         first_write_unix_us: 0,
+        session: proto::SessionToken::default(),
         digest: Tally::default().digest(),
     }
 }
@@ -75,9 +77,14 @@ fn streaming() -> Core {
     let mut core = core();
     good(&mut core, Event::Message(Message::Hello(hello())));
     good(&mut core, Event::Stored(Stored::Absent { groups: 0, volume_bytes: 0 }));
-    let out = good(&mut core, Event::Claimed { committed: None });
-    let welcome =
-        Message::Welcome { version: 1, generation: Generation(1), committed: None, epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX };
+    let out = good(&mut core, Event::Claimed { committed: None, writer: SessionToken::default() });
+    let welcome = Message::Welcome {
+        version: 1,
+        generation: Generation(1),
+        committed: None,
+        writer: SessionToken::default(),
+        epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX,
+    };
     assert_eq!(out, [Action::Send(welcome)]);
     core
 }
@@ -158,7 +165,12 @@ fn late_events_after_the_end_do_nothing() {
     let mut out = Vec::new();
     assert!(core.handle(Event::Superseded, &mut out).is_some());
     let point = seal(1).point();
-    for event in [Event::Committed(point), Event::PassEnd, Event::Superseded, Event::Claimed { committed: None }] {
+    for event in [
+        Event::Committed(point),
+        Event::PassEnd,
+        Event::Superseded,
+        Event::Claimed { committed: None, writer: SessionToken::default() },
+    ] {
         assert_eq!(good(&mut core, event), []);
     }
     assert!(!core.wants_pass());

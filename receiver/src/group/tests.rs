@@ -78,6 +78,7 @@ async fn epoch(group: &Group, session: u64, events: &mut mpsc::Receiver<GroupEve
         data_blocks: 1,
         zero_blocks: 0,
         first_write_unix_us: 0,
+        session: proto::SessionToken::default(),
         digest: tally.digest(),
     };
     group.append(SessionId(session), assembler.take().unwrap()).await;
@@ -107,7 +108,7 @@ fn a_full_disk_ends_the_session_and_the_next_one_goes_on() {
         assert_eq!(group.shared.state.read().last_error, Some(cause.to_string()));
         scene.disk.store(FINE, Ordering::SeqCst);
         let (claimed, mut events) = claim(&group, 2).await;
-        assert!(matches!(claimed, Claimed::Yes { committed: Some(p) } if p == point(1)));
+        assert!(matches!(claimed, Claimed::Yes { committed: Some(p), .. } if p == point(1)));
         assert!(matches!(epoch(&group, 2, &mut events, 2).await, GroupEvent::Committed(p) if p == point(2)));
         group.stop().await;
         assert_eq!(scene.open().shared.state.read().points.len(), 2);

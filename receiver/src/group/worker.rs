@@ -96,7 +96,11 @@ impl Worker {
         let mut state = self.shared.state.write();
         state.peer = Some(peer);
         state.last_error = None;
-        Claimed::Yes { committed: state.points.last().map(|p| p.point).or(self.superblock.get().base) }
+        let newest = state.points.last();
+        Claimed::Yes {
+            committed: newest.map(|p| p.point).or(self.superblock.get().base),
+            writer: newest.map(|p| p.session).unwrap_or_default(),
+        }
     }
 
     fn append(&mut self, batch: &Batch) -> Result<(), GroupError> {

@@ -30,7 +30,7 @@ pub mod layout {
         (60, 4, "header_crc32"),
     ];
     /// `(offset, bytes, field)` of a seal in the journal.
-    pub const PLACED_SEAL: &[(usize, usize, &str)] = &[(0, 108, "seal"), (108, 4, "place_crc32")];
+    pub const PLACED_SEAL: &[(usize, usize, &str)] = &[(0, 124, "seal"), (124, 4, "place_crc32")];
 }
 
 const _: () = {
@@ -205,6 +205,7 @@ mod tests {
             data_blocks: 1,
             zero_blocks: 0,
             first_write_unix_us: 0,
+            session: proto::SessionToken::default(),
             digest: [1; 32],
         };
         let bytes = encode_placed_seal(&[1; 16], 2, 64, &seal);

@@ -80,6 +80,7 @@ fn seal(epoch: u64, frames: &[Vec<u8>]) -> Seal {
         data_blocks: tally.data_blocks,
         zero_blocks: tally.zero_blocks,
         first_write_unix_us: 0,
+        session: proto::SessionToken::default(),
         digest: tally.digest(),
     }
 }
@@ -225,7 +226,7 @@ fn a_seal_in_guest_data_is_not_a_seal() {
     let (mut journal, _) = open_at(dir.path(), options(1 << 20), None).unwrap();
     write_epoch(&mut journal, 1, 1).unwrap();
     let mut content = vec![0; 4096];
-    content[100..208].copy_from_slice(&seal(2, &[]).encode());
+    content[100..100 + proto::seal::SEAL_BYTES].copy_from_slice(&seal(2, &[]).encode());
     let extents = [BlockExtent { start: BlockIndex(0), blocks: 1 }];
     let frame = encode_data(VolumeIndex(0), EpochId(2), 0, &extents, &content, Codec::Raw);
     journal.append(&frame).unwrap();

@@ -227,6 +227,7 @@ pub fn seal_of(generation: u64, epoch: u64, passes: u32, frames: &[Vec<u8>]) -> 
         data_blocks: tally.data_blocks,
         zero_blocks: tally.zero_blocks,
         first_write_unix_us: 0,
+        session: proto::SessionToken::default(),
         digest: tally.digest(),
     }
 }

@@ -9,6 +9,10 @@ struct Fixture {
     now: Instant,
     /// Whether the primary's own disk takes the record of a generation.
     records: bool,
+    /// Sessions begun; the token of each is its number.
+    drawn: u8,
+    /// The point in the record up to which the dirty log was cleared.
+    cleared: Option<Point>,
 }
 
 impl Fixture {
@@ -21,7 +25,7 @@ impl Fixture {
             epochs_in_flight: 2,
         };
         let now = Instant::now();
-        Self { core: Core::new(config, Generation(0), now), now, records: true }
+        Self { core: Core::new(config, Generation(0), Default::default(), now), now, records: true, drawn: 0, cleared: None }
     }
 
     fn on(&mut self, event: Event) -> Vec<Action> {
@@ -38,16 +42,26 @@ impl Fixture {
         self.on(Event::Tick(Load { open_bytes, queued_bytes: 0 }))
     }
 
+    /// A session, up to the end of its comparison, with a receiver whose newest commit is of our last session.
     fn greet(&mut self, committed: Option<Point>) -> Vec<Action> {
+        self.greet_after(committed, committed.map_or(0, |_| self.drawn))
+    }
+
+    fn greet_after(&mut self, committed: Option<Point>, writer: u8) -> Vec<Action> {
         self.now += Duration::from_secs(60);
         assert_eq!(self.on(Event::Tick(Load::default())), [Action::Connect]);
-        assert!(matches!(self.on(Event::Connected)[..], [Action::Send(Message::Hello(_))]));
-        let actions = self.on(Event::Message(welcome(1, committed)));
-        for action in actions.iter().filter(|_| self.records) {
-            if let Action::Record(generation) = action {
-                self.core.recorded(*generation);
-            }
+        self.drawn += 1;
+        let connected = Event::Connected { session: token(self.drawn), cleared: self.cleared };
+        assert!(matches!(self.on(connected)[..], [Action::Send(Message::Hello(_))]));
+        let mut actions = self.on(Event::Message(welcome(1, committed, writer)));
+        assert_eq!(actions.pop(), Some(Action::Compare));
+        let Some(Action::Record { generation, sessions, .. }) = actions.pop() else { panic!("recorded at every session") };
+        assert_eq!((generation, sessions), (Generation(1), [token(writer), token(self.drawn)]));
+        if self.records {
+            self.core.recorded(sessions);
         }
+        assert_eq!(self.tick(10), [], "nothing is cut while it compares");
+        assert_eq!(self.on(Event::Compared), []);
         actions
     }
 
@@ -62,8 +76,13 @@ fn point(generation: u64, epoch: u64) -> Point {
     Point { generation: Generation(generation), epoch: EpochId(epoch) }
 }
 
-fn welcome(generation: u64, committed: Option<Point>) -> Message {
-    Message::Welcome { version: 1, generation: Generation(generation), committed, epochs_in_flight_max: 8 }
+fn token(number: u8) -> SessionToken {
+    SessionToken([number; 16])
+}
+
+fn welcome(generation: u64, committed: Option<Point>, writer: u8) -> Message {
+    let (generation, writer) = (Generation(generation), token(writer));
+    Message::Welcome { version: 1, generation, committed, writer, epochs_in_flight_max: 8 }
 }
 
 fn begin(epoch: u64, pass: u16, kind: PassKind) -> Action {
@@ -77,15 +96,15 @@ fn lost() -> Event {
 #[test]
 fn a_first_sync_goes_in_passes_until_it_fits_the_budget() {
     let mut f = Fixture::new();
-    assert_eq!(f.greet(None), [Action::Record(Generation(1)), Action::Merge]);
-    assert_eq!(f.core.syncing(), Some(false));
+    assert_eq!(f.greet(None), [Action::Merge, Action::MarkAll]);
+    assert!(f.core.syncing());
     assert_eq!(f.tick(100 * BUDGET), [begin(1, 0, PassKind::Fuzzy)]);
     let load = |open_bytes| Load { open_bytes, queued_bytes: 0 };
     assert_eq!(f.on(Event::PassDone(load(10 * BUDGET))), [begin(1, 1, PassKind::Fuzzy)]);
     assert_eq!(f.on(Event::PassDone(load(BUDGET))), [begin(1, 2, PassKind::Frozen)]);
     assert!(matches!(f.on(Event::PassDone(load(0)))[..], [Action::Seal { passes: 3, .. }]));
-    assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(EpochId(1))]);
-    assert_eq!(f.core.syncing(), None);
+    assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(point(1, 1))]);
+    assert!(!f.core.syncing());
 }
 
 #[test]
@@ -104,7 +123,7 @@ fn the_current_epoch_grows_while_the_pipe_is_full() {
     f.epoch(1);
     f.epoch(2);
     assert_eq!(f.tick(10), [], "two epochs are in flight");
-    assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(EpochId(1))]);
+    assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(point(1, 1))]);
     f.epoch(3);
     let queued = Load { open_bytes: 10, queued_bytes: QUEUE_LOW_BYTES + 1 };
     f.on(Event::Message(Message::Committed { point: point(1, 2) }));
@@ -120,7 +139,7 @@ fn after_a_lost_session_the_receivers_word_releases_what_got_through() {
     f.on(Event::Message(Message::Committed { point: point(1, 1) }));
     f.epoch(2);
     assert_eq!(f.on(lost()), [Action::Disconnect]);
-    assert_eq!(f.greet(Some(point(1, 2))), [Action::Committed(EpochId(2)), Action::Merge]);
+    assert_eq!(f.greet(Some(point(1, 2))), [Action::Committed(point(1, 2)), Action::Merge]);
     f.epoch(3);
 }
 
@@ -131,13 +150,13 @@ fn a_first_commit_that_was_not_heard_of_counts() {
     f.greet(None);
     f.epoch(1);
     f.on(lost());
-    assert_eq!(f.greet(Some(point(1, 1))), [Action::Committed(EpochId(1)), Action::Merge]);
-    assert_eq!(f.core.syncing(), None);
+    assert_eq!(f.greet(Some(point(1, 1))), [Action::Committed(point(1, 1)), Action::Merge]);
+    assert!(!f.core.syncing());
 }
 
 #[test]
-fn another_history_at_the_receiver_means_that_everything_is_sent() {
-    for theirs in [None, Some(point(1, 1)), Some(point(1, 9)), Some(point(2, 2))] {
+fn another_history_at_the_receiver_means_that_everything_is_compared() {
+    for theirs in [point(1, 1), point(1, 9), point(2, 2)] {
         let mut f = Fixture::new();
         f.greet(None);
         f.epoch(1);
@@ -145,7 +164,30 @@ fn another_history_at_the_receiver_means_that_everything_is_sent() {
         f.epoch(2);
         f.on(Event::Message(Message::Committed { point: point(1, 2) }));
         f.on(lost());
-        assert_eq!(f.greet(theirs), [Action::Merge, Action::MarkAll], "{theirs:?}");
+        assert_eq!(f.greet(Some(theirs)), [Action::Merge, Action::SuspectAll], "{theirs:?}");
+    }
+}
+
+/// After a restart the dirty log speaks for all that was written, unless the copy is older than what the log has forgotten.
+#[test]
+fn after_a_restart_the_record_decides() {
+    let sessions = [token(1), token(2)];
+    for (theirs, writer, cleared, known) in [
+        (point(1, 7), 1, None, true),
+        (point(1, 7), 2, Some(point(1, 7)), true),
+        (point(1, 7), 2, Some(point(1, 8)), false),
+        (point(2, 9), 2, Some(point(1, 8)), false),
+        (point(1, 7), 3, None, false),
+        (point(1, 7), 0, None, false),
+    ] {
+        let mut f = Fixture::new();
+        f.core.recorded(sessions);
+        (f.drawn, f.cleared) = (2, cleared);
+        let actions = f.greet_after(Some(theirs), writer);
+        let wanted = if known { vec![Action::Committed(theirs), Action::Merge] } else { vec![Action::Merge, Action::SuspectAll] };
+        assert_eq!(actions, wanted, "{theirs} by {writer}, cleared {cleared:?}");
+        assert!(!f.core.syncing());
+        f.epoch(theirs.epoch.0 + 1);
     }
 }
 
@@ -157,23 +199,25 @@ fn after_being_superseded_an_unheard_commit_is_not_ours() {
     f.epoch(1);
     f.on(Event::Message(Message::Committed { point: point(1, 1) }));
     f.epoch(2);
-    let close = Message::close(CloseCode::Superseded, "another session of this group");
-    assert!(f.try_on(Event::Message(close)).is_err());
     f.on(lost());
-    assert_eq!(f.greet(Some(point(1, 2))), [Action::Merge, Action::MarkAll]);
+    assert_eq!(f.greet_after(Some(point(1, 2)), 99), [Action::Merge, Action::SuspectAll]);
+    // Its session is in the record from then on: what it wrote was suspect durably before.
+    f.on(lost());
+    assert_eq!(f.greet_after(Some(point(1, 2)), 99), [Action::Committed(point(1, 2)), Action::Merge]);
 }
 
-/// A record that could not be made durable is asked for again.
+/// A session whose token could not be made durable never counts as ours.
 #[test]
-fn a_generation_is_recorded_before_it_counts_as_recorded() {
+fn a_session_is_recorded_before_it_counts() {
     let mut f = Fixture::new();
+    f.greet(None);
+    f.epoch(1);
+    f.on(Event::Message(Message::Committed { point: point(1, 1) }));
+    f.on(lost());
     f.records = false;
-    assert_eq!(f.greet(None)[0], Action::Record(Generation(1)));
+    f.greet(Some(point(1, 1)));
     f.on(lost());
-    f.records = true;
-    assert_eq!(f.greet(None)[0], Action::Record(Generation(1)));
-    f.on(lost());
-    assert_eq!(f.greet(None), [Action::Merge]);
+    assert_eq!(f.greet(Some(point(1, 1))), [Action::Merge, Action::SuspectAll]);
 }
 
 #[test]
@@ -198,7 +242,7 @@ fn a_commit_out_of_order_ends_the_session() {
         let error = f.try_on(Event::Message(Message::Committed { point: bad })).unwrap_err();
         assert!(matches!(error, SessionError::WrongCommit { .. }));
     }
-    let error = f.try_on(Event::Message(welcome(1, None))).unwrap_err();
+    let error = f.try_on(Event::Message(welcome(1, None, 0))).unwrap_err();
     assert_eq!(error.to_string(), "the receiver sent welcome while this side was streaming");
 }
 

@@ -1,0 +1,218 @@
+//! The promises of the log, with a disk that loses power after every single operation.
+
+use std::sync::Arc;
+
+use blockdev::CrashDevice;
+use futures_util::FutureExt;
+use proto::region::REGION_BYTES;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+
+/// More than one sector of bits, and a partial last region.
+const VOLUME_BYTES: u64 = 4040 * REGION_BYTES + 5000;
+
+fn now<T>(future: impl Future<Output = T>) -> T {
+    future.now_or_never().expect("a disk in memory never waits")
+}
+
+fn disk() -> Arc<CrashDevice> {
+    Arc::new(CrashDevice::new(vec![0; log_bytes(VOLUME_BYTES) as usize]))
+}
+
+fn open(disk: &Arc<CrashDevice>) -> (DirtyLog, Known) {
+    let file = LogFile { name: "test".to_owned(), device: disk.clone(), volume_bytes: VOLUME_BYTES };
+    let (log, mut known) = now(DirtyLog::open(vec![file])).unwrap();
+    (log, known.remove(0))
+}
+
+fn region(number: u64) -> Range {
+    Range { volume: 0, first: number * REGION_BLOCKS, count: 1 }
+}
+
+fn forget(log: &DirtyLog, regions: &[u64]) {
+    regions.iter().for_each(|r| log.unset(0, *r));
+    now(log.write_unset(&[regions.to_vec()])).unwrap();
+}
+
+fn all() -> Vec<u64> {
+    (0..VOLUME_BYTES.div_ceil(REGION_BYTES)).collect()
+}
+
+#[test]
+fn a_new_log_suspects_everything_and_a_covered_region_after_a_crash() {
+    let disk = disk();
+    let (log, known) = open(&disk);
+    assert_eq!(known.suspect.bytes(), DirtyMap::full(VOLUME_BYTES).bytes());
+    assert!(log.covers(&region(4040)), "everything is marked");
+    forget(&log, &all());
+    assert!(!log.covers(&region(0)));
+    now(disk.flush()).unwrap();
+    now(log.cover(&region(4035))).unwrap();
+    assert!(log.covers(&region(4035)) && log.covers(&region(4033)), "its neighbours too");
+    disk.crash(|| false);
+    let (log, known) = open(&disk);
+    assert_eq!(known.suspect.bytes(), REGIONS_TOGETHER * REGION_BYTES);
+    assert!(known.suspect.contains(4035 * REGION_BLOCKS) && known.dirty.is_empty());
+    assert!(log.covers(&region(4035)) && !log.covers(&region(0)));
+}
+
+#[test]
+fn a_clean_stop_leaves_the_exact_map_once() {
+    let disk = disk();
+    let (log, _) = open(&disk);
+    forget(&log, &all());
+    let mut map = DirtyMap::new(VOLUME_BYTES);
+    for (first, count) in [(5, 3), (4035 * REGION_BLOCKS + 7, 2000)] {
+        map.mark(first, count);
+        now(log.cover(&Range { volume: 0, first, count })).unwrap();
+    }
+    now(log.save(&[map.clone()])).unwrap();
+    disk.crash(|| false);
+    let (log, known) = open(&disk);
+    assert_eq!((known.suspect.count(), known.dirty.count()), (0, map.count()));
+    assert!(known.dirty.contains(6) && known.dirty.contains(4035 * REGION_BLOCKS + 7));
+    drop(log);
+    // It was opened, so it may have been written since.
+    let (_, known) = open(&disk);
+    assert!(known.dirty.is_empty() && known.suspect.contains(6));
+}
+
+/// Every flipped bit of the sectors is noticed, and costs a comparison at most; a flipped bit of a map likewise.
+#[test]
+fn damage_makes_suspect_and_never_clean() {
+    let disk = disk();
+    let (log, _) = open(&disk);
+    forget(&log, &all());
+    now(log.cover(&region(100))).unwrap();
+    let mut map = DirtyMap::new(VOLUME_BYTES);
+    map.mark(100 * REGION_BLOCKS + 1, 1);
+    now(log.save(&[map])).unwrap();
+    drop(log);
+    let whole = disk.snapshot();
+    let offsets = (0..3 * SECTOR_BYTES as u64).step_by(37).chain([map_offset(VOLUME_BYTES, 100)]);
+    for offset in offsets {
+        let disk = Arc::new(CrashDevice::new(whole.clone()));
+        disk.flip(offset, 0x10);
+        let (_, known) = open(&disk);
+        assert!(known.suspect.contains(100 * REGION_BLOCKS + 1), "flipped at {offset}");
+    }
+}
+
+#[test]
+fn a_log_of_another_disk_is_refused() {
+    let disk = disk();
+    drop(open(&disk));
+    let file = LogFile { name: "db/root.dirtylog".to_owned(), device: disk, volume_bytes: VOLUME_BYTES - 4096 };
+    let error = now(DirtyLog::open(vec![file])).err().unwrap().to_string();
+    let wanted = format!(
+        "dirty log db/root.dirtylog: it is of a disk of {VOLUME_BYTES} bytes, this one has {}: move it away to have the disk compared",
+        VOLUME_BYTES - 4096
+    );
+    assert_eq!(error, wanted);
+}
+
+#[test]
+fn a_log_that_cannot_be_written_refuses_new_regions_and_no_others() {
+    let disk = disk();
+    let faults = Arc::new(blockdev::FaultDevice::new(disk));
+    let file = LogFile { name: "test".to_owned(), device: faults.clone(), volume_bytes: VOLUME_BYTES };
+    let (log, _) = now(DirtyLog::open(vec![file])).unwrap();
+    forget(&log, &all());
+    now(log.cover(&region(8))).unwrap();
+    faults.inject(blockdev::Fault::nth(blockdev::Operation::Flush, 0, 5));
+    let error = now(log.cover(&region(64))).unwrap_err().to_string();
+    assert!(
+        error.starts_with("dirty log test: cannot sync at offset 0: ") && error.ends_with("check the disk of state_dir"),
+        "{error}"
+    );
+    assert!(now(log.cover(&region(64))).is_err(), "a failed sync is not tried again");
+    now(log.cover(&region(9))).unwrap();
+    assert_eq!(log.failure(), Some(error));
+}
+
+/// Two writers of different regions share the syncs of the one that came first.
+#[test]
+fn waiting_writes_share_a_sync() {
+    let disk = disk();
+    let slow = Arc::new(blockdev::DelayDevice::new(disk.clone(), std::time::Duration::ZERO));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let file = LogFile { name: "test".to_owned(), device: slow.clone(), volume_bytes: VOLUME_BYTES };
+        let (log, _) = DirtyLog::open(vec![file]).await.unwrap();
+        let everything = all();
+        everything.iter().for_each(|r| log.unset(0, *r));
+        log.write_unset(&[everything]).await.unwrap();
+        let before = disk.operations().1;
+        slow.hold(blockdev::Operation::Flush);
+        let covers = futures_util::future::join_all((0..50).map(|i| {
+            let log = &log;
+            async move { log.cover(&region(i * 16)).await.unwrap() }
+        }));
+        tokio::join!(covers, async {
+            slow.until_held(1).await;
+            slow.release();
+        });
+        assert_eq!(disk.operations().1 - before, 2, "one for the first, one for all that came meanwhile");
+    });
+}
+
+/// Power is lost after every single operation of the log's disk, with every sector of what was not flushed kept or lost at random.
+/// What must hold: a region that a write was let through to is suspect, unless it was clean at a recorded point.
+#[test]
+fn no_crash_forgets_a_region_that_was_written() {
+    let mut crashes = 0_u64;
+    for seed in 0..200 {
+        let mut random = SmallRng::seed_from_u64(seed);
+        let disk = disk();
+        let mut written = std::collections::BTreeSet::new();
+        let (mut log, _) = open(&disk);
+        forget(&log, &all());
+        now(disk.flush()).unwrap();
+        for _ in 0..30 {
+            let number = *[3, 60, 100, 4031, 4032, 4040].get(random.random_range(0..6)).unwrap();
+            match random.random_range(0..10) {
+                0..=4 => {
+                    now(log.cover(&region(number))).unwrap();
+                    written.insert(number);
+                }
+                5..=6 => {
+                    // It is clean, and the point that made it so is recorded.
+                    if written.remove(&number) {
+                        forget(&log, &[number]);
+                    }
+                }
+                7 => {
+                    // Forgotten in memory only, then written again before the file is changed.
+                    log.unset(0, number);
+                    now(log.cover(&region(number))).unwrap();
+                    written.insert(number);
+                    now(log.write_unset(&[vec![number]])).unwrap();
+                }
+                8 => {
+                    let mut map = DirtyMap::new(VOLUME_BYTES);
+                    written.iter().for_each(|r| map.mark(r * REGION_BLOCKS, 1));
+                    now(log.save(&[map])).unwrap();
+                    drop(log);
+                    let (again, known) = open(&disk);
+                    assert_eq!((known.suspect.count(), known.dirty.count()), (0, written.len() as u64), "seed {seed}");
+                    log = again;
+                }
+                _ => {
+                    drop(log);
+                    disk.crash(|| random.random_bool(0.5));
+                    crashes += 1;
+                    let (again, known) = open(&disk);
+                    for region in &written {
+                        let found = known.suspect.contains(region * REGION_BLOCKS);
+                        assert!(found, "seed {seed}: region {region} was written and is forgotten");
+                    }
+                    log = again;
+                }
+            }
+        }
+    }
+    println!("dirty log: {crashes} crashes");
+    assert!(crashes > 300);
+}

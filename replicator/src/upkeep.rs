@@ -1,0 +1,112 @@
+//! Upkeep of the dirty log: forgets regions that have been clean for a while, and saves the exact maps at a clean stop.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use blockdev::IoThreads;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use crate::dirtylog::DirtyLogError;
+use crate::record::{Record, RecordError};
+use crate::shared::Shared;
+
+/// How often; a region must have been written neither between the last two times nor since, so its bit goes after one to two of these.
+const EVERY: Duration = Duration::from_secs(10);
+/// Regions looked at while admission is held up: some 10 microseconds.
+const REGIONS_AT_ONCE: usize = 256;
+
+#[derive(Debug, thiserror::Error)]
+enum UpkeepError {
+    #[error(transparent)]
+    Log(#[from] DirtyLogError),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// See the module.
+pub(crate) struct Upkeep {
+    shared: Arc<Shared>,
+    record: Arc<Record>,
+    next: Instant,
+    running: Option<oneshot::Receiver<()>>,
+}
+
+impl Upkeep {
+    pub(crate) fn new(shared: Arc<Shared>, record: Arc<Record>) -> Self {
+        Self { shared, record, next: Instant::now() + EVERY, running: None }
+    }
+
+    /// Resolves when it is time, and the last time is over.
+    pub(crate) async fn due(&mut self) {
+        tokio::time::sleep_until(self.next).await;
+        if let Some(running) = &mut self.running {
+            // An error means that the thread is gone.
+            let _ = running.await;
+            self.running = None;
+        }
+    }
+
+    /// Starts a round on the capture thread.
+    pub(crate) fn begin(&mut self, thread: &IoThreads) {
+        self.next = Instant::now() + EVERY;
+        let (done, running) = oneshot::channel();
+        let (shared, record) = (self.shared.clone(), self.record.clone());
+        thread.spawn(move || async move {
+            if let Err(error) = forget_clean(&shared, &record).await {
+                tracing::warn!(group = %shared.group, "{error}; regions stay marked");
+            }
+            let _ = done.send(());
+        });
+        self.running = Some(running);
+    }
+
+    /// Saves the exact maps, if the session came to a clean end. The exports have stopped before.
+    pub(crate) async fn finish(&mut self, thread: &IoThreads) {
+        if let Some(running) = self.running.take() {
+            let _ = running.await;
+        }
+        let (shared, record) = (self.shared.clone(), self.record.clone());
+        let saved = thread.call(move || async move {
+            // Clean regions need no comparison whatever happens next.
+            for _ in 0..2 {
+                forget_clean(&shared, &record).await?;
+            }
+            match shared.ledger.settled() {
+                Some(maps) => shared.log.save(&maps).await.map_err(UpkeepError::from),
+                None => Ok(()),
+            }
+        });
+        match saved.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(group = %self.shared.group, "{error}; what was written lately is compared at the next start")
+            }
+            Err(error) => tracing::warn!(group = %self.shared.group, %error, "the maps are not saved"),
+        }
+    }
+}
+
+/// Forgets regions that are clean and idle. What made them clean is recorded before their bits go.
+async fn forget_clean(shared: &Shared, record: &Record) -> Result<(), UpkeepError> {
+    let (mut unset, mut point) = (Vec::new(), None);
+    for volume in 0..shared.volume_count() {
+        let mut of_volume = Vec::new();
+        for regions in shared.log.idle(volume).chunks(REGIONS_AT_ONCE) {
+            let committed = shared.ledger.clean_regions(volume, regions, |region| {
+                shared.log.unset(volume, region);
+                of_volume.push(region);
+            });
+            point = point.max(committed);
+            tokio::task::yield_now().await;
+        }
+        unset.push(of_volume);
+    }
+    if unset.iter().all(Vec::is_empty) {
+        return Ok(());
+    }
+    // A small file and its folder are synced here; the capture waits for it, the guest does not.
+    record.update(|r| r.cleared = r.cleared.max(point))?;
+    shared.log.write_unset(&unset).await?;
+    Ok(())
+}
