@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::batch::Batch;
 use crate::core::{Cause, StoredGroup};
+use crate::disk::Disk;
 use crate::fork::OpenFork;
 use crate::frames::FrameStore;
 use crate::index::{FrameId, Index};
@@ -216,6 +217,7 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) folder: GroupFolder,
+    pub(crate) disk: Disk,
     pub(crate) expected: Expected,
     pub(crate) owner: Fingerprint,
     pub(crate) volumes: Vec<Volume>,
@@ -280,7 +282,7 @@ fn number_frame(table: &mut crate::index::FrameTable, segment: u32, offset: u64,
 impl Group {
     /// Opens a group's folder with recovery and starts its thread.
     pub(crate) fn open(folder: GroupFolder, usage: Arc<Usage>, options: JournalOptions) -> Result<Arc<Self>, GroupError> {
-        let superblock = SuperblockFile::open(&folder.path)?.with_faults(options.faults.clone());
+        let superblock = SuperblockFile::open(&options.disk, &folder.path)?;
         let block = superblock.get().clone();
         let volume_blocks: Arc<[u64]> = block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect();
         let expected = Expected {
@@ -293,6 +295,7 @@ impl Group {
         let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes), block.base.is_none());
         let mut found =
             Recovered { committed: empty, stage: Stage::default(), points: Vec::new(), frames: &frames, next_committed: 0 };
+        let disk = options.disk.clone();
         let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
         let Recovered { committed, points, .. } = found;
         let newest = points.last().map(|p| p.point).or(block.base);
@@ -310,6 +313,7 @@ impl Group {
         };
         let shared = Arc::new(Shared {
             folder,
+            disk,
             expected,
             owner: block.owner,
             volumes: block.volumes,

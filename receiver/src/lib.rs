@@ -26,6 +26,7 @@ pub mod superblock;
 mod view;
 
 pub use config::{ClientConfig, Limits, ReceiverConfig};
+pub use disk::{Disk, Op, Watch};
 pub use frames::{FRAME_CACHE_BYTES, FrameError, OPEN_SEGMENTS_MAX};
 pub use group::{GROUP_QUEUE_MAX, GroupError};
 pub use node::SelectError;

@@ -10,6 +10,7 @@ use proto::{Fingerprint, Generation, Name, Point};
 
 use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
 use crate::core::{Cause, Stored, total};
+use crate::disk::Disk;
 use crate::group::{Group, GroupError, SessionId, Usage};
 use crate::journal::{FIRST_SEGMENT, JournalOptions};
 use crate::store::{Store, StoreError};
@@ -71,7 +72,7 @@ impl Node {
         for folder in store.groups()? {
             let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
             let key = (folder.client.clone(), folder.group.clone());
-            let slot = match Group::open(folder, usage, options(&limits)) {
+            let slot = match Group::open(folder, usage, options(&limits, store.disk())) {
                 Ok(group) => Slot::Open(group),
                 Err(error) => {
                     tracing::error!("group {}/{} is not used: {error}", key.0, key.1);
@@ -142,7 +143,7 @@ impl Node {
         };
         let usage = self.usages.get(client).cloned().unwrap_or_default();
         let folder = self.store.create_group(client, group, block).map_err(|e| Arc::new(e) as Cause)?;
-        let group = Group::open(folder, usage, options(&self.limits)).map_err(|e| Arc::new(e) as Cause)?;
+        let group = Group::open(folder, usage, options(&self.limits, self.store.disk())).map_err(|e| Arc::new(e) as Cause)?;
         groups.insert(key, Slot::Open(Arc::clone(&group)));
         Ok(Some(group))
     }
@@ -192,8 +193,8 @@ fn held(groups: &BTreeMap<Key, Slot>, client: &Name) -> Stored {
     Stored::Absent { groups: count, volume_bytes }
 }
 
-fn options(limits: &Limits) -> JournalOptions {
-    JournalOptions { segment_bytes_max: limits.segment_bytes.min(SEGMENT_BYTES_MAX), faults: Default::default() }
+fn options(limits: &Limits, disk: &Disk) -> JournalOptions {
+    JournalOptions { segment_bytes_max: limits.segment_bytes.min(SEGMENT_BYTES_MAX), disk: disk.clone() }
 }
 
 /// Promotes a group and opens its fork; asked again, it gives the same.

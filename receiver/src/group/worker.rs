@@ -187,7 +187,7 @@ impl Worker {
         let name = format!("active-{generation}").parse().map_err(|_| no_number())?;
         let fork = ForkInUse { name, point };
         // A full disk must not keep the copy from becoming the server; without the reserve the write may still succeed.
-        if let Err(error) = self.shared.folder.release_reserve() {
+        if let Err(error) = self.shared.folder.release_reserve(&self.shared.disk) {
             tracing::warn!("{error}");
         }
         // All points up to here were synced when they were committed.

@@ -13,7 +13,6 @@
 //!
 //! Frames of the last epoch in earlier segments were synced before its seal was written, so they are never torn.
 
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 
@@ -23,6 +22,7 @@ use super::record::Payloads;
 use super::segment::{list_segments, segment_path};
 use super::walk::{Bad, Expected, Item, Mark, Walker};
 use super::{Journal, JournalError, JournalOptions};
+use crate::disk::{Disk, DiskFile};
 
 /// Takes what recovery finds, in order.
 pub(crate) trait Sink {
@@ -163,18 +163,18 @@ pub(crate) fn open(
 
 /// Cuts the journal back to `sealed`: later segments first, then the tail, so that a crash in between leaves an unsealed
 /// end and no gap.
-pub(super) fn truncate_to(folder: &Path, first_segment: u32, sealed: Option<Mark>) -> io::Result<Option<File>> {
+pub(super) fn truncate_to(disk: &Disk, folder: &Path, first_segment: u32, sealed: Option<Mark>) -> io::Result<Option<DiskFile>> {
     let keep_below = sealed.map_or(first_segment, |m| m.segment + 1);
     let later: Vec<u32> = list_segments(folder)?.into_iter().filter(|n| *n >= keep_below).collect();
     for number in later.iter().rev() {
-        std::fs::remove_file(segment_path(folder, *number))?;
+        disk.remove_file(&segment_path(folder, *number))?;
     }
     if !later.is_empty() {
-        crate::disk::sync_folder(folder)?;
+        disk.sync_folder(folder)?;
     }
     let Some(mark) = sealed else { return Ok(None) };
-    let file = OpenOptions::new().read(true).write(true).open(segment_path(folder, mark.segment))?;
-    if file.metadata()?.len() != mark.bytes {
+    let file = disk.open_file(&segment_path(folder, mark.segment))?;
+    if file.bytes()? != mark.bytes {
         file.set_len(mark.bytes)?;
         file.sync_data()?;
     }
