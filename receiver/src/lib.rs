@@ -16,6 +16,7 @@ pub mod fork;
 mod frames;
 mod group;
 mod index;
+mod input;
 pub mod journal;
 mod node;
 mod receiver;
