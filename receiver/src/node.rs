@@ -86,7 +86,9 @@ impl Node {
         let usage = |c: &ClientConfig| (c.name.clone(), Arc::new(Usage { used: AtomicU64::new(0), max: c.space_max_bytes }));
         let mut usages: BTreeMap<_, _> = clients.iter().map(usage).collect();
         let mut groups = BTreeMap::new();
-        for folder in store.groups()? {
+        let folders = store.groups()?;
+        store.settle(&folders)?;
+        for folder in folders {
             let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
             let key = (folder.client.clone(), folder.group.clone());
             let slot = match (means.open)(folder, usage, options(&limits, store.disk())) {

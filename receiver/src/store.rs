@@ -3,6 +3,7 @@
 //!
 //! Names are `proto::Name` only, so a peer's text never leaves its folder. Folders are 0700 and files 0600: they hold disks.
 
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -112,7 +113,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open_on(disk: Disk, root: &Path) -> Result<Self, StoreError> {
-        disk.create_folders(root).map_err(at(root, "create the store"))?;
+        create_durably(&disk, root).map_err(at(root, "create the store"))?;
         Self::lock(disk, root)
     }
 
@@ -177,6 +178,19 @@ impl Store {
         Ok(groups)
     }
 
+    /// Makes the names of these groups durable: a process that was killed may have left one that only the page cache knows, and
+    /// what is answered from here on is built on it.
+    pub(crate) fn settle(&self, groups: &[GroupFolder]) -> Result<(), StoreError> {
+        let clients: BTreeSet<&Path> = groups.iter().filter_map(|g| g.path.parent()).collect();
+        if groups.is_empty() {
+            return Ok(());
+        }
+        for folder in clients.into_iter().chain([self.root.as_path()]) {
+            self.disk.sync_folder(folder).map_err(at(folder, "sync the folder"))?;
+        }
+        Ok(())
+    }
+
     /// Creates a group's folder with an empty base, an empty journal and its first superblock. The folder appears
     /// under its name when all of it is durable.
     ///
@@ -215,6 +229,26 @@ impl Store {
         }
         Ok(GroupFolder { client: client.clone(), group: group.clone(), path })
     }
+}
+
+/// Creates a folder and its parents and makes their names durable.
+///
+/// An earlier start may have been killed after it created one and before it synced: the name of the deepest one that is there
+/// is synced too, as far as its parent, which may be of another user, lets us.
+fn create_durably(disk: &Disk, root: &Path) -> io::Result<()> {
+    let missing = root.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).count();
+    disk.create_folders(root)?;
+    for (i, folder) in root.ancestors().take(missing + 1).enumerate() {
+        let synced = match folder.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => disk.sync_folder(Path::new(".")),
+            Some(parent) => disk.sync_folder(parent),
+            None => Ok(()),
+        };
+        if i < missing {
+            synced?;
+        }
+    }
+    Ok(())
 }
 
 fn foreign(path: &Path, kind: &str) -> String {

@@ -340,6 +340,8 @@ impl SuperblockFile {
         };
         let file = disk.open_file(&path).map_err(io("open"))?;
         let (sequence, current, damaged) = Self::read(file.file(), &path)?;
+        // A process that was killed may have left a change that only the page cache knows. From here on it is answered with.
+        file.sync_data().map_err(io("sync"))?;
         if let Some((offset, error)) = damaged {
             tracing::warn!(
                 "{}: the superblock slot at offset {offset} is damaged ({error}); the other one holds",

@@ -147,6 +147,8 @@ impl MapFile {
         }
         let mut set = DirtyMap::new(header.size_bytes);
         load(file.file(), &mut set).map_err(io)?;
+        // Bits that a killed process did not live to sync: no later flush would know of them.
+        file.sync_data().map_err(io)?;
         Ok((Self { file }, set))
     }
 

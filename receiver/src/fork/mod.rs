@@ -66,6 +66,9 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
     if !folder.exists() {
         create(&shared.disk, shared, fork)?;
     }
+    // Also if it was there: a process that was killed may not have lived to sync its name.
+    let parent = shared.folder.path.join("forks");
+    shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
     let index = shared.index_at(fork.point)?;
     let mut volumes = Vec::new();
     for (view, spec) in crate::view::views(shared, index)?.into_iter().zip(&shared.volumes) {
@@ -106,6 +109,5 @@ fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkErro
     }
     disk.sync_folder(&building).map_err(at(&building, "sync the folder"))?;
     disk.rename(&building, &folder).map_err(at(&folder, "name the fork's folder"))?;
-    disk.sync_folder(&parent).map_err(at(&parent, "sync the folder"))?;
     Ok(())
 }

@@ -122,6 +122,8 @@ pub(crate) fn open(
     sink: &mut dyn Sink,
 ) -> Result<Journal, JournalError> {
     let io = |what| move |source| JournalError::Io { path: folder.to_owned(), what, source };
+    // Removals that a killed process did not live to sync, before any other is made: see `truncate_to`.
+    options.disk.sync_folder(folder).map_err(io("sync"))?;
     // Payloads are looked at in the last segment only, where a torn commit can be.
     let last = list_segments(folder).map_err(io("list"))?.last().copied().unwrap_or(0);
     let mut walker = Walker::new(folder, expected.clone(), None, (Payloads::Checksum, last)).map_err(io("list"))?;
@@ -168,8 +170,7 @@ pub(super) fn truncate_to(disk: &Disk, folder: &Path, first_segment: u32, sealed
     let later: Vec<u32> = list_segments(folder)?.into_iter().filter(|n| *n >= keep_below).collect();
     for number in later.iter().rev() {
         disk.remove_file(&segment_path(folder, *number))?;
-    }
-    if !later.is_empty() {
+        // One by one: a removal that is durable before that of a later segment would leave a gap.
         disk.sync_folder(folder)?;
     }
     let Some(mark) = sealed else { return Ok(None) };
