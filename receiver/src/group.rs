@@ -403,7 +403,6 @@ impl Group {
 
     /// Performs what is in the queue of a parked group, on this thread. Returns whether there was anything.
     #[cfg(any(test, feature = "simulation"))]
-    #[allow(dead_code)]
     pub(crate) fn turn(&self) -> bool {
         let mut runner = self.runner.lock();
         let Runner::Parked(worker, inbox) = &mut *runner else { return false };

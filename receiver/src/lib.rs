@@ -21,6 +21,8 @@ pub mod journal;
 mod node;
 mod receiver;
 mod session;
+#[cfg(any(test, feature = "simulation"))]
+pub mod sim;
 mod status;
 mod store;
 pub mod superblock;
