@@ -35,6 +35,8 @@ pub enum Op<'a> {
     },
     /// Content and length of a file made durable.
     Sync(&'a Path),
+    /// What the page cache has of a file is forgotten, so that it is read from the disk again.
+    Forget(&'a Path),
     /// The entries of a folder made durable.
     SyncFolder(&'a Path),
     /// A new name in the same folder.
@@ -102,6 +104,18 @@ impl Disk {
     pub(crate) fn open_file(&self, path: &Path) -> io::Result<DiskFile> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
         Ok(DiskFile { disk: self.clone(), path: path.to_owned(), file })
+    }
+
+    /// Opens a file that another process may have left half-way: what is read from here on is on the disk.
+    ///
+    /// What a killed process wrote is made durable. What failed to reach the disk at a sync that failed is another matter:
+    /// its pages stay in the cache, count as clean, and a second sync has nothing to do. They are dropped from the cache.
+    pub(crate) fn open_settled(&self, path: &Path) -> io::Result<DiskFile> {
+        let file = self.open_file(path)?;
+        file.sync_data()?;
+        let forget = || Ok(rustix::fs::fadvise(&file.file, 0, None, rustix::fs::Advice::DontNeed)?);
+        self.perform(&Op::Forget(path), forget)?;
+        Ok(file)
     }
 
     /// Creates a folder and its parents, as far as they are not there, each for its owner only.

@@ -338,10 +338,9 @@ impl SuperblockFile {
             let path = path.clone();
             move |source| SuperblockError::Io { path, what, source }
         };
-        let file = disk.open_file(&path).map_err(io("open"))?;
+        // What is read here is answered with from now on.
+        let file = disk.open_settled(&path).map_err(io("open"))?;
         let (sequence, current, damaged) = Self::read(file.file(), &path)?;
-        // A process that was killed may have left a change that only the page cache knows. From here on it is answered with.
-        file.sync_data().map_err(io("sync"))?;
         if let Some((offset, error)) = damaged {
             tracing::warn!(
                 "{}: the superblock slot at offset {offset} is damaged ({error}); the other one holds",

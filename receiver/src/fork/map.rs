@@ -136,7 +136,8 @@ impl MapFile {
     /// Opens a map and reads the set it holds; costs what was touched.
     pub(crate) fn open(disk: &Disk, path: &Path, expected: &MapHeader) -> Result<(Self, DirtyMap), MapError> {
         let io = |source| MapError::Io { path: path.to_owned(), what: "read", source };
-        let file = disk.open_file(path).map_err(io)?;
+        // Bits that a killed process did not live to sync are synced here: no later flush would know of them.
+        let file = disk.open_settled(path).map_err(io)?;
         let mut head = [0; USED_BYTES];
         let n = crate::disk::read_up_to(file.file(), &mut head, 0).map_err(io)?;
         let header = MapHeader::decode(head.get(..n).unwrap_or_default())
@@ -147,8 +148,6 @@ impl MapFile {
         }
         let mut set = DirtyMap::new(header.size_bytes);
         load(file.file(), &mut set).map_err(io)?;
-        // Bits that a killed process did not live to sync: no later flush would know of them.
-        file.sync_data().map_err(io)?;
         Ok((Self { file }, set))
     }
 

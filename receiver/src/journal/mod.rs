@@ -149,16 +149,10 @@ struct Tail {
 }
 
 impl Journal {
-    /// Cuts off what is after `sealed`, makes what is left durable, and goes on from there.
-    ///
-    /// A process that was killed may have left a seal that only the page cache knows. From here on it is answered with, so it
-    /// must not be lost any more.
+    /// Cuts off what is after `sealed` and goes on from there.
     fn resume(folder: &Path, expected: &Expected, sealed: Option<Mark>, options: JournalOptions) -> Result<Self, JournalError> {
         let io = |source| JournalError::Io { path: folder.to_owned(), what: "truncate", source };
         let tail = recover::truncate_to(&options.disk, folder, expected.first_segment, sealed).map_err(io)?;
-        if let Some(tail) = &tail {
-            tail.sync_data().map_err(|source| JournalError::Io { path: folder.to_owned(), what: "sync", source })?;
-        }
         let mut bytes = 0;
         for number in list_segments(folder).map_err(io)?.into_iter().filter(|n| *n >= expected.first_segment) {
             bytes += std::fs::metadata(segment_path(folder, number)).map_err(io)?.len();

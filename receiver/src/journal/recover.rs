@@ -126,6 +126,10 @@ pub(crate) fn open(
     options.disk.sync_folder(folder).map_err(io("sync"))?;
     // Payloads are looked at in the last segment only, where a torn commit can be.
     let last = list_segments(folder).map_err(io("list"))?.last().copied().unwrap_or(0);
+    // What is found is answered with, so it must be on the disk; earlier segments were synced before this one was begun.
+    if last > 0 {
+        options.disk.open_settled(&segment_path(folder, last)).map_err(io("sync"))?;
+    }
     let mut walker = Walker::new(folder, expected.clone(), None, (Payloads::Checksum, last)).map_err(io("list"))?;
     let mut recovery = Recovery { sink, sealed: None, newest: expected.base, held: None, open: false, bad_payload: None };
     match recovery.walk(&mut walker, folder)? {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::model::{Change, Fate, Model, Unit, write_image};
+use super::model::{Change, Fate, Model, Unit, write_content, write_image};
 use crate::disk::{Disk, Op, Watch};
 
 /// A disk that can lose its power.
@@ -45,7 +45,10 @@ impl Watch for Watcher {
             return Err(io::Error::other("the process is dead"));
         }
         match op {
-            Op::Sync(_) if std::mem::take(&mut state.fail_sync) => return Err(io::Error::other("the disk failed to sync")),
+            Op::Sync(path) if std::mem::take(&mut state.fail_sync) => {
+                state.model.fail_sync(path.strip_prefix(&self.root).unwrap_or(path));
+                return Err(io::Error::other("the disk failed to sync"));
+            }
             Op::Write { bytes, .. } => {
                 if let Some(room) = &mut state.room {
                     *room = room.checked_sub(bytes.len() as u64).ok_or(io::ErrorKind::StorageFull)?;
@@ -59,7 +62,15 @@ impl Watch for Watcher {
     fn done(&self, op: &Op<'_>) {
         let mut state = self.state.lock();
         let change = Change::new(op, &self.root);
+        let lost = if let Change::Forget(path) = &change { state.model.doomed(path) } else { false };
         state.model.apply(&change);
+        if lost
+            && let (Op::Forget(path), Change::Forget(inside)) = (op, &change)
+            && let Some(content) = state.model.content(inside)
+            && let Err(error) = write_content(path, &content)
+        {
+            panic!("{}: cannot simulate the loss of a failed sync: {error}", path.display());
+        }
         state.changes += 1;
         if let Some(left) = &mut state.changes_left {
             *left -= 1;
@@ -114,7 +125,7 @@ impl SimDisk {
         self.state.state.lock().room = bytes;
     }
 
-    /// The next sync of a file fails, and nothing that it was to cover becomes durable by it.
+    /// The next sync of a file fails. What it was to cover stays readable and is not durable, whatever is synced later.
     pub fn fail_next_sync(&self) {
         self.state.state.lock().fail_sync = true;
     }

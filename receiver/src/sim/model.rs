@@ -9,6 +9,8 @@
 //! What may happen to everything else, in any combination and any order:
 //! - A write is lost, or some of its sectors are; a later one may be there without an earlier one, even in the same sector.
 //! - A file has grown, and what was to be in the new part is zeroes or garbage; or it has not grown.
+//! - What a failed sync was to cover may be on the disk or not, and a later sync does not change that: the page cache has it and
+//!   calls it clean. Whoever reads it sees it, until the cache is told to forget it; then it is lost.
 //! - A new length did not happen. A creation, rename or removal did not happen, whatever came after it.
 //!
 //! A process that is killed loses nothing of this: what it wrote is there, not durable, and can be lost later.
@@ -32,6 +34,7 @@ pub(super) enum Change {
     Write { file: PathBuf, offset: u64, bytes: Arc<[u8]> },
     Resize { file: PathBuf, bytes: u64 },
     Sync(PathBuf),
+    Forget(PathBuf),
     SyncFolder(PathBuf),
     Rename { from: PathBuf, to: PathBuf },
     Remove(PathBuf),
@@ -45,6 +48,7 @@ impl std::fmt::Debug for Change {
             Self::Write { file, offset, bytes } => write!(f, "write {} at {offset} of {}", bytes.len(), file.display()),
             Self::Resize { file, bytes } => write!(f, "resize {} to {bytes}", file.display()),
             Self::Sync(path) => write!(f, "sync {}", path.display()),
+            Self::Forget(path) => write!(f, "forget {}", path.display()),
             Self::SyncFolder(path) => write!(f, "sync folder '{}'", path.display()),
             Self::Rename { from, to } => write!(f, "rename {} to {}", from.display(), to.display()),
             Self::Remove(path) => write!(f, "remove {}", path.display()),
@@ -61,6 +65,7 @@ impl Change {
             Op::Write { file, offset, bytes } => Self::Write { file: inside(file), offset: *offset, bytes: Arc::from(*bytes) },
             Op::Resize { file, bytes } => Self::Resize { file: inside(file), bytes: *bytes },
             Op::Sync(path) => Self::Sync(inside(path)),
+            Op::Forget(path) => Self::Forget(inside(path)),
             Op::SyncFolder(path) => Self::SyncFolder(inside(path)),
             Op::Rename { from, to } => Self::Rename { from: inside(from), to: inside(to) },
             Op::Remove(path) => Self::Remove(inside(path)),
@@ -159,8 +164,17 @@ fn enter(entries: &mut Entries, change: &EntryChange) {
 
 #[derive(Clone, Debug)]
 enum Node {
-    File { durable: Content, pending: Vec<(u64, DataChange)> },
-    Folder { durable: Entries, now: Entries, pending: Vec<(u64, EntryChange)> },
+    File {
+        durable: Content,
+        pending: Vec<(u64, DataChange)>,
+        /// The first so many of `pending` were to be covered by a sync that failed.
+        doomed: usize,
+    },
+    Folder {
+        durable: Entries,
+        now: Entries,
+        pending: Vec<(u64, EntryChange)>,
+    },
 }
 
 /// A change that is not durable, as one thing that can happen or not. Ordered by time.
@@ -204,7 +218,7 @@ impl Model {
     pub(super) fn of(image: &Image) -> Self {
         let mut this = Self::new();
         for (path, content) in image {
-            let node = content.as_ref().map_or_else(folder, |c| Node::File { durable: c.clone(), pending: Vec::new() });
+            let node = content.as_ref().map_or_else(folder, |c| file(c.clone()));
             let id = this.add(node);
             this.entry(path, |name| EntryChange::Add { name, node: id });
         }
@@ -256,7 +270,7 @@ impl Model {
                 self.entry(path, |name| EntryChange::Add { name, node });
             }
             Change::CreateFile(path) => {
-                let node = self.add(Node::File { durable: Content::default(), pending: Vec::new() });
+                let node = self.add(file(Content::default()));
                 self.entry(path, |name| EntryChange::Add { name, node });
             }
             Change::Write { file, offset, bytes } => {
@@ -266,6 +280,11 @@ impl Model {
             Change::Sync(path) | Change::SyncFolder(path) => {
                 if let Some(node) = self.find(path).and_then(|n| self.nodes.get_mut(n)) {
                     settle(node);
+                }
+            }
+            Change::Forget(path) => {
+                if let Some(Node::File { pending, doomed, .. }) = self.find(path).and_then(|n| self.nodes.get_mut(n)) {
+                    pending.drain(..std::mem::take(doomed));
                 }
             }
             Change::Rename { from, to } => {
@@ -315,7 +334,7 @@ impl Model {
 
     fn fill(&self, id: usize, path: &Path, fate: &mut dyn FnMut(u64) -> Fate, image: &mut Image) {
         match &self.nodes[id] {
-            Node::File { durable, pending } => {
+            Node::File { durable, pending, .. } => {
                 let mut content = durable.clone();
                 for (at, change) in pending {
                     content.apply(change, &fate(*at));
@@ -337,6 +356,29 @@ impl Model {
         }
     }
 
+    /// A sync of the file fails.
+    pub(super) fn fail_sync(&mut self, path: &Path) {
+        if let Some(Node::File { pending, doomed, .. }) = self.find(path).and_then(|n| self.nodes.get_mut(n)) {
+            *doomed = pending.len();
+        }
+    }
+
+    /// Whether the page cache shows something of the file that is lost when it forgets it.
+    pub(super) fn doomed(&self, path: &Path) -> bool {
+        let node = self.find(path).and_then(|n| self.nodes.get(n));
+        matches!(node, Some(Node::File { doomed: 1.., .. }))
+    }
+
+    /// The file as a process reads it.
+    pub(super) fn content(&self, path: &Path) -> Option<Content> {
+        let Node::File { durable, pending, .. } = self.nodes.get(self.find(path)?)? else { return None };
+        let mut content = durable.clone();
+        for (_, change) in pending {
+            content.apply(change, &Fate::Kept);
+        }
+        Some(content)
+    }
+
     /// A bit of a durable file rots; what the process wrote since stays over it.
     pub(super) fn flip(&mut self, path: &Path, offset: u64, bit: u8) {
         if let Some(Node::File { durable, .. }) = self.find(path).and_then(|n| self.nodes.get_mut(n))
@@ -347,14 +389,18 @@ impl Model {
     }
 }
 
+fn file(durable: Content) -> Node {
+    Node::File { durable, pending: Vec::new(), doomed: 0 }
+}
+
 fn folder() -> Node {
     Node::Folder { durable: Entries::new(), now: Entries::new(), pending: Vec::new() }
 }
 
 fn settle(node: &mut Node) {
     match node {
-        Node::File { durable, pending } => {
-            for (_, change) in pending.drain(..) {
+        Node::File { durable, pending, doomed } => {
+            for (_, change) in pending.drain(*doomed..) {
                 durable.apply(&change, &Fate::Kept);
             }
         }
@@ -382,9 +428,14 @@ pub(super) fn write_image(root: &Path, image: &Image) -> io::Result<()> {
             std::fs::create_dir(&path)?;
             continue;
         };
-        let file = std::fs::File::create(&path)?;
-        file.write_all_at(&content.data, 0)?;
-        file.set_len(content.len)?;
+        write_content(&path, content)?;
     }
     Ok(())
+}
+
+/// Makes the file at `path` hold exactly `content`.
+pub(super) fn write_content(path: &Path, content: &Content) -> io::Result<()> {
+    let file = std::fs::File::create(path)?;
+    file.write_all_at(&content.data, 0)?;
+    file.set_len(content.len)
 }
