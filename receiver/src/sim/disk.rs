@@ -49,11 +49,18 @@ impl Watch for Watcher {
                 state.model.fail_sync(path.strip_prefix(&self.root).unwrap_or(path));
                 return Err(io::Error::other("the disk failed to sync"));
             }
-            Op::Write { bytes, .. } => {
-                if let Some(room) = &mut state.room {
-                    *room = room.checked_sub(bytes.len() as u64).ok_or(io::ErrorKind::StorageFull)?;
+            Op::Write { file, offset, bytes } => {
+                let Some(room) = state.room else { return Ok(()) };
+                state.room = Some(room.saturating_sub(bytes.len() as u64));
+                if let Some(fits) = usize::try_from(room).ok().filter(|r| *r < bytes.len()).and_then(|r| bytes.get(..r)) {
+                    // As a full disk does: what fits is there, and then the write fails.
+                    std::fs::OpenOptions::new().write(true).open(file)?.write_all_at(fits, *offset)?;
+                    let op = Op::Write { file, offset: *offset, bytes: fits };
+                    state.model.apply(&Change::new(&op, &self.root));
+                    return Err(io::ErrorKind::StorageFull.into());
                 }
             }
+            Op::CreateFile(_) | Op::CreateFolder(_) if state.room == Some(0) => return Err(io::ErrorKind::StorageFull.into()),
             _ => {}
         }
         Ok(())
@@ -120,7 +127,8 @@ impl SimDisk {
         self.state.state.lock().changes_left == Some(0)
     }
 
-    /// From now on so many bytes can still be written; `None`: there is room again.
+    /// From now on so many bytes can still be written, and after them nothing is created either; `None`: there is room again.
+    /// The write that does not fit is there in part.
     pub fn set_room(&self, bytes: Option<u64>) {
         self.state.state.lock().room = bytes;
     }

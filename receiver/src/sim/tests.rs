@@ -2,6 +2,7 @@
 
 use proto::fencing::GroupRole;
 use proto::{EpochId, Generation, Message, Point};
+use rand::{Rng, SeedableRng};
 
 use super::primary::{EpochBytes, GROUP, Primary, greet, messages, open, read_all, read_at, send, send_passes};
 use super::{Replica, SimDisk};
@@ -118,6 +119,70 @@ fn faults_are_injected_and_survived() {
     let replica = open(dir.path(), disk.disk()).unwrap();
     let [(_, Some(refused))] = &replica.groups()[..] else { panic!("a flipped bit was believed") };
     assert!(refused.contains("0000000001.seg: at offset 64: "), "{refused}");
+}
+
+/// A disk that is full after any number of bytes, from the creation of the group on, costs one epoch or one hello, leaves nothing
+/// behind, and forgets nothing that was answered.
+#[test]
+fn a_disk_full_at_any_byte_costs_one_epoch() {
+    for room in (0..44_000).step_by(397) {
+        let dir = super::sweep::folder();
+        let disk = SimDisk::new(dir.path());
+        let mut primary = Primary::new(room);
+        let mut replica = open(dir.path(), disk.disk()).unwrap();
+        disk.set_room(Some(room));
+        let created = greet(&mut replica, &primary).inspect_err(|error| {
+            assert!(error.contains("no storage space"), "{error}");
+            disk.set_room(None);
+        });
+        let (mut session, _) = created.or_else(|_| greet(&mut replica, &primary)).unwrap();
+        let mut images = vec![];
+        for _ in 0..6 {
+            let before = primary.clone();
+            let epoch = primary.epoch(&[2, 1, 1]);
+            if let Err(error) = send(&mut replica, session, &epoch) {
+                assert!(error.contains("no storage space"), "{error}");
+                disk.set_room(None);
+                primary = before;
+                session = greet(&mut replica, &primary).unwrap().0;
+                continue;
+            }
+            primary.committed = epoch.point.epoch;
+            images.push((epoch.point, primary.now.clone()));
+        }
+        drop(replica);
+        disk.crash(lose).unwrap();
+        let replica = open(dir.path(), disk.disk()).unwrap();
+        assert_eq!(read_all(&replica).unwrap().into_iter().collect::<Vec<_>>(), images, "room for {room} bytes");
+    }
+}
+
+/// The same calls give the same changes of the disk, and the same choices the same crash: what makes a failure replayable.
+#[test]
+fn the_same_run_twice_is_the_same() {
+    let run = || {
+        let dir = super::sweep::folder();
+        let disk = SimDisk::traced(dir.path());
+        let mut primary = Primary::new(5);
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(5);
+        let mut points = Vec::new();
+        for _ in 0..4 {
+            let mut replica = open(dir.path(), disk.disk()).unwrap();
+            let (session, committed) = greet(&mut replica, &primary).unwrap();
+            primary.committed = committed.map_or(EpochId(0), |p| p.epoch);
+            next(&mut primary, &mut replica, session);
+            let unsealed = primary.epoch(&[3, 3]);
+            send_passes(&mut replica, session, &unsealed, 999);
+            points.extend(replica.points(GROUP).unwrap());
+            drop(replica);
+            disk.crash(|n| rng.random_range(0..n)).unwrap();
+        }
+        let trace: Vec<String> = disk.trace().iter().map(|c| format!("{c:?}")).collect();
+        (trace.join("\n").replace(&dir.path().display().to_string(), ""), points)
+    };
+    let (first, second) = (run(), run());
+    assert_eq!(first.1.len(), 1 + 2 + 3 + 4);
+    assert_eq!(first, second);
 }
 
 /// The process dies in the middle of a promotion: afterwards the generation is the old one or the new one, and a promotion

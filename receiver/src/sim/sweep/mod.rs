@@ -21,6 +21,7 @@ use std::collections::BTreeSet;
 use super::model::{Change, Model};
 use examine::{Examiner, Found};
 use plans::Effort;
+pub(super) use workload::folder;
 use workload::{Expect, Run};
 
 /// What was swept.

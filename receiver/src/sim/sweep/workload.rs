@@ -80,7 +80,7 @@ pub(super) struct Run {
 }
 
 /// A folder in memory, if there is such a place.
-pub(super) fn folder() -> tempfile::TempDir {
+pub(in crate::sim) fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
