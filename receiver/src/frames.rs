@@ -142,10 +142,34 @@ impl FrameStore {
         self.decode(frame, place, &bytes)
     }
 
-    async fn bytes(&self, place: FramePlace) -> io::Result<Buf> {
+    /// As [`load`](Self::load), on this thread, which waits for the disk.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn load_now(&self, frame: FrameId) -> Result<Arc<Decoded>, FrameError> {
+        if let Some(decoded) = self.cached(frame) {
+            return Ok(decoded);
+        }
+        let place = self.table.read().get(frame);
+        let place = place.ok_or_else(|| FrameError::Unknown { path: self.folder.clone(), frame: frame.0 })?;
+        let read = || -> io::Result<Buf> {
+            let (file, mut buf) = self.room(place)?;
+            std::os::unix::fs::FileExt::read_exact_at(file.file(), &mut buf, place.offset)?;
+            Ok(buf)
+        };
+        let path = segment_path(&self.folder, place.segment);
+        let bytes = read().map_err(|source| FrameError::Io { path, offset: place.offset, source })?;
+        self.decode(frame, place, &bytes)
+    }
+
+    /// The file of a frame, and room for as much as the frame can have.
+    fn room(&self, place: FramePlace) -> io::Result<(SharedFile, Buf)> {
         let file = self.file(place.segment)?;
         let left = file.file().metadata()?.len().saturating_sub(place.offset);
-        let mut buf = Buf::zeroed(place.bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        let buf = Buf::zeroed(place.bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        Ok((file, buf))
+    }
+
+    async fn bytes(&self, place: FramePlace) -> io::Result<Buf> {
+        let (file, mut buf) = self.room(place)?;
         let length = buf.len();
         // The newest frames are in the page cache.
         let slices = &mut [io::IoSliceMut::new(&mut buf)];

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::batch::Batch;
 use crate::core::{Cause, StoredGroup};
+use crate::disk::Disk;
 use crate::fork::OpenFork;
 use crate::frames::FrameStore;
 use crate::index::{FrameId, Index};
@@ -173,6 +174,7 @@ pub(crate) struct Promoted {
     pub(crate) fork: ForkInUse,
 }
 
+#[derive(Debug)]
 enum Command {
     Claim {
         session: SessionId,
@@ -220,6 +222,7 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) folder: GroupFolder,
+    pub(crate) disk: Disk,
     pub(crate) expected: Expected,
     pub(crate) owner: Fingerprint,
     pub(crate) volumes: Vec<Volume>,
@@ -233,9 +236,18 @@ pub(crate) struct Shared {
 pub(crate) struct Group {
     pub(crate) shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    runner: Mutex<Runner>,
     /// The fork in use, once it is open; also what keeps two failovers of one group from running at once.
     pub(crate) active: tokio::sync::Mutex<Option<Arc<OpenFork>>>,
+}
+
+/// Who performs the commands.
+#[derive(Debug)]
+enum Runner {
+    /// Nobody yet; a simulation does it by hand.
+    Parked(Box<Worker>, mpsc::Receiver<Command>),
+    Thread(JoinHandle<()>),
+    Stopped,
 }
 
 /// Collects what recovery finds.
@@ -284,7 +296,20 @@ fn number_frame(table: &mut crate::index::FrameTable, segment: u32, offset: u64,
 impl Group {
     /// Opens a group's folder with recovery and starts its thread.
     pub(crate) fn open(folder: GroupFolder, usage: Arc<Usage>, options: JournalOptions) -> Result<Arc<Self>, GroupError> {
-        let superblock = SuperblockFile::open(&folder.path)?.with_faults(options.faults.clone());
+        let group = Self::parked(folder, usage, options)?;
+        let name = group.shared.folder.group.clone();
+        let mut runner = group.runner.lock();
+        if let Runner::Parked(mut worker, inbox) = std::mem::replace(&mut *runner, Runner::Stopped) {
+            let thread = std::thread::Builder::new().name(format!("group-{name}")).spawn(move || worker.run(inbox));
+            *runner = Runner::Thread(thread.map_err(|source| GroupError::Thread { group: name, source })?);
+        }
+        drop(runner);
+        Ok(group)
+    }
+
+    /// Opens a group's folder with recovery; nothing is done for it until somebody does.
+    pub(crate) fn parked(folder: GroupFolder, usage: Arc<Usage>, options: JournalOptions) -> Result<Arc<Self>, GroupError> {
+        let superblock = SuperblockFile::open(&options.disk, &folder.path)?;
         let block = superblock.get().clone();
         let volume_blocks: Arc<[u64]> = block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect();
         let expected = Expected {
@@ -297,6 +322,7 @@ impl Group {
         let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes), block.base.is_none());
         let mut found =
             Recovered { committed: empty, stage: Stage::default(), points: Vec::new(), frames: &frames, next_committed: 0 };
+        let disk = options.disk.clone();
         let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
         let Recovered { committed, points, .. } = found;
         let newest = points.last().map(|p| p.point).or(block.base);
@@ -314,6 +340,7 @@ impl Group {
         };
         let shared = Arc::new(Shared {
             folder,
+            disk,
             expected,
             owner: block.owner,
             volumes: block.volumes,
@@ -322,7 +349,7 @@ impl Group {
             bytes_received: AtomicU64::new(0),
         });
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
-        let mut worker = Worker {
+        let worker = Worker {
             counted: journal.bytes(),
             next_committed: next_frame(&shared.frames),
             shared: Arc::clone(&shared),
@@ -332,12 +359,8 @@ impl Group {
             session: None,
             usage,
         };
-        let name = shared.folder.group.clone();
-        let thread = std::thread::Builder::new()
-            .name(format!("group-{name}"))
-            .spawn(move || worker.run(inbox))
-            .map_err(|source| GroupError::Thread { group: name, source })?;
-        Ok(Arc::new(Self { shared, commands, thread: Mutex::new(Some(thread)), active: tokio::sync::Mutex::new(None) }))
+        let runner = Mutex::new(Runner::Parked(Box::new(worker), inbox));
+        Ok(Arc::new(Self { shared, commands, runner, active: tokio::sync::Mutex::new(None) }))
     }
 
     pub(crate) fn stored(&self, key: Fingerprint) -> StoredGroup {
@@ -382,6 +405,23 @@ impl Group {
         answer.await.unwrap_or_else(|_| Err(GroupError::Closed { group: self.shared.folder.group.clone() }))
     }
 
+    /// Performs what is in the queue of a parked group, on this thread. Returns whether there was anything.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn turn(&self) -> bool {
+        let mut runner = self.runner.lock();
+        let Runner::Parked(worker, inbox) = &mut *runner else { return false };
+        let mut any = false;
+        while let Ok(command) = inbox.try_recv() {
+            any = true;
+            if worker.handle(command).is_break() {
+                worker.stop();
+                *runner = Runner::Stopped;
+                break;
+            }
+        }
+        any
+    }
+
     pub(crate) fn queue_used(&self) -> usize {
         GROUP_QUEUE_MAX - self.commands.capacity()
     }
@@ -390,8 +430,8 @@ impl Group {
     pub(crate) async fn stop(&self) {
         let _ = self.commands.send(Command::Stop).await;
         self.commands.closed().await;
-        let thread = self.thread.lock().take();
-        if let Some(thread) = thread {
+        let runner = std::mem::replace(&mut *self.runner.lock(), Runner::Stopped);
+        if let Runner::Thread(thread) = runner {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
     }

@@ -17,16 +17,20 @@ mod frames;
 mod group;
 mod hashing;
 mod index;
+mod input;
 pub mod journal;
 mod node;
 mod receiver;
 mod session;
+#[cfg(any(test, feature = "simulation"))]
+pub mod sim;
 mod status;
 mod store;
 pub mod superblock;
 mod view;
 
 pub use config::{ClientConfig, Limits, ReceiverConfig};
+pub use disk::{Disk, Op, Watch};
 pub use frames::{FRAME_CACHE_BYTES, FrameError, OPEN_SEGMENTS_MAX};
 pub use group::{GROUP_QUEUE_MAX, GroupError};
 pub use node::SelectError;

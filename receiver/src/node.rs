@@ -1,8 +1,8 @@
 //! All groups of a store: who may see which, creation by the first admitted hello, selection by name.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use proto::fencing::GroupRole;
@@ -10,10 +10,11 @@ use proto::{Fingerprint, Generation, Name, Point};
 
 use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
 use crate::core::{Cause, Stored, total};
+use crate::disk::Disk;
 use crate::group::{Group, GroupError, SessionId, Usage};
 use crate::hashing::Hasher;
-use crate::journal::{FIRST_SEGMENT, JournalOptions};
-use crate::store::{Store, StoreError};
+use crate::journal::{FIRST_SEGMENT, GroupId, JournalOptions};
+use crate::store::{GroupFolder, Store, StoreError};
 use crate::superblock::{Superblock, Volume};
 
 /// Why a group is not found.
@@ -53,12 +54,30 @@ pub(crate) enum Slot {
 
 type Key = (Name, Name);
 
+type OpenGroup = fn(GroupFolder, Arc<Usage>, JournalOptions) -> Result<Arc<Group>, GroupError>;
+
+/// What a node does in one way and a simulation in another.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Means {
+    /// Opens a group, with its own thread or without.
+    pub(crate) open: OpenGroup,
+    /// The identity of a new group of a client, which nobody can guess.
+    pub(crate) group_id: fn(&Name, &Name) -> GroupId,
+}
+
+impl Means {
+    /// Those of a running receiver.
+    pub(crate) const NODE: Self = Self { open: Group::open, group_id: |_, _| rand::random() };
+}
+
 /// The store and its groups.
 #[derive(Debug)]
 pub(crate) struct Node {
     pub(crate) store: Store,
+    means: Means,
     pub(crate) limits: Limits,
-    pub(crate) hasher: Hasher,
+    /// Started when the first primary compares.
+    hasher: OnceLock<Hasher>,
     usages: BTreeMap<Name, Arc<Usage>>,
     groups: Mutex<BTreeMap<Key, Slot>>,
     sessions: AtomicU64,
@@ -66,15 +85,16 @@ pub(crate) struct Node {
 
 impl Node {
     /// Opens every group; one that cannot be opened is kept as broken and said so.
-    pub(crate) fn open(store: Store, clients: &[ClientConfig], limits: Limits) -> Result<Self, StoreError> {
+    pub(crate) fn open(store: Store, clients: &[ClientConfig], limits: Limits, means: Means) -> Result<Self, StoreError> {
         let usage = |c: &ClientConfig| (c.name.clone(), Arc::new(Usage { used: AtomicU64::new(0), max: c.space_max_bytes }));
         let mut usages: BTreeMap<_, _> = clients.iter().map(usage).collect();
-        let hasher = Hasher::new().map_err(|source| StoreError::Thread { path: store.root().to_owned(), source })?;
         let mut groups = BTreeMap::new();
-        for folder in store.groups()? {
+        let folders = store.groups()?;
+        store.settle(&folders)?;
+        for folder in folders {
             let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
             let key = (folder.client.clone(), folder.group.clone());
-            let slot = match Group::open(folder, usage, options(&limits)) {
+            let slot = match (means.open)(folder, usage, options(&limits, store.disk())) {
                 Ok(group) => Slot::Open(group),
                 Err(error) => {
                     tracing::error!("group {}/{} is not used: {error}", key.0, key.1);
@@ -83,7 +103,25 @@ impl Node {
             };
             groups.insert(key, slot);
         }
-        Ok(Self { store, limits, hasher, usages, groups: Mutex::new(groups), sessions: AtomicU64::new(1) })
+        Ok(Self {
+            store,
+            means,
+            limits,
+            hasher: OnceLock::new(),
+            usages,
+            groups: Mutex::new(groups),
+            sessions: AtomicU64::new(1),
+        })
+    }
+
+    /// The thread that hashes.
+    pub(crate) fn hasher(&self) -> std::io::Result<&Hasher> {
+        if let Some(hasher) = self.hasher.get() {
+            return Ok(hasher);
+        }
+        // Two at once: one of them is dropped.
+        let _ = self.hasher.set(Hasher::new()?);
+        self.hasher.get().ok_or_else(|| std::io::ErrorKind::NotFound.into())
     }
 
     pub(crate) fn next_session(&self) -> SessionId {
@@ -132,7 +170,7 @@ impl Node {
             return Ok(None);
         }
         let block = Superblock {
-            group_id: rand::random(),
+            group_id: (self.means.group_id)(client, group),
             owner,
             generation,
             role: GroupRole::Replica,
@@ -145,7 +183,8 @@ impl Node {
         };
         let usage = self.usages.get(client).cloned().unwrap_or_default();
         let folder = self.store.create_group(client, group, block).map_err(|e| Arc::new(e) as Cause)?;
-        let group = Group::open(folder, usage, options(&self.limits)).map_err(|e| Arc::new(e) as Cause)?;
+        let group =
+            (self.means.open)(folder, usage, options(&self.limits, self.store.disk())).map_err(|e| Arc::new(e) as Cause)?;
         groups.insert(key, Slot::Open(Arc::clone(&group)));
         Ok(Some(group))
     }
@@ -195,8 +234,8 @@ fn held(groups: &BTreeMap<Key, Slot>, client: &Name) -> Stored {
     Stored::Absent { groups: count, volume_bytes }
 }
 
-fn options(limits: &Limits) -> JournalOptions {
-    JournalOptions { segment_bytes_max: limits.segment_bytes.min(SEGMENT_BYTES_MAX), faults: Default::default() }
+fn options(limits: &Limits, disk: &Disk) -> JournalOptions {
+    JournalOptions { segment_bytes_max: limits.segment_bytes.min(SEGMENT_BYTES_MAX), disk: disk.clone() }
 }
 
 /// Promotes a group and opens its fork; asked again, it gives the same.

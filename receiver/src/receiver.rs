@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 
 use crate::config::ReceiverConfig;
 use crate::group::{Group, GroupError};
-use crate::node::{Node, SelectError, Slot};
+use crate::node::{Means, Node, SelectError, Slot};
 use crate::session::{self, Client, one_line};
 use crate::status::{self, GroupStatus, PointInfo};
 use crate::store::{Store, StoreError};
@@ -126,7 +126,7 @@ impl Receiver {
         let sessions_max =
             limits.groups_per_client.saturating_mul(SESSIONS_PER_GROUP).clamp(SESSIONS_MIN, Semaphore::MAX_PERMITS);
         let configured = clients.clone();
-        let node = tokio::task::spawn_blocking(move || Node::open(Store::open(&store)?, &configured, limits))
+        let node = tokio::task::spawn_blocking(move || Node::open(Store::open(&store)?, &configured, limits, Means::NODE))
             .await
             .map_err(|_| ReceiverError::Stopping)??;
         let node = Arc::new(node);

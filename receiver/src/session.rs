@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{FuturesOrdered, StreamExt};
-use proto::control::{PASS_HEADER_BYTES, PassHeader};
 use proto::hashes::{HashQuery, Hashes};
 use proto::{CloseCode, DecodeError, Fingerprint, Message, Name};
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
@@ -18,6 +17,7 @@ use crate::batch::Assembler;
 use crate::config::ClientConfig;
 use crate::core::{Action, Cause, ClientPolicy, Core, Event, SessionError};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
+use crate::input::{ControlInput, PassInput};
 use crate::node::Node;
 use crate::view::{View, views};
 
@@ -107,7 +107,7 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
         client,
         core: Core::new(policy),
         send,
-        control: ControlReader { recv, buffer: Vec::new() },
+        control: ControlReader { recv, input: ControlInput::default() },
         pass: None,
         assembler: Assembler::default(),
         group: None,
@@ -223,17 +223,12 @@ impl Session {
             Input::Hashed(Err(cause)) => self.core.handle(Event::Storage(cause), actions),
             Input::Opened(stream) => {
                 self.compared = None;
-                self.pass = Some(PassReader { stream, header: Vec::new(), begun: false });
+                self.pass = Some(PassReader { stream, input: PassInput::default() });
                 None
             }
             Input::Data(count) => self.data(chunks.get(..count).unwrap_or_default(), actions).await,
             Input::DataEnd => {
-                let begun = self.pass.take().is_some_and(|p| p.begun);
-                let whole = if begun {
-                    self.assembler.end()
-                } else {
-                    Err(DecodeError::Truncated { what: "pass header", needed: PASS_HEADER_BYTES, left: 0 })
-                };
+                let whole = self.pass.take().map_or(Ok(()), |pass| pass.input.end(&self.assembler));
                 if let Err(error) = whole {
                     return Some(self.core.fail(error.into(), actions));
                 }
@@ -259,33 +254,10 @@ impl Session {
 
     async fn data(&mut self, chunks: &[bytes::Bytes], actions: &mut Vec<Action>) -> Option<SessionError> {
         for chunk in chunks {
-            let mut bytes: &[u8] = chunk;
             let Some(pass) = self.pass.as_mut() else { break };
-            if !pass.begun {
-                let (now, later) = bytes.split_at(bytes.len().min(PASS_HEADER_BYTES - pass.header.len()));
-                pass.header.extend_from_slice(now);
-                bytes = later;
-                let Some(header) = pass.header.first_chunk::<PASS_HEADER_BYTES>() else { continue };
-                pass.begun = true;
-                let ended = match PassHeader::decode(header) {
-                    Ok(header) => self.core.handle(Event::Pass(header), actions),
-                    Err(error) => Some(self.core.fail(error.into(), actions)),
-                };
-                if ended.is_some() {
-                    return ended;
-                }
-            }
-            // Counted afterwards: the core cannot decide on a frame and count another at once.
-            let mut arrived = Vec::new();
-            let core = &self.core;
-            let pushed = self.assembler.push::<SessionError>(bytes, &mut |header| core.frame_begins(header), &mut |frame| {
-                arrived.push((*frame.header, *frame.head, frame.blocks))
-            });
-            for (header, head, blocks) in arrived {
-                self.core.frame_arrived(&header, &head, blocks);
-            }
-            if let Err(error) = pushed {
-                return Some(self.core.fail(error, actions));
+            let ended = pass.input.take(chunk, &mut self.core, &mut self.assembler, actions);
+            if ended.is_some() {
+                return ended;
             }
             if self.assembler.is_ready() {
                 self.flush().await;
@@ -409,7 +381,8 @@ impl Session {
                 Arc::clone(self.compared.insert(Arc::new(views)))
             }
         };
-        self.hashing.push_back(Box::pin(self.node.hasher.answer(views, query)));
+        let hasher = self.node.hasher().map_err(|error| Arc::new(error) as Cause)?;
+        self.hashing.push_back(Box::pin(hasher.answer(views, query)));
         Ok(())
     }
 
@@ -436,22 +409,17 @@ impl From<Gone> for InputError {
 /// Cuts the control stream into messages; keeps what it has when its future is dropped.
 struct ControlReader {
     recv: RecvStream,
-    buffer: Vec<u8>,
+    input: ControlInput,
 }
 
 impl ControlReader {
     async fn next(&mut self) -> Result<Message, InputError> {
         loop {
-            if let Some((prefix, rest)) = self.buffer.split_first_chunk::<4>() {
-                let len = Message::check_length(*prefix).map_err(InputError::Decode)?;
-                if let Some(body) = rest.get(..len) {
-                    let message = Message::decode(body).map_err(InputError::Decode);
-                    self.buffer.drain(..4 + len);
-                    return message;
-                }
+            if let Some(message) = self.input.next().map_err(InputError::Decode)? {
+                return Ok(message);
             }
             match self.recv.read_chunk(proto::control::MESSAGE_BYTES_MAX, true).await {
-                Ok(Some(chunk)) => self.buffer.extend_from_slice(&chunk.bytes),
+                Ok(Some(chunk)) => self.input.push(&chunk.bytes),
                 Ok(None) => return Err(Gone::ControlEnded.into()),
                 Err(ReadError::ConnectionLost(error)) => return Err(Gone::Connection(error).into()),
                 Err(_) => return Err(Gone::ControlEnded.into()),
@@ -462,8 +430,7 @@ impl ControlReader {
 
 struct PassReader {
     stream: RecvStream,
-    header: Vec<u8>,
-    begun: bool,
+    input: PassInput,
 }
 
 impl PassReader {

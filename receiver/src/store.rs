@@ -3,16 +3,17 @@
 //!
 //! Names are `proto::Name` only, so a peer's text never leaves its folder. Folders are 0700 and files 0600: they hold disks.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use proto::Name;
 use proto::fencing::GroupRole;
 use rustix::fs::{FlockOperation, flock};
 
-use crate::disk::sync_folder;
+use crate::disk::Disk;
 use crate::superblock::{Superblock, SuperblockError, SuperblockFile};
 
 /// The lock file. A leading dot is no name, so no client can be called like it.
@@ -45,14 +46,6 @@ pub enum StoreError {
         /// Why it failed.
         source: io::Error,
     },
-    /// The thread that hashes.
-    #[error("{}: cannot start the hashing thread: {source}", path.display())]
-    Thread {
-        /// The store.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
     /// The new group's superblock.
     #[error(transparent)]
     Superblock(#[from] SuperblockError),
@@ -67,6 +60,7 @@ pub(crate) fn at<'a>(path: &'a Path, what: &'static str) -> impl FnOnce(io::Erro
 #[derive(Debug)]
 pub struct Store {
     root: PathBuf,
+    disk: Disk,
     /// Dropping it gives the store up; the kernel does so after SIGKILL.
     _lock: File,
 }
@@ -92,9 +86,9 @@ impl GroupFolder {
     }
 
     /// Gives the space kept for a failover to the fork that is about to be made.
-    pub(crate) fn release_reserve(&self) -> Result<(), StoreError> {
+    pub(crate) fn release_reserve(&self, disk: &Disk) -> Result<(), StoreError> {
         let path = self.path.join(RESERVE_FILE);
-        match std::fs::remove_file(&path) {
+        match disk.remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(at(&path, "release the reserve")(error)),
             _ => Ok(()),
         }
@@ -111,8 +105,16 @@ impl Store {
     /// # Errors
     /// [`StoreError`].
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        create_folders(root).map_err(at(root, "create the store"))?;
-        Self::lock(root)
+        Self::open_on(Disk::default(), root)
+    }
+
+    /// As [`open`](Self::open), on a disk of the caller.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn open_on(disk: Disk, root: &Path) -> Result<Self, StoreError> {
+        create_durably(&disk, root).map_err(at(root, "create the store"))?;
+        Self::lock(disk, root)
     }
 
     /// Locks a store that must exist; a folder that never was one is left as it is.
@@ -122,10 +124,10 @@ impl Store {
     pub fn lock_existing(root: &Path) -> Result<Self, StoreError> {
         let lock = root.join(LOCK_FILE);
         std::fs::metadata(&lock).map_err(at(root, "find a store there"))?;
-        Self::lock(root)
+        Self::lock(Disk::default(), root)
     }
 
-    fn lock(root: &Path) -> Result<Self, StoreError> {
+    fn lock(disk: Disk, root: &Path) -> Result<Self, StoreError> {
         let path = root.join(LOCK_FILE);
         let mut lock = OpenOptions::new()
             .read(true)
@@ -147,7 +149,11 @@ impl Store {
             Err(error) => return Err(at(&path, "lock it")(error.into())),
         }
         lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(at(&path, "write the lock file"))?;
-        Ok(Self { root: root.to_owned(), _lock: lock })
+        Ok(Self { root: root.to_owned(), disk, _lock: lock })
+    }
+
+    pub(crate) fn disk(&self) -> &Disk {
+        &self.disk
     }
 
     /// The store's folder.
@@ -172,6 +178,19 @@ impl Store {
         Ok(groups)
     }
 
+    /// Makes the names of these groups durable: a process that was killed may have left one that only the page cache knows, and
+    /// what is answered from here on is built on it.
+    pub(crate) fn settle(&self, groups: &[GroupFolder]) -> Result<(), StoreError> {
+        let clients: BTreeSet<&Path> = groups.iter().filter_map(|g| g.path.parent()).collect();
+        if groups.is_empty() {
+            return Ok(());
+        }
+        for folder in clients.into_iter().chain([self.root.as_path()]) {
+            self.disk.sync_folder(folder).map_err(at(folder, "sync the folder"))?;
+        }
+        Ok(())
+    }
+
     /// Creates a group's folder with an empty base, an empty journal and its first superblock. The folder appears
     /// under its name when all of it is durable.
     ///
@@ -179,39 +198,57 @@ impl Store {
     /// [`StoreError`].
     pub fn create_group(&self, client: &Name, group: &Name, block: Superblock) -> Result<GroupFolder, StoreError> {
         debug_assert!(block.role == GroupRole::Replica);
+        let disk = &self.disk;
         let parent = self.root.join(client.as_str());
         let building = parent.join(format!("{UNFINISHED_PREFIX}{group}"));
         if building.exists() {
-            std::fs::remove_dir_all(&building).map_err(at(&building, "remove what a failed creation left"))?;
+            disk.remove_folder(&building).map_err(at(&building, "remove what a failed creation left"))?;
         }
         for sub in ["base", "journal", "forks"] {
             let path = building.join(sub);
-            create_folders(&path).map_err(at(&path, "create the folder"))?;
+            disk.create_folders(&path).map_err(at(&path, "create the folder"))?;
         }
         for volume in &block.volumes {
             let path = building.join("base").join(format!("{}.raw", volume.name));
-            create_file(&path)
+            disk.create_file(&path)
                 .and_then(|file| file.set_len(volume.size_bytes).and_then(|()| file.sync_all()))
                 .map_err(at(&path, "create the base"))?;
         }
         let path = building.join(RESERVE_FILE);
-        create_file(&path)
-            .and_then(|file| {
-                rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, RESERVE_BYTES)?;
-                file.sync_all()
-            })
+        disk.create_file(&path)
+            .and_then(|file| file.allocate(RESERVE_BYTES).and_then(|()| file.sync_all()))
             .map_err(at(&path, "reserve space for a failover"))?;
-        SuperblockFile::create(&building, block)?;
+        SuperblockFile::create(disk, &building, block)?;
         for folder in [&building.join("base"), &building] {
-            sync_folder(folder).map_err(at(folder, "sync the folder"))?;
+            disk.sync_folder(folder).map_err(at(folder, "sync the folder"))?;
         }
         let path = parent.join(group.as_str());
-        std::fs::rename(&building, &path).map_err(at(&path, "name the group's folder"))?;
+        disk.rename(&building, &path).map_err(at(&path, "name the group's folder"))?;
         for folder in [&parent, &self.root] {
-            sync_folder(folder).map_err(at(folder, "sync the folder"))?;
+            disk.sync_folder(folder).map_err(at(folder, "sync the folder"))?;
         }
         Ok(GroupFolder { client: client.clone(), group: group.clone(), path })
     }
+}
+
+/// Creates a folder and its parents and makes their names durable.
+///
+/// An earlier start may have been killed after it created one and before it synced: the name of the deepest one that is there
+/// is synced too, as far as its parent, which may be of another user, lets us.
+fn create_durably(disk: &Disk, root: &Path) -> io::Result<()> {
+    let missing = root.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).count();
+    disk.create_folders(root)?;
+    for (i, folder) in root.ancestors().take(missing + 1).enumerate() {
+        let synced = match folder.parent() {
+            Some(parent) if parent.as_os_str().is_empty() => disk.sync_folder(Path::new(".")),
+            Some(parent) => disk.sync_folder(parent),
+            None => Ok(()),
+        };
+        if i < missing {
+            synced?;
+        }
+    }
+    Ok(())
 }
 
 fn foreign(path: &Path, kind: &str) -> String {
@@ -233,16 +270,6 @@ fn named_folders(root: &Path, kind: &'static str) -> Result<Vec<(Name, PathBuf)>
         }
     }
     Ok(found)
-}
-
-/// Creates a folder and its parents, each for its owner only.
-pub(crate) fn create_folders(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
-/// Creates a file that must not exist, for its owner only.
-pub(crate) fn create_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)
 }
 
 #[cfg(test)]

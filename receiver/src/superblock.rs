@@ -6,13 +6,14 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use proto::codec::{DecodeError, Reader, bounded, check_crc};
 use proto::fencing::GroupRole;
 use proto::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
 use proto::{EpochId, Fingerprint, Generation, Name, Point};
+
+use crate::disk::{Disk, DiskFile};
 
 /// First bytes of every slot.
 pub const SLOT_MAGIC: [u8; 8] = *b"TWSUPER1";
@@ -307,11 +308,10 @@ fn get_text<'a>(r: &mut Reader<'a>, field_bytes: usize) -> Result<&'a str, Decod
 #[derive(Debug)]
 pub struct SuperblockFile {
     path: PathBuf,
-    file: File,
+    file: DiskFile,
     sequence: u64,
     current: Superblock,
     poisoned: bool,
-    faults: crate::disk::Faults,
 }
 
 impl SuperblockFile {
@@ -319,14 +319,11 @@ impl SuperblockFile {
     ///
     /// # Errors
     /// [`SuperblockError::Io`].
-    pub fn create(folder: &Path, block: Superblock) -> Result<Self, SuperblockError> {
+    pub fn create(disk: &Disk, folder: &Path, block: Superblock) -> Result<Self, SuperblockError> {
         let path = folder.join(FILE_NAME);
-        let file = crate::store::create_file(&path).map_err(|source| SuperblockError::Io {
-            path: path.clone(),
-            what: "create",
-            source,
-        })?;
-        let mut this = Self { path, file, sequence: 0, current: block.clone(), poisoned: false, faults: Default::default() };
+        let file =
+            disk.create_file(&path).map_err(|source| SuperblockError::Io { path: path.clone(), what: "create", source })?;
+        let mut this = Self { path, file, sequence: 0, current: block.clone(), poisoned: false };
         this.write(block)?;
         Ok(this)
     }
@@ -335,21 +332,22 @@ impl SuperblockFile {
     ///
     /// # Errors
     /// [`SuperblockError`] names file and offset.
-    pub fn open(folder: &Path) -> Result<Self, SuperblockError> {
+    pub fn open(disk: &Disk, folder: &Path) -> Result<Self, SuperblockError> {
         let path = folder.join(FILE_NAME);
         let io = |what| {
             let path = path.clone();
             move |source| SuperblockError::Io { path, what, source }
         };
-        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).map_err(io("open"))?;
-        let (sequence, current, damaged) = Self::read(&file, &path)?;
+        // What is read here is answered with from now on.
+        let file = disk.open_settled(&path).map_err(io("open"))?;
+        let (sequence, current, damaged) = Self::read(file.file(), &path)?;
         if let Some((offset, error)) = damaged {
             tracing::warn!(
                 "{}: the superblock slot at offset {offset} is damaged ({error}); the other one holds",
                 path.display()
             );
         }
-        Ok(Self { path, file, sequence, current, poisoned: false, faults: Default::default() })
+        Ok(Self { path, file, sequence, current, poisoned: false })
     }
 
     /// Both slots as they are; used by `check` too. The last value is a damaged slot, if the other one holds.
@@ -375,11 +373,6 @@ impl SuperblockFile {
             (_, Ok((s, block)), Err(e)) => Ok((s, block, Some((SLOT_BYTES, e)))),
             (_, Err(e), Ok((s, block))) => Ok((s, block, Some((0, e)))),
         }
-    }
-
-    /// Makes its writes fail, for tests.
-    pub(crate) fn with_faults(self, faults: crate::disk::Faults) -> Self {
-        Self { faults, ..self }
     }
 
     /// Whether a write failed: what holds is unknown until the file is read again.
@@ -409,11 +402,7 @@ impl SuperblockFile {
         for _ in 0..2 {
             let sequence = self.sequence + 1;
             let offset = if sequence.is_multiple_of(2) { SLOT_BYTES as u64 } else { 0 };
-            let written = self
-                .faults
-                .before_write(SLOT_BYTES)
-                .and_then(|()| self.file.write_all_at(&block.encode(sequence), offset))
-                .and_then(|()| self.file.sync_data());
+            let written = self.file.write_all_at(&block.encode(sequence), offset).and_then(|()| self.file.sync_data());
             if let Err(source) = written {
                 self.poisoned = true;
                 return Err(SuperblockError::Io { path: self.path.clone(), what: "write", source });

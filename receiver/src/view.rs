@@ -79,6 +79,27 @@ impl View {
         Ok(())
     }
 
+    /// As a read, on this thread, which waits for the disk.
+    ///
+    /// # Errors
+    /// What the disk said, or a frame that is not what was committed.
+    #[cfg(any(test, feature = "simulation"))]
+    pub fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        for (place, at, bytes) in self.pieces(offset, buf.len() as u64) {
+            let from = (at - offset) as usize;
+            let part = buf.get_mut(from..from + bytes as usize).unwrap_or_default();
+            match place {
+                Place::Zero => part.fill(0),
+                Place::Base => std::os::unix::fs::FileExt::read_exact_at(self.base.file(), part, at)?,
+                Place::Frame(frame) => {
+                    let decoded = self.shared.frames.load_now(frame).map_err(logged)?;
+                    self.copy(&decoded, at, part).ok_or_else(|| logged(self.shared.frames.mismatch(frame)))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     async fn read_base(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
         let read = self.base.read_exact_at(at, Buf::zeroed(part.len())).await;
         let content = read.inspect_err(|error| {

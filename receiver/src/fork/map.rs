@@ -3,15 +3,16 @@
 //! A bit goes to disk only after the block's data was synced, and bits are only ever set, so any mixture of old and
 //! new sectors of a page that was being written is a true map. That is why pages carry no checksum: a torn page is not damage.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use proto::codec::{DecodeError, Reader, check_crc};
 use proto::units::{BlockIndex, blocks_of};
 use proto::{BlockExtent, DirtyMap, EpochId, Generation, Point};
 use rustix::fs::{SeekFrom, seek};
+
+use crate::disk::{Disk, DiskFile};
 
 /// First bytes of a map.
 pub const MAP_MAGIC: [u8; 8] = *b"TWFMAP01";
@@ -117,14 +118,14 @@ impl MapHeader {
 /// The file of a map.
 #[derive(Debug)]
 pub(crate) struct MapFile {
-    file: File,
+    file: DiskFile,
 }
 
 impl MapFile {
     /// Creates the map of a new fork, with nothing in it.
-    pub(crate) fn create(path: &Path, header: &MapHeader) -> Result<(), MapError> {
+    pub(crate) fn create(disk: &Disk, path: &Path, header: &MapHeader) -> Result<(), MapError> {
         let io = |source| MapError::Io { path: path.to_owned(), what: "create", source };
-        let file = crate::store::create_file(path).map_err(io)?;
+        let file = disk.create_file(path).map_err(io)?;
         let pages = blocks_of(header.size_bytes).div_ceil(PAGE_BLOCKS);
         file.write_all_at(&header.encode(), 0)
             .and_then(|()| file.set_len(MAP_HEADER_BYTES as u64 + pages * MAP_PAGE_BYTES as u64))
@@ -133,11 +134,12 @@ impl MapFile {
     }
 
     /// Opens a map and reads the set it holds; costs what was touched.
-    pub(crate) fn open(path: &Path, expected: &MapHeader) -> Result<(Self, DirtyMap), MapError> {
+    pub(crate) fn open(disk: &Disk, path: &Path, expected: &MapHeader) -> Result<(Self, DirtyMap), MapError> {
         let io = |source| MapError::Io { path: path.to_owned(), what: "read", source };
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
+        // Bits that a killed process did not live to sync are synced here: no later flush would know of them.
+        let file = disk.open_settled(path).map_err(io)?;
         let mut head = [0; USED_BYTES];
-        let n = crate::disk::read_up_to(&file, &mut head, 0).map_err(io)?;
+        let n = crate::disk::read_up_to(file.file(), &mut head, 0).map_err(io)?;
         let header = MapHeader::decode(head.get(..n).unwrap_or_default())
             .map_err(|source| MapError::Header { path: path.to_owned(), source })?;
         if header != *expected {
@@ -145,7 +147,7 @@ impl MapFile {
             return Err(MapError::Foreign { path: path.to_owned(), point, size_bytes });
         }
         let mut set = DirtyMap::new(header.size_bytes);
-        load(&file, &mut set).map_err(io)?;
+        load(file.file(), &mut set).map_err(io)?;
         Ok((Self { file }, set))
     }
 
@@ -222,17 +224,17 @@ mod tests {
         let path = dir.path().join("a.map");
         let point = Point { generation: Generation(1), epoch: EpochId(4) };
         let header = MapHeader { group_id: [3; 16], point, size_bytes: 1 << 40 };
-        MapFile::create(&path, &header).unwrap();
+        MapFile::create(&Disk::default(), &path, &header).unwrap();
         let mut set = DirtyMap::new(1 << 40);
         for (first, count) in [(0, 1), (7, 3), (PAGE_BLOCKS - 1, 2), ((1 << 28) - 1, 1)] {
             set.mark(first, count);
         }
-        let (file, empty) = MapFile::open(&path, &header).unwrap();
+        let (file, empty) = MapFile::open(&Disk::default(), &path, &header).unwrap();
         assert!(empty.is_empty());
         for page in [0, 1, (1 << 28) / PAGE_BLOCKS - 1] {
             file.write_page(page, &page_of(&set, page)).unwrap();
         }
-        let (_, found) = MapFile::open(&path, &header).unwrap();
+        let (_, found) = MapFile::open(&Disk::default(), &path, &header).unwrap();
         assert_eq!(found.count(), set.count());
         let mut at = 0;
         while let Some(run) = set.next_run(at, u32::MAX) {
@@ -240,6 +242,6 @@ mod tests {
             at = run.end();
         }
         let other = MapHeader { size_bytes: 1 << 39, ..header };
-        assert!(MapFile::open(&path, &other).unwrap_err().to_string().contains("map of another fork"));
+        assert!(MapFile::open(&Disk::default(), &path, &other).unwrap_err().to_string().contains("map of another fork"));
     }
 }

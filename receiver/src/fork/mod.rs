@@ -18,8 +18,9 @@ pub use device::ForkDevice;
 pub use map::{MAP_HEADER_BYTES, MAP_MAGIC, MAP_PAGE_BYTES, MapError, layout};
 pub(crate) use map::{MapFile, MapHeader};
 
+use crate::disk::Disk;
 use crate::group::{GroupError, Shared};
-use crate::store::{at, create_folders};
+use crate::store::at;
 use crate::superblock::ForkInUse;
 
 /// Why a fork cannot be made or opened.
@@ -63,8 +64,11 @@ impl OpenFork {
 pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
     let folder = shared.folder.fork(&fork.name);
     if !folder.exists() {
-        create(shared, fork)?;
+        create(&shared.disk, shared, fork)?;
     }
+    // Also if it was there: a process that was killed may not have lived to sync its name.
+    let parent = shared.folder.path.join("forks");
+    shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
     let index = shared.index_at(fork.point)?;
     let mut volumes = Vec::new();
     for (view, spec) in crate::view::views(shared, index)?.into_iter().zip(&shared.volumes) {
@@ -73,7 +77,8 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
         if !data.exists() {
             return Err(ForkError::Missing { path: data }.into());
         }
-        let (map, set) = MapFile::open(&folder.join(format!("{}.map", spec.name)), &header).map_err(ForkError::from)?;
+        let (map, set) =
+            MapFile::open(&shared.disk, &folder.join(format!("{}.map", spec.name)), &header).map_err(ForkError::from)?;
         let data = FileDevice::open(&data, OpenOptions { create_size: Some(spec.size_bytes), ..OpenOptions::default() })
             .map_err(ForkError::from)?;
         volumes.push((spec.name.clone(), Arc::new(ForkDevice::new(view, data, map, set))));
@@ -85,25 +90,24 @@ fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {
     MapHeader { group_id: shared.expected.group_id, point, size_bytes }
 }
 
-fn create(shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
+fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
     let folder = shared.folder.fork(&fork.name);
     let parent = shared.folder.path.join("forks");
     let building = parent.join(format!(".new-{}", fork.name));
     if building.exists() {
-        std::fs::remove_dir_all(&building).map_err(at(&building, "remove what a failed creation left"))?;
+        disk.remove_folder(&building).map_err(at(&building, "remove what a failed creation left"))?;
     }
-    shared.folder.release_reserve()?;
-    create_folders(&building).map_err(at(&building, "create the folder"))?;
+    shared.folder.release_reserve(disk)?;
+    disk.create_folders(&building).map_err(at(&building, "create the folder"))?;
     for volume in &shared.volumes {
         let data = building.join(format!("{}.raw", volume.name));
-        crate::store::create_file(&data)
+        disk.create_file(&data)
             .and_then(|file| file.set_len(volume.size_bytes).and_then(|()| file.sync_all()))
             .map_err(at(&data, "create the fork's data"))?;
         let map = building.join(format!("{}.map", volume.name));
-        MapFile::create(&map, &header(shared, fork.point, volume.size_bytes))?;
+        MapFile::create(disk, &map, &header(shared, fork.point, volume.size_bytes))?;
     }
-    crate::disk::sync_folder(&building).map_err(at(&building, "sync the folder"))?;
-    std::fs::rename(&building, &folder).map_err(at(&folder, "name the fork's folder"))?;
-    crate::disk::sync_folder(&parent).map_err(at(&parent, "sync the folder"))?;
+    disk.sync_folder(&building).map_err(at(&building, "sync the folder"))?;
+    disk.rename(&building, &folder).map_err(at(&folder, "name the fork's folder"))?;
     Ok(())
 }

@@ -9,7 +9,7 @@ use proto::{BlockIndex, Codec};
 
 use super::*;
 use crate::batch::Assembler;
-use crate::disk::{Fault, Faults};
+use crate::disk::{Disk, Op};
 use crate::store::Store;
 use crate::superblock::Superblock;
 
@@ -47,12 +47,12 @@ impl Scene {
 
     fn open(&self) -> Arc<Group> {
         let disk = Arc::clone(&self.disk);
-        let faults = Faults::new(move |fault| match (disk.load(Ordering::SeqCst), fault) {
-            (FULL, Fault::Write(_)) => Err(io::ErrorKind::StorageFull.into()),
-            (NO_SYNC, Fault::Sync) => Err(io::Error::other("bad disk")),
+        let disk = Disk::faulty(move |op| match (disk.load(Ordering::SeqCst), op) {
+            (FULL, Op::Write { .. }) => Err(io::ErrorKind::StorageFull.into()),
+            (NO_SYNC, Op::Sync(_)) => Err(io::Error::other("bad disk")),
             _ => Ok(()),
         });
-        Group::open(self.folder.clone(), Arc::default(), JournalOptions { segment_bytes_max: 1 << 20, faults }).unwrap()
+        Group::open(self.folder.clone(), Arc::default(), JournalOptions { segment_bytes_max: 1 << 20, disk }).unwrap()
     }
 }
 

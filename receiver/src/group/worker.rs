@@ -1,5 +1,6 @@
 //! The thread of a group: alone writes its journal and its superblock.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -16,12 +17,14 @@ use crate::core::Cause;
 use crate::journal::{Journal, JournalError, PLACED_SEAL_BYTES};
 use crate::superblock::{ForkInUse, Superblock, SuperblockFile};
 
+#[derive(Debug)]
 pub(super) struct ActiveSession {
     id: SessionId,
     events: mpsc::Sender<GroupEvent>,
 }
 
 /// The thread's own state.
+#[derive(Debug)]
 pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) journal: Journal,
@@ -38,41 +41,49 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn run(&mut self, mut inbox: mpsc::Receiver<Command>) {
         while let Some(command) = inbox.blocking_recv() {
-            match command {
-                Command::Claim { session, peer, generation, events, reply } => {
-                    let _ = reply.send(self.claim(session, peer, generation, events));
-                }
-                Command::Append { session, batch } if self.has(session) => {
-                    let done = self.append(&batch);
-                    self.end_on_error(done);
-                }
-                Command::Commit { session, seal } if self.has(session) => {
-                    let done = self.commit(&seal);
-                    self.end_on_error(done);
-                }
-                Command::Abandon { session } if self.has(session) => {
-                    let done = self.abandon();
-                    self.end_on_error(done);
-                }
-                Command::Release { session, reason } if self.has(session) => {
-                    self.session = None;
-                    let done = self.abandon();
-                    {
-                        let mut state = self.shared.state.write();
-                        state.peer = None;
-                        state.last_error = Some(reason);
-                    }
-                    self.end_on_error(done);
-                }
-                // Of a session that lost the group.
-                Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
-                Command::Promote { point, reply } => {
-                    let _ = reply.send(self.promote(point));
-                }
-                Command::Stop => break,
+            if self.handle(command).is_break() {
+                break;
             }
         }
         self.stop();
+    }
+
+    /// Performs a command; breaks when it is to stop.
+    pub(super) fn handle(&mut self, command: Command) -> ControlFlow<()> {
+        match command {
+            Command::Claim { session, peer, generation, events, reply } => {
+                let _ = reply.send(self.claim(session, peer, generation, events));
+            }
+            Command::Append { session, batch } if self.has(session) => {
+                let done = self.append(&batch);
+                self.end_on_error(done);
+            }
+            Command::Commit { session, seal } if self.has(session) => {
+                let done = self.commit(&seal);
+                self.end_on_error(done);
+            }
+            Command::Abandon { session } if self.has(session) => {
+                let done = self.abandon();
+                self.end_on_error(done);
+            }
+            Command::Release { session, reason } if self.has(session) => {
+                self.session = None;
+                let done = self.abandon();
+                {
+                    let mut state = self.shared.state.write();
+                    state.peer = None;
+                    state.last_error = Some(reason);
+                }
+                self.end_on_error(done);
+            }
+            // Of a session that lost the group.
+            Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
+            Command::Promote { point, reply } => {
+                let _ = reply.send(self.promote(point));
+            }
+            Command::Stop => return ControlFlow::Break(()),
+        }
+        ControlFlow::Continue(())
     }
 
     fn has(&self, session: SessionId) -> bool {
@@ -191,7 +202,7 @@ impl Worker {
         let name = format!("active-{generation}").parse().map_err(|_| no_number())?;
         let fork = ForkInUse { name, point };
         // A full disk must not keep the copy from becoming the server; without the reserve the write may still succeed.
-        if let Err(error) = self.shared.folder.release_reserve() {
+        if let Err(error) = self.shared.folder.release_reserve(&self.shared.disk) {
             tracing::warn!("{error}");
         }
         // All points up to here were synced when they were committed.
@@ -228,7 +239,8 @@ impl Worker {
         Ok(Promoted { generation, fork })
     }
 
-    fn stop(&mut self) {
+    /// The clean stop: the superblock remembers how far the journal goes.
+    pub(super) fn stop(&mut self) {
         if let Err(error) = self.abandon() {
             tracing::warn!("{error}");
         }

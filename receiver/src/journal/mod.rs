@@ -11,12 +11,12 @@ mod segment;
 mod tests;
 mod walk;
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use proto::{EpochId, Point, Seal};
+
+use crate::disk::{Disk, DiskFile};
 
 pub(crate) use record::Payloads;
 pub(crate) use recover::{Sink, open};
@@ -121,8 +121,8 @@ fn remedy(source: &io::Error) -> &'static str {
 pub(crate) struct JournalOptions {
     /// A segment that would grow beyond this is ended and the next one begun.
     pub(crate) segment_bytes_max: u64,
-    /// Faults for tests.
-    pub(crate) faults: crate::disk::Faults,
+    /// Where it is written.
+    pub(crate) disk: Disk,
 }
 
 /// The journal of a group, open for appending.
@@ -144,7 +144,7 @@ pub(crate) struct Journal {
 #[derive(Debug)]
 struct Tail {
     number: u32,
-    file: File,
+    file: DiskFile,
     bytes: u64,
 }
 
@@ -152,7 +152,7 @@ impl Journal {
     /// Cuts off what is after `sealed` and goes on from there.
     fn resume(folder: &Path, expected: &Expected, sealed: Option<Mark>, options: JournalOptions) -> Result<Self, JournalError> {
         let io = |source| JournalError::Io { path: folder.to_owned(), what: "truncate", source };
-        let tail = recover::truncate_to(folder, expected.first_segment, sealed).map_err(io)?;
+        let tail = recover::truncate_to(&options.disk, folder, expected.first_segment, sealed).map_err(io)?;
         let mut bytes = 0;
         for number in list_segments(folder).map_err(io)?.into_iter().filter(|n| *n >= expected.first_segment) {
             bytes += std::fs::metadata(segment_path(folder, number)).map_err(io)?.len();
@@ -193,7 +193,7 @@ impl Journal {
         self.make_room(frames.len() as u64)?;
         let Some(tail) = self.tail.as_mut() else { return Err(Self::poisoned(&self.folder)) };
         let offset = tail.bytes;
-        let written = self.options.faults.before_write(frames.len()).and_then(|()| tail.file.write_all_at(frames, offset));
+        let written = tail.file.write_all_at(frames, offset);
         written.map_err(|source| JournalError::Io { path: segment_path(&self.folder, tail.number), what: "write", source })?;
         tail.bytes += frames.len() as u64;
         self.bytes += frames.len() as u64;
@@ -210,7 +210,7 @@ impl Journal {
         }
         let Some(tail) = self.tail.as_mut() else { return Err(Self::poisoned(&self.folder)) };
         let record = encode_placed_seal(&self.group_id, tail.number, tail.bytes, seal);
-        let written = self.options.faults.before_write(record.len()).and_then(|()| tail.file.write_all_at(&record, tail.bytes));
+        let written = tail.file.write_all_at(&record, tail.bytes);
         written.map_err(|source| JournalError::Io { path: segment_path(&self.folder, tail.number), what: "write", source })?;
         tail.bytes += record.len() as u64;
         self.bytes += record.len() as u64;
@@ -231,13 +231,13 @@ impl Journal {
         {
             // Something beyond the counted bytes may have been written before it failed; below it is cut off too.
             if let Some(tail) = &self.tail
-                && tail.file.metadata().is_ok_and(|m| m.len() == tail.bytes)
+                && tail.file.bytes().is_ok_and(|bytes| bytes == tail.bytes)
             {
                 return Ok(());
             }
         }
         self.tail = None;
-        match recover::truncate_to(&self.folder, self.first_segment, self.sealed) {
+        match recover::truncate_to(&self.options.disk, &self.folder, self.first_segment, self.sealed) {
             Ok(tail) => {
                 self.tail = tail.zip(self.sealed).map(|(file, m)| Tail { number: m.segment, file, bytes: m.bytes });
                 self.bytes = self.sealed_bytes;
@@ -273,17 +273,17 @@ impl Journal {
             previous_bytes,
             created_unix_us: crate::clock::unix_us(),
         };
-        let create = || -> io::Result<File> {
-            let file = crate::store::create_file(&path)?;
-            self.options.faults.before_write(SEGMENT_HEADER_BYTES)?;
+        let disk = &self.options.disk;
+        let create = || -> io::Result<DiskFile> {
+            let file = disk.create_file(&path)?;
             file.write_all_at(&header.encode(), 0)?;
-            crate::disk::sync_folder(&self.folder)?;
+            disk.sync_folder(&self.folder)?;
             Ok(file)
         };
         let file = create().map_err(|source| {
             // A half-made file would be in the way when there is room again. One that was there before is not ours.
             if source.kind() != io::ErrorKind::AlreadyExists {
-                let _ = std::fs::remove_file(&path);
+                let _ = disk.remove_file(&path);
             }
             JournalError::Io { path: path.clone(), what: "begin a segment of", source }
         })?;
@@ -295,8 +295,7 @@ impl Journal {
     /// Never tried again after a failure: the kernel may have dropped the pages and would report success.
     fn sync(&mut self) -> Result<(), JournalError> {
         let Some(tail) = &self.tail else { return Ok(()) };
-        let synced = self.options.faults.before_sync().and_then(|()| tail.file.sync_data());
-        synced.map_err(|source| {
+        tail.file.sync_data().map_err(|source| {
             self.poisoned = true;
             JournalError::Io { path: segment_path(&self.folder, tail.number), what: "sync", source }
         })

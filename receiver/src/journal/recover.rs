@@ -13,7 +13,6 @@
 //!
 //! Frames of the last epoch in earlier segments were synced before its seal was written, so they are never torn.
 
-use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 
@@ -23,6 +22,7 @@ use super::record::Payloads;
 use super::segment::{list_segments, segment_path};
 use super::walk::{Bad, Expected, Item, Mark, Walker};
 use super::{Journal, JournalError, JournalOptions};
+use crate::disk::{Disk, DiskFile};
 
 /// Takes what recovery finds, in order.
 pub(crate) trait Sink {
@@ -122,8 +122,14 @@ pub(crate) fn open(
     sink: &mut dyn Sink,
 ) -> Result<Journal, JournalError> {
     let io = |what| move |source| JournalError::Io { path: folder.to_owned(), what, source };
+    // Removals that a killed process did not live to sync, before any other is made: see `truncate_to`.
+    options.disk.sync_folder(folder).map_err(io("sync"))?;
     // Payloads are looked at in the last segment only, where a torn commit can be.
     let last = list_segments(folder).map_err(io("list"))?.last().copied().unwrap_or(0);
+    // What is found is answered with, so it must be on the disk; earlier segments were synced before this one was begun.
+    if last > 0 {
+        options.disk.open_settled(&segment_path(folder, last)).map_err(io("sync"))?;
+    }
     let mut walker = Walker::new(folder, expected.clone(), None, (Payloads::Checksum, last)).map_err(io("list"))?;
     let mut recovery = Recovery { sink, sealed: None, newest: expected.base, held: None, open: false, bad_payload: None };
     match recovery.walk(&mut walker, folder)? {
@@ -163,18 +169,17 @@ pub(crate) fn open(
 
 /// Cuts the journal back to `sealed`: later segments first, then the tail, so that a crash in between leaves an unsealed
 /// end and no gap.
-pub(super) fn truncate_to(folder: &Path, first_segment: u32, sealed: Option<Mark>) -> io::Result<Option<File>> {
+pub(super) fn truncate_to(disk: &Disk, folder: &Path, first_segment: u32, sealed: Option<Mark>) -> io::Result<Option<DiskFile>> {
     let keep_below = sealed.map_or(first_segment, |m| m.segment + 1);
     let later: Vec<u32> = list_segments(folder)?.into_iter().filter(|n| *n >= keep_below).collect();
     for number in later.iter().rev() {
-        std::fs::remove_file(segment_path(folder, *number))?;
-    }
-    if !later.is_empty() {
-        crate::disk::sync_folder(folder)?;
+        disk.remove_file(&segment_path(folder, *number))?;
+        // One by one: a removal that is durable before that of a later segment would leave a gap.
+        disk.sync_folder(folder)?;
     }
     let Some(mark) = sealed else { return Ok(None) };
-    let file = OpenOptions::new().read(true).write(true).open(segment_path(folder, mark.segment))?;
-    if file.metadata()?.len() != mark.bytes {
+    let file = disk.open_file(&segment_path(folder, mark.segment))?;
+    if file.bytes()? != mark.bytes {
         file.set_len(mark.bytes)?;
         file.sync_data()?;
     }

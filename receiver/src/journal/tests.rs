@@ -10,7 +10,7 @@ use proto::seal::Tally;
 use proto::{BlockExtent, BlockIndex, Codec, Frame, FrameHeader, FrameKind, Generation, VolumeIndex};
 
 use super::*;
-use crate::disk::{Fault, Faults};
+use crate::disk::{Disk, Op};
 
 const BLOCKS: u64 = 64;
 
@@ -40,7 +40,7 @@ fn expected() -> Expected {
 }
 
 fn options(segment_bytes_max: u64) -> JournalOptions {
-    JournalOptions { segment_bytes_max, faults: Faults::default() }
+    JournalOptions { segment_bytes_max, disk: Disk::default() }
 }
 
 fn open_at(folder: &Path, options: JournalOptions, synced: Option<Point>) -> Result<(Journal, Found), JournalError> {
@@ -293,15 +293,15 @@ fn a_full_disk_costs_the_epoch_only() {
         let dir = tempfile::tempdir().unwrap();
         let left = Arc::new(parking_lot::Mutex::new(usize::MAX));
         let budget = Arc::clone(&left);
-        let faults = Faults::new(move |fault| match fault {
-            Fault::Write(_) => {
+        let disk = Disk::faulty(move |op| match op {
+            Op::Write { .. } => {
                 let mut left = budget.lock();
                 *left = left.checked_sub(1).ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
                 Ok(())
             }
-            Fault::Sync => Ok(()),
+            _ => Ok(()),
         });
-        let (mut journal, _) = open_at(dir.path(), JournalOptions { segment_bytes_max: 300, faults }, None).unwrap();
+        let (mut journal, _) = open_at(dir.path(), JournalOptions { segment_bytes_max: 300, disk }, None).unwrap();
         write_epoch(&mut journal, 1, 2).unwrap();
         *left.lock() = after;
         let error = write_epoch(&mut journal, 2, 5).unwrap_err().to_string();
@@ -321,11 +321,11 @@ fn a_failed_sync_poisons_the_journal() {
     let dir = tempfile::tempdir().unwrap();
     let bad = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let flag = Arc::clone(&bad);
-    let faults = Faults::new(move |fault| match fault {
-        Fault::Sync if flag.load(std::sync::atomic::Ordering::Relaxed) => Err(io::Error::other("bad disk")),
-        Fault::Sync | Fault::Write(_) => Ok(()),
+    let disk = Disk::faulty(move |op| match op {
+        Op::Sync(_) if flag.load(std::sync::atomic::Ordering::Relaxed) => Err(io::Error::other("bad disk")),
+        _ => Ok(()),
     });
-    let (mut journal, _) = open_at(dir.path(), JournalOptions { segment_bytes_max: 1 << 20, faults }, None).unwrap();
+    let (mut journal, _) = open_at(dir.path(), JournalOptions { segment_bytes_max: 1 << 20, disk }, None).unwrap();
     write_epoch(&mut journal, 1, 2).unwrap();
     bad.store(true, std::sync::atomic::Ordering::Relaxed);
     assert!(write_epoch(&mut journal, 2, 2).unwrap_err().to_string().contains("cannot sync the journal: bad disk"));

@@ -59,7 +59,7 @@ fn recovery_is_decided_for_every_combination() {
 fn a_change_torn_anywhere_leaves_the_old_or_the_new() {
     let dir = tempfile::tempdir().unwrap();
     let old = Superblock { generation: Generation(1), fork: None, role: GroupRole::Replica, ..block() };
-    let mut file = SuperblockFile::create(dir.path(), old.clone()).unwrap();
+    let mut file = SuperblockFile::create(&Disk::default(), dir.path(), old.clone()).unwrap();
     let path = dir.path().join(FILE_NAME);
     let before = std::fs::read(&path).unwrap();
     file.write(block()).unwrap();
@@ -70,7 +70,7 @@ fn a_change_torn_anywhere_leaves_the_old_or_the_new() {
         let mut image = before.clone();
         image[..torn].copy_from_slice(&after[..torn]);
         std::fs::write(&path, &image).unwrap();
-        let found = SuperblockFile::open(dir.path()).unwrap();
+        let found = SuperblockFile::open(&Disk::default(), dir.path()).unwrap();
         if *found.get() == block() {
             seen_new = true;
         } else {
@@ -86,7 +86,7 @@ fn a_change_torn_anywhere_leaves_the_old_or_the_new() {
 fn one_rotten_slot_keeps_the_raised_generation_and_two_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let old = Superblock { generation: Generation(1), fork: None, role: GroupRole::Replica, ..block() };
-    let mut file = SuperblockFile::create(dir.path(), old).unwrap();
+    let mut file = SuperblockFile::create(&Disk::default(), dir.path(), old).unwrap();
     file.write(block()).unwrap();
     let path = dir.path().join(FILE_NAME);
     let whole = std::fs::read(&path).unwrap();
@@ -94,16 +94,16 @@ fn one_rotten_slot_keeps_the_raised_generation_and_two_are_refused() {
         let mut image = whole.clone();
         image[slot + 100] ^= 1;
         std::fs::write(&path, &image).unwrap();
-        assert_eq!(SuperblockFile::open(dir.path()).unwrap().get().generation, Generation(3));
+        assert_eq!(SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get().generation, Generation(3));
         // And it can be changed again.
-        let mut again = SuperblockFile::open(dir.path()).unwrap();
+        let mut again = SuperblockFile::open(&Disk::default(), dir.path()).unwrap();
         again.write(Superblock { generation: Generation(4), ..block() }).unwrap();
-        assert_eq!(SuperblockFile::open(dir.path()).unwrap().get().generation, Generation(4));
+        assert_eq!(SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get().generation, Generation(4));
     }
     let mut image = whole;
     image[100] ^= 1;
     image[SLOT_BYTES + 100] ^= 1;
     std::fs::write(&path, &image).unwrap();
-    let error = SuperblockFile::open(dir.path()).unwrap_err().to_string();
+    let error = SuperblockFile::open(&Disk::default(), dir.path()).unwrap_err().to_string();
     assert!(error.contains("both slots") && error.contains("superblock: ") && error.contains("offset 8192"), "{error}");
 }

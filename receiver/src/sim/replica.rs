@@ -1,0 +1,265 @@
+//! A receiver without a network and without threads.
+//!
+//! Calls do everything that can be done before they return, commits included; what a primary would get is in
+//! [`outputs`](Replica::outputs). Dropping it is `kill -9`: nothing is written any more.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use proto::fencing::GroupRole;
+use proto::{Fingerprint, Generation, Name, Point};
+
+use super::session::{Session, drive};
+use crate::config::{ClientConfig, Limits};
+use crate::core::{ClientPolicy, Core, Event};
+use crate::disk::Disk;
+use crate::group::{Group, GroupError};
+use crate::journal::GroupId;
+use crate::node::{Means, Node, SelectError, Slot};
+use crate::store::{Store, StoreError};
+use crate::view::View;
+
+/// Number of a session of a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SessionNo(pub u64);
+
+/// Number of a unidirectional stream of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct StreamNo(pub u64);
+
+/// What a session's primary gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Bytes of the control stream: one whole message.
+    Control(Vec<u8>),
+    /// The connection is closed once what came before has arrived. The session is over.
+    Closed {
+        /// Close code.
+        code: u16,
+        /// Reason.
+        reason: String,
+    },
+}
+
+/// Why a replica does not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The group is not found, or was refused when the store was opened.
+    #[error(transparent)]
+    Select(#[from] SelectError),
+    /// The group failed.
+    #[error(transparent)]
+    Group(#[from] GroupError),
+    /// A view could not be read.
+    #[error("cannot read the view: {0}")]
+    Read(#[from] std::io::Error),
+    /// No such volume.
+    #[error("the group has no volume {volume}")]
+    NoVolume {
+        /// Its number.
+        volume: usize,
+    },
+}
+
+/// Identities that are the same in every run and differ between groups.
+fn group_id(client: &Name, group: &Name) -> GroupId {
+    let mut id = [0x51_u8; 16];
+    for (i, byte) in client.as_str().bytes().chain([0]).chain(group.as_str().bytes()).enumerate() {
+        if let Some(to) = id.get_mut(i % 16) {
+            *to = to.rotate_left(3) ^ byte;
+        }
+    }
+    id
+}
+
+/// A receiver, stepped by hand.
+#[derive(Debug)]
+pub struct Replica {
+    node: Node,
+    clients: Vec<ClientConfig>,
+    sessions: BTreeMap<SessionNo, Session>,
+}
+
+impl Replica {
+    /// Opens the store at `store`, creating it if it is not there, and every group with recovery, as a start does. A group that
+    /// is refused answers with its error; the others go on.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Store`].
+    pub fn open(store: &Path, disk: Disk, clients: Vec<ClientConfig>, limits: Limits) -> Result<Self, ReplicaError> {
+        let store = Store::open_on(disk, store)?;
+        let node = Node::open(store, &clients, limits, Means { open: Group::parked, group_id })?;
+        Ok(Self { node, clients, sessions: BTreeMap::new() })
+    }
+
+    /// A connection with a verified key; `None` if the key is no client's.
+    pub fn connect(&mut self, key: Fingerprint) -> Option<SessionNo> {
+        let client = self.clients.iter().find(|c| c.key == key)?;
+        let policy = ClientPolicy {
+            client: client.name.clone(),
+            groups: client.groups.clone(),
+            groups_max: self.node.limits.groups_per_client,
+            volumes_max: self.node.limits.volumes_per_group,
+            volume_bytes_max: self.node.limits.volume_bytes_per_client,
+        };
+        let id = self.node.next_session();
+        let number = SessionNo(id.0);
+        self.sessions.insert(number, Session::new(id, client.name.clone(), key, Core::new(policy)));
+        Some(number)
+    }
+
+    fn with(&mut self, session: SessionNo, act: impl FnOnce(&mut Session, &Node)) {
+        if let Some(session) = self.sessions.get_mut(&session).filter(|s| !s.has_ended()) {
+            act(session, &self.node);
+        }
+        // A claim, a commit or an end may have told the others something.
+        for other in self.sessions.values_mut() {
+            other.pump(&self.node);
+        }
+    }
+
+    /// Bytes of the control stream, in pieces of any size. Of a session that ended they are dropped, here and below.
+    pub fn control(&mut self, session: SessionNo, bytes: &[u8]) {
+        self.with(session, |s, node| s.control(node, bytes));
+    }
+
+    /// The next unidirectional stream, in the order in which the primary opened them.
+    pub fn pass_open(&mut self, session: SessionNo) -> StreamNo {
+        let mut number = StreamNo(0);
+        self.with(session, |s, _| number = s.pass_open());
+        number
+    }
+
+    /// Bytes of a stream, in pieces of any size. Those of a stream whose turn has not come wait.
+    pub fn pass_data(&mut self, session: SessionNo, stream: StreamNo, bytes: &[u8]) {
+        self.with(session, |s, node| s.pass_data(node, stream, bytes));
+    }
+
+    /// The stream is finished.
+    pub fn pass_end(&mut self, session: SessionNo, stream: StreamNo) {
+        self.with(session, |s, node| s.pass_end(node, stream));
+    }
+
+    /// The stream is reset: what was not read yet is gone.
+    pub fn pass_reset(&mut self, session: SessionNo, stream: StreamNo) {
+        self.with(session, |s, node| s.pass_reset(node, stream));
+    }
+
+    /// The connection is lost, or was closed by the primary.
+    pub fn lost(&mut self, session: SessionNo) {
+        self.with(session, |s, _| s.release("connection lost"));
+        self.sessions.remove(&session);
+    }
+
+    /// What primaries get, in order for each session; sessions that ended are forgotten.
+    pub fn outputs(&mut self) -> Vec<(SessionNo, Output)> {
+        let mut outputs = Vec::new();
+        for (number, session) in &mut self.sessions {
+            outputs.extend(session.take_outputs().into_iter().map(|o| (*number, o)));
+        }
+        self.sessions.retain(|_, s| !s.has_ended());
+        outputs
+    }
+
+    /// Raises the generation durably and promises the fork of `point` (the newest by default). Its primary is told. The
+    /// fork itself is not made: its data is not on the simulated disk. Returns the generation and the point.
+    ///
+    /// # Errors
+    /// [`ReplicaError`].
+    pub fn promote(&mut self, group: &str, point: Option<Point>) -> Result<(Generation, Point), ReplicaError> {
+        let group = self.node.select(group)?;
+        let promoted = drive(&group, group.promote(point));
+        for session in self.sessions.values_mut() {
+            session.pump(&self.node);
+        }
+        let promoted = promoted?;
+        Ok((promoted.generation, promoted.fork.point))
+    }
+
+    /// As [`promote`](Self::promote), and makes the fork.
+    #[cfg(test)]
+    pub(super) fn activate(&mut self, group: &str, point: Option<Point>) -> Result<(Generation, Point), ReplicaError> {
+        let promoted = self.promote(group, point)?;
+        let group = self.node.select(group)?;
+        let fork = group.shared.state.read().fork.clone();
+        if let Some(fork) = fork {
+            crate::fork::open(&group.shared, promoted.0, &fork)?;
+        }
+        Ok(promoted)
+    }
+
+    /// The groups, as `client/group`; those that were refused with their error.
+    #[must_use]
+    pub fn groups(&self) -> Vec<(String, Option<String>)> {
+        let entry = |(client, group, slot): (Name, Name, Slot)| {
+            let broken = match slot {
+                Slot::Open(_) => None,
+                Slot::Broken(cause) => Some(cause.to_string()),
+            };
+            (format!("{client}/{group}"), broken)
+        };
+        self.node.all().into_iter().map(entry).collect()
+    }
+
+    /// The committed points of a group, oldest first.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Select`].
+    pub fn points(&self, group: &str) -> Result<Vec<Point>, ReplicaError> {
+        let group = self.node.select(group)?;
+        let state = group.shared.state.read();
+        Ok(state.points.iter().map(|p| p.point).collect())
+    }
+
+    /// Generation, role, and the point of the fork in use.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Select`].
+    pub fn generation(&self, group: &str) -> Result<(Generation, GroupRole, Option<Point>), ReplicaError> {
+        let group = self.node.select(group)?;
+        let state = group.shared.state.read();
+        Ok((state.generation, state.role, state.fork.as_ref().map(|f| f.point)))
+    }
+
+    /// The volumes of a group at a point; read them with [`View::read_now`].
+    ///
+    /// # Errors
+    /// [`ReplicaError`].
+    pub fn views(&self, group: &str, point: Point) -> Result<Vec<View>, ReplicaError> {
+        let group = self.node.select(group)?;
+        Ok(crate::view::views(&group.shared, group.shared.index_at(point)?)?)
+    }
+
+    /// Bytes of a volume at a point. Builds the index of the point each time; see [`views`](Self::views) for more than one read.
+    ///
+    /// # Errors
+    /// [`ReplicaError`].
+    pub fn read_view(
+        &self,
+        group: &str,
+        point: Point,
+        volume: usize,
+        offset: u64,
+        length: usize,
+    ) -> Result<Vec<u8>, ReplicaError> {
+        let views = self.views(group, point)?;
+        let mut bytes = vec![0; length];
+        views.get(volume).ok_or(ReplicaError::NoVolume { volume })?.read_now(offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// The clean stop of a node: sessions are told, superblocks remember how far their journals go. Returns the last outputs.
+    pub fn stop(mut self) -> Vec<(SessionNo, Output)> {
+        for session in self.sessions.values_mut() {
+            session.handle(&self.node, Event::Stopping);
+        }
+        let outputs = self.outputs();
+        for group in self.node.open_groups() {
+            drive(&group, group.stop());
+        }
+        outputs
+    }
+}

@@ -1,0 +1,302 @@
+//! One connection of the simulation: what `session` is to QUIC, for bytes that somebody hands over.
+//!
+//! Follows the driver's order: group events before anything else, a pass stream is begun only when the core wants one,
+//! streams in the order in which they were opened, a reset throws away what was not read.
+
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use blockdev::BlockDevice;
+use proto::hashes::{HashQuery, Hashes, hash_chunks};
+use proto::{BLOCK_BYTES, Fingerprint, Message, Name};
+use tokio::sync::mpsc;
+
+use super::replica::{Output, StreamNo};
+use crate::batch::Assembler;
+use crate::core::{Action, Cause, Core, Event, SessionError};
+use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
+use crate::input::{ControlInput, PassInput};
+use crate::node::Node;
+
+/// Polls a future of the group's handle, and does the work of the group's thread while it waits.
+pub(super) fn drive<T>(group: &Group, future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    let mut context = Context::from_waker(Waker::noop());
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+        assert!(group.turn(), "the group has nothing to do and somebody waits for it");
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Finished,
+    Reset,
+}
+
+#[derive(Debug)]
+struct PassStream {
+    number: StreamNo,
+    input: PassInput,
+    unread: VecDeque<Vec<u8>>,
+    end: Option<End>,
+}
+
+#[derive(Debug)]
+pub(super) struct Session {
+    id: SessionId,
+    client: Name,
+    key: Fingerprint,
+    core: Core,
+    control: ControlInput,
+    assembler: Assembler,
+    /// Opened streams; the first is being read if `reading`.
+    passes: VecDeque<PassStream>,
+    reading: bool,
+    streams: u64,
+    group: Option<(Arc<Group>, mpsc::Receiver<GroupEvent>)>,
+    outputs: Vec<Output>,
+    ended: Option<String>,
+}
+
+impl Session {
+    pub(super) fn new(id: SessionId, client: Name, key: Fingerprint, core: Core) -> Self {
+        Self {
+            id,
+            client,
+            key,
+            core,
+            control: ControlInput::default(),
+            assembler: Assembler::default(),
+            passes: VecDeque::new(),
+            reading: false,
+            streams: 0,
+            group: None,
+            outputs: Vec::new(),
+            ended: None,
+        }
+    }
+
+    pub(super) fn take_outputs(&mut self) -> Vec<Output> {
+        std::mem::take(&mut self.outputs)
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    /// The connection is gone or was closed: the group is free again.
+    pub(super) fn release(&mut self, reason: &str) {
+        self.ended.get_or_insert_with(|| reason.to_owned());
+        if let Some((group, _)) = self.group.take() {
+            drive(&group, group.release(self.id, reason.to_owned()));
+            group.turn();
+        }
+    }
+
+    pub(super) fn control(&mut self, node: &Node, bytes: &[u8]) {
+        self.control.push(bytes);
+        while self.ended.is_none() {
+            match self.control.next() {
+                Ok(Some(message)) => self.handle(node, Event::Message(message)),
+                Ok(None) => break,
+                Err(error) => self.fail(node, error.into()),
+            }
+            self.pump(node);
+        }
+    }
+
+    pub(super) fn pass_open(&mut self) -> StreamNo {
+        self.streams += 1;
+        let number = StreamNo(self.streams);
+        self.passes.push_back(PassStream { number, input: PassInput::default(), unread: VecDeque::new(), end: None });
+        number
+    }
+
+    pub(super) fn pass_data(&mut self, node: &Node, stream: StreamNo, bytes: &[u8]) {
+        if let Some(pass) = self.passes.iter_mut().find(|p| p.number == stream && p.end.is_none()) {
+            pass.unread.push_back(bytes.to_owned());
+        }
+        self.pump(node);
+    }
+
+    pub(super) fn pass_end(&mut self, node: &Node, stream: StreamNo) {
+        if let Some(pass) = self.passes.iter_mut().find(|p| p.number == stream) {
+            pass.end.get_or_insert(End::Finished);
+        }
+        self.pump(node);
+    }
+
+    pub(super) fn pass_reset(&mut self, node: &Node, stream: StreamNo) {
+        if let Some(pass) = self.passes.iter_mut().find(|p| p.number == stream) {
+            pass.end = Some(End::Reset);
+            pass.unread.clear();
+        }
+        self.pump(node);
+    }
+
+    /// Does what can be done until nothing is left to do.
+    pub(super) fn pump(&mut self, node: &Node) {
+        while self.ended.is_none() && self.step(node) {}
+    }
+
+    fn step(&mut self, node: &Node) -> bool {
+        if let Some((group, events)) = &mut self.group {
+            group.turn();
+            if let Ok(event) = events.try_recv() {
+                self.handle(
+                    node,
+                    match event {
+                        GroupEvent::Committed(point) => Event::Committed(point),
+                        GroupEvent::Superseded => Event::Superseded,
+                        GroupEvent::Fenced(generation) => Event::Fenced(generation),
+                        GroupEvent::Storage(cause) => Event::Storage(cause),
+                    },
+                );
+                return true;
+            }
+        }
+        if !self.reading {
+            self.reading = !self.passes.is_empty() && self.core.wants_pass();
+            return self.reading;
+        }
+        self.read(node)
+    }
+
+    /// Reads on in the current pass. Returns whether there was anything.
+    fn read(&mut self, node: &Node) -> bool {
+        let Some(pass) = self.passes.front_mut() else { return false };
+        let mut actions = Vec::new();
+        if let Some(bytes) = pass.unread.pop_front() {
+            let ended = pass.input.take(&bytes, &mut self.core, &mut self.assembler, &mut actions);
+            if ended.is_none() && self.assembler.is_ready() {
+                self.flush();
+            }
+            self.perform(node, actions, ended);
+            return true;
+        }
+        let Some(end) = pass.end else { return false };
+        let whole = pass.input.end(&self.assembler);
+        self.passes.pop_front();
+        self.reading = false;
+        match (end, whole) {
+            (End::Reset, _) => self.handle(node, Event::PassReset),
+            (End::Finished, Err(error)) => self.fail(node, error.into()),
+            (End::Finished, Ok(())) => {
+                self.flush();
+                self.handle(node, Event::PassEnd);
+            }
+        }
+        true
+    }
+
+    fn flush(&mut self) {
+        if let Some(batch) = self.assembler.take()
+            && let Some((group, _)) = &self.group
+        {
+            drive(group, group.append(self.id, batch));
+        }
+    }
+
+    pub(super) fn handle(&mut self, node: &Node, event: Event) {
+        let mut actions = Vec::new();
+        let ended = self.core.handle(event, &mut actions);
+        self.perform(node, actions, ended);
+    }
+
+    fn fail(&mut self, node: &Node, error: SessionError) {
+        let mut actions = Vec::new();
+        let error = self.core.fail(error, &mut actions);
+        self.perform(node, actions, Some(error));
+    }
+
+    fn perform(&mut self, node: &Node, actions: Vec<Action>, ended: Option<SessionError>) {
+        let mut ended = ended;
+        let mut queue = VecDeque::from(actions);
+        while let Some(action) = queue.pop_front() {
+            let mut more = Vec::new();
+            match action {
+                Action::Send(message) => self.send(&message),
+                Action::Lookup { group } => {
+                    let stored = node.lookup(&self.client, &group, self.key);
+                    ended = self.core.handle(Event::Stored(stored), &mut more).or(ended);
+                }
+                Action::Claim { group, generation, create, volumes } => {
+                    let event = self.claim(node, &group, generation, create, volumes);
+                    ended = self.core.handle(event, &mut more).or(ended);
+                }
+                Action::Hash(query) => {
+                    let event = self.hash(&query).unwrap_or_else(Event::Storage);
+                    ended = self.core.handle(event, &mut more).or(ended);
+                }
+                Action::Commit(seal) => {
+                    if let Some((group, _)) = &self.group {
+                        drive(group, group.commit(self.id, seal));
+                    }
+                }
+                Action::Abandon => {
+                    self.assembler.clear();
+                    if let Some((group, _)) = &self.group {
+                        drive(group, group.abandon(self.id));
+                    }
+                }
+                Action::Close { code, reason } => self.outputs.push(Output::Closed { code, reason }),
+            }
+            queue.extend(more);
+        }
+        if let Some(error) = ended {
+            self.release(&error.to_string());
+        }
+    }
+
+    /// Answers a query at once, from a view of the newest point.
+    fn hash(&self, query: &HashQuery) -> Result<Event, Cause> {
+        let cause = |error: std::io::Error| Arc::new(error) as Cause;
+        let Some((group, _)) = &self.group else { return Err(cause(std::io::ErrorKind::NotConnected.into())) };
+        let index = group.shared.state.read().index.clone();
+        let views = crate::view::views(&group.shared, index).map_err(|error| Arc::new(error) as Cause)?;
+        let view = views.get(usize::from(query.volume.0)).ok_or_else(|| cause(std::io::ErrorKind::NotFound.into()))?;
+        let mut content = vec![0; query.blocks as usize * BLOCK_BYTES as usize];
+        let (offset, length) = (query.start.0 * BLOCK_BYTES, content.len() as u64);
+        let inside = length.min(view.size().saturating_sub(offset)) as usize;
+        view.read_now(offset, content.get_mut(..inside).unwrap_or_default()).map_err(cause)?;
+        Ok(Event::Hashed(Hashes { id: query.id, hashes: hash_chunks(&content, query.chunk_blocks).collect() }))
+    }
+
+    fn send(&mut self, message: &Message) {
+        self.outputs.push(Output::Control(message.encode()));
+    }
+
+    fn claim(
+        &mut self,
+        node: &Node,
+        group: &Name,
+        generation: proto::Generation,
+        create: bool,
+        volumes: Vec<crate::superblock::Volume>,
+    ) -> Event {
+        let handle = if create {
+            match node.create(&self.client, group, self.key, generation, volumes) {
+                Ok(handle) => handle,
+                Err(cause) => return Event::Storage(cause),
+            }
+        } else {
+            node.get(&self.client, group)
+        };
+        let stored = || Event::Stored(node.lookup(&self.client, group, self.key));
+        let Some(handle) = handle.filter(|h| !create || h.stored(self.key).owned) else { return stored() };
+        let peer = Peer { address: ([127, 0, 0, 1], 1).into(), since_unix_us: 0, interval_ms: 0 };
+        match drive(&handle, handle.claim(self.id, peer, generation)) {
+            (Claimed::Yes { committed, writer }, events) => {
+                self.group = Some((handle, events));
+                Event::Claimed { committed, writer }
+            }
+            (Claimed::Changed, _) => stored(),
+            (Claimed::No(cause), _) => Event::Storage(cause),
+        }
+    }
+}
