@@ -38,8 +38,6 @@ const MAP_REGIONS_AT_ONCE: u64 = 1024;
 pub(crate) enum DirtyLogError {
     #[error("dirty log {file}: cannot {what} at offset {offset}: {source}")]
     Io { file: String, what: &'static str, offset: u64, source: io::Error },
-    #[error("dirty log {file}: it is of a disk of {found} bytes, this one has {wanted}: move it away to have the disk compared")]
-    Size { file: String, found: u64, wanted: u64 },
 }
 
 /// What a log says of its volume at the start.
@@ -162,8 +160,9 @@ impl LogFile {
         let header = match Header::decode(&first) {
             Sector::Empty => None,
             Sector::Good(header) if header.volume_bytes != self.volume_bytes => {
-                let (file, found) = (self.name.clone(), header.volume_bytes);
-                return Err(DirtyLogError::Size { file, found, wanted: self.volume_bytes });
+                let (found, wanted) = (header.volume_bytes, self.volume_bytes);
+                tracing::warn!("dirty log {}: the disk has {wanted} bytes, it had {found}; all of it is compared", self.name);
+                None
             }
             Sector::Good(header) => Some(header),
             Sector::Bad(error) => {
@@ -257,6 +256,11 @@ impl DirtyLog {
         let wanted = disks.iter().map(|d| vec![0; d.len()]).collect();
         let state = Mutex::new(State { disk: disks, wanted, writing: false, failed: None });
         Ok((Self { volumes, state, changed: Notify::new() }, known))
+    }
+
+    /// Volumes of the group.
+    pub(crate) fn volume_count(&self) -> usize {
+        self.volumes.len()
     }
 
     /// Whether a write to these blocks may be issued at once. The write's mark must be in the ledger before this is asked.

@@ -213,6 +213,7 @@ impl Ledger {
         let mut state = self.state.lock();
         if let Some(frozen) = &state.frozen
             && (frozen.needs(&range) || frozen.copying(&range))
+            && !sabotaged()
         {
             return None;
         }
@@ -226,7 +227,7 @@ impl Ledger {
         if frozen.copying(range) {
             return Step::Wait;
         }
-        if frozen.failed.is_some() || !frozen.needs(range) {
+        if frozen.failed.is_some() || !frozen.needs(range) || sabotaged() {
             return Step::Issue;
         }
         // A straddling write of the old epoch may still be on its way to these very blocks: the copy comes after it.
@@ -332,6 +333,12 @@ impl Ledger {
         let (tag, left) = state.cut(epoch, &self.sizes);
         state.frozen = Some(Frozen { tag, left, copying: Vec::new(), copied: Vec::new(), copied_bytes: 0, failed: None });
         tag
+    }
+
+    /// The tag that a write gets which is admitted now.
+    #[cfg(feature = "simulation")]
+    pub(crate) fn tag(&self) -> u64 {
+        self.state.lock().tag
     }
 
     /// Waits until no write with `tag` or a lower one is in flight.
@@ -557,6 +564,14 @@ impl Ledger {
     pub(crate) fn copy_limits(&self) -> CopyLimits {
         self.limits
     }
+}
+
+/// Whether the simulator wants to see that it notices when copies before writes are skipped.
+fn sabotaged() -> bool {
+    #[cfg(feature = "simulation")]
+    return crate::sim::is_sabotaged(crate::sim::Sabotage::SkipCopyBeforeWrite);
+    #[cfg(not(feature = "simulation"))]
+    false
 }
 
 impl State {

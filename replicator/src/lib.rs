@@ -17,6 +17,8 @@ mod oracle_tests;
 mod record;
 mod session;
 mod shared;
+#[cfg(feature = "simulation")]
+pub mod sim;
 mod spec;
 mod status;
 mod tap;
@@ -145,8 +147,17 @@ fn open_logs(
     for VolumeSpec { name, device } in volumes {
         let (path, volume_bytes) = (dir.join(format!("{name}.dirtylog")), device.size());
         let options = OpenOptions { create_size: Some(log_bytes(volume_bytes)), ..OpenOptions::default() };
-        let device =
-            FileDevice::open(&path, options).map_err(|source| ReplicatorError::DirtyLogOpen { volume: name.clone(), source })?;
+        let failed = |source| ReplicatorError::DirtyLogOpen { volume: name.clone(), source };
+        let device = match FileDevice::open(&path, options) {
+            // The disk was resized: a new log has all of it compared.
+            Err(FileError::SizeDiffers { .. }) => {
+                tracing::warn!("dirty log {}: it is of a disk of another size and is begun anew", path.display());
+                std::fs::remove_file(&path).map_err(|source| failed(FileError::Open { path: path.clone(), source }))?;
+                FileDevice::open(&path, options)
+            }
+            opened => opened,
+        };
+        let device = device.map_err(failed)?;
         files.push(LogFile { name: path.display().to_string(), device: Arc::new(device), volume_bytes });
     }
     let opened = thread.block_on(move || DirtyLog::open(files));

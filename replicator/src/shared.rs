@@ -136,10 +136,6 @@ impl Shared {
         }
     }
 
-    pub(crate) fn volume_count(&self) -> usize {
-        self.volumes.len()
-    }
-
     pub(crate) fn report(&self, error: &str) {
         let mut p = self.published.lock();
         if p.error.as_deref() != Some(error) {

@@ -40,7 +40,9 @@ impl Tap {
     async fn admit(&self, offset: u64, length: u64) -> io::Result<Ticket<'_>> {
         let range = Range::of_bytes(self.volume, offset, length);
         let ticket = self.ledger.admit(range, Instant::now);
-        self.log.cover(&range).await?;
+        if !sabotaged() {
+            self.log.cover(&range).await?;
+        }
         loop {
             let changed = self.ledger.changed().notified();
             tokio::pin!(changed);
@@ -88,6 +90,14 @@ impl Tap {
             Place::Nowhere => None,
         })
     }
+}
+
+/// Whether the simulator wants to see that it notices when the dirty log is skipped.
+fn sabotaged() -> bool {
+    #[cfg(feature = "simulation")]
+    return crate::sim::is_sabotaged(crate::sim::Sabotage::SkipDirtyLog);
+    #[cfg(not(feature = "simulation"))]
+    false
 }
 
 /// Ends a claim also when the write that made it is dropped half way: others wait for it.

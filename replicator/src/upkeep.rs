@@ -4,10 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockdev::IoThreads;
+use proto::Point;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-use crate::dirtylog::DirtyLogError;
+use crate::dirtylog::{DirtyLog, DirtyLogError};
+use crate::ledger::Ledger;
 use crate::record::{Record, RecordError};
 use crate::shared::Shared;
 
@@ -17,7 +19,7 @@ const EVERY: Duration = Duration::from_secs(10);
 const REGIONS_AT_ONCE: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
-enum UpkeepError {
+pub(crate) enum UpkeepError {
     #[error(transparent)]
     Log(#[from] DirtyLogError),
     #[error(transparent)]
@@ -53,7 +55,8 @@ impl Upkeep {
         let (done, running) = oneshot::channel();
         let (shared, record) = (self.shared.clone(), self.record.clone());
         thread.spawn(move || async move {
-            if let Err(error) = forget_clean(&shared, &record).await {
+            let cleared = |point| record.update(|r| r.cleared = r.cleared.max(point));
+            if let Err(error) = forget_clean(&shared.log, &shared.ledger, cleared).await {
                 tracing::warn!(group = %shared.group, "{error}; regions stay marked");
             }
             let _ = done.send(());
@@ -68,14 +71,8 @@ impl Upkeep {
         }
         let (shared, record) = (self.shared.clone(), self.record.clone());
         let saved = thread.call(move || async move {
-            // Clean regions need no comparison whatever happens next.
-            for _ in 0..2 {
-                forget_clean(&shared, &record).await?;
-            }
-            match shared.ledger.settled() {
-                Some(maps) => shared.log.save(&maps).await.map_err(UpkeepError::from),
-                None => Ok(()),
-            }
+            let cleared = |point| record.update(|r| r.cleared = r.cleared.max(point));
+            save(&shared.log, &shared.ledger, cleared).await
         });
         match saved.await {
             Ok(Ok(())) => {}
@@ -87,14 +84,18 @@ impl Upkeep {
     }
 }
 
-/// Forgets regions that are clean and idle. What made them clean is recorded before their bits go.
-async fn forget_clean(shared: &Shared, record: &Record) -> Result<(), UpkeepError> {
+/// Forgets regions that are clean and idle. What made them clean is recorded (`cleared`) before their bits go.
+pub(crate) async fn forget_clean(
+    log: &DirtyLog,
+    ledger: &Ledger,
+    cleared: impl FnOnce(Option<Point>) -> Result<(), RecordError>,
+) -> Result<(), UpkeepError> {
     let (mut unset, mut point) = (Vec::new(), None);
-    for volume in 0..shared.volume_count() {
+    for volume in 0..log.volume_count() {
         let mut of_volume = Vec::new();
-        for regions in shared.log.idle(volume).chunks(REGIONS_AT_ONCE) {
-            let committed = shared.ledger.clean_regions(volume, regions, |region| {
-                shared.log.unset(volume, region);
+        for regions in log.idle(volume).chunks(REGIONS_AT_ONCE) {
+            let committed = ledger.clean_regions(volume, regions, |region| {
+                log.unset(volume, region);
                 of_volume.push(region);
             });
             point = point.max(committed);
@@ -106,7 +107,23 @@ async fn forget_clean(shared: &Shared, record: &Record) -> Result<(), UpkeepErro
         return Ok(());
     }
     // A small file and its folder are synced here; the capture waits for it, the guest does not.
-    record.update(|r| r.cleared = r.cleared.max(point))?;
-    shared.log.write_unset(&unset).await?;
+    cleared(point)?;
+    log.write_unset(&unset).await?;
     Ok(())
+}
+
+/// What a clean stop leaves: marks of dirty regions only, and the exact maps.
+pub(crate) async fn save(
+    log: &DirtyLog,
+    ledger: &Ledger,
+    cleared: impl Fn(Option<Point>) -> Result<(), RecordError>,
+) -> Result<(), UpkeepError> {
+    // Twice: the first time tells which regions were written since the last.
+    for _ in 0..2 {
+        forget_clean(log, ledger, &cleared).await?;
+    }
+    match ledger.settled() {
+        Some(maps) => Ok(log.save(&maps).await?),
+        None => Ok(()),
+    }
 }

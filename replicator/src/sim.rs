@@ -1,0 +1,541 @@
+//! A primary without threads, sockets and clock, for the simulator: the real core, ledger, tap, dirty log, capture and comparison,
+//! driven one step at a time.
+//!
+//! Owns what `session` owns in the daemon. Disks, logs and the record belong to the caller, who may lose power at any step by dropping
+//! the primary. Nothing here sleeps or reads a clock; tasks are polled when [`Primary::poll`] is called, in an order that the caller's
+//! random numbers decide.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use blockdev::BlockDevice;
+use proto::control::{PassHeader, PassKind, VolumeHello};
+use proto::seal::Tally;
+use proto::{Codec, EpochId, Generation, Hashes, Message, Name, Point, Seal, SessionToken};
+use tokio::sync::mpsc;
+
+use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
+use crate::compare::{Compare, CompareCounters};
+use crate::core::{Action, Core, CoreConfig, Event, Load, Phase};
+use crate::dirtylog::{DirtyLog, LogFile};
+use crate::ledger::{CopyLimits, Ledger};
+use crate::record::Recorded;
+use crate::tap::Tap;
+use crate::upkeep;
+
+/// Bytes of the dirty log of a volume.
+#[must_use]
+pub fn dirty_log_bytes(volume_bytes: u64) -> u64 {
+    crate::dirtylog::log_bytes(volume_bytes)
+}
+
+/// A rule that the simulator breaks on purpose, to see that it notices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    /// Marks are forgotten when an epoch is sent, not when it is committed.
+    ClearOnSend,
+    /// A guest write overtakes the capture of what it overwrites.
+    SkipCopyBeforeWrite,
+    /// A write is issued although its region is not in the dirty log.
+    SkipDirtyLog,
+}
+
+thread_local! {
+    static SABOTAGE: Cell<Option<Sabotage>> = const { Cell::new(None) };
+}
+
+/// Breaks a rule in all primaries of this thread, or none.
+pub fn sabotage(rule: Option<Sabotage>) {
+    SABOTAGE.set(rule);
+}
+
+pub(crate) fn is_sabotaged(rule: Sabotage) -> bool {
+    SABOTAGE.get() == Some(rule)
+}
+
+/// What survives the process besides disks and logs: `group.json`.
+#[derive(Clone, Debug, Default)]
+pub struct DurableRecord(Recorded);
+
+/// A group.
+#[derive(Clone, Debug)]
+pub struct PrimaryConfig {
+    /// Its name.
+    pub group: Name,
+    /// Names of its volumes, in the order of the disks.
+    pub volumes: Vec<Name>,
+    /// Time between cuts.
+    pub interval: Duration,
+    /// See `Tuning`.
+    pub freeze_budget_bytes: u64,
+    /// See `Tuning`.
+    pub spill_limit_bytes: u64,
+    /// See `Tuning`.
+    pub epochs_in_flight: u16,
+}
+
+/// The disks of a group.
+#[derive(Clone)]
+pub struct Disks {
+    /// Guest disks.
+    pub volumes: Vec<Arc<dyn BlockDevice>>,
+    /// Their dirty logs, [`dirty_log_bytes`] long.
+    pub logs: Vec<Arc<dyn BlockDevice>>,
+    /// The spill file, at least `spill_limit_bytes` long.
+    pub spill: Arc<dyn BlockDevice>,
+}
+
+/// What a primary does to the world.
+#[derive(Debug)]
+pub enum Output {
+    /// It wants a connection.
+    Connect,
+    /// Bytes of its control stream.
+    Control(Vec<u8>),
+    /// It opens the next pass stream.
+    PassOpen,
+    /// Bytes of the pass stream that was opened last.
+    PassData(Vec<u8>),
+    /// That stream is complete.
+    PassEnd,
+    /// It drops the connection.
+    Disconnect,
+    /// It sealed an epoch: the image of writes that were admitted with `tag` or a lower one.
+    Sealed {
+        /// The point that the epoch would make.
+        point: Point,
+        /// The session.
+        session: SessionToken,
+        /// See [`Primary::tag`].
+        tag: u64,
+    },
+    /// It heard that this is committed.
+    Committed(Point),
+}
+
+enum Done {
+    Pass(Result<u64, CaptureError>, Box<Tally>),
+    Compared(Result<(), CaptureError>),
+    Upkeep,
+}
+
+type Task = Pin<Box<dyn Future<Output = Done>>>;
+
+/// A primary, stepped by hand.
+pub struct Primary {
+    core: Core,
+    ledger: Arc<Ledger>,
+    log: Arc<DirtyLog>,
+    disks: Disks,
+    taps: Vec<Arc<dyn BlockDevice>>,
+    record: Arc<parking_lot::Mutex<DurableRecord>>,
+    counters: Arc<CaptureCounters>,
+    compared: Arc<CompareCounters>,
+    limit_bytes: usize,
+    interval: Duration,
+    tasks: Vec<Task>,
+    live: Option<Live>,
+    tally: Option<Box<Tally>>,
+    pass: Option<PassHeader>,
+    /// Tag of the epoch that is being frozen.
+    frozen_tag: Option<u64>,
+    outputs: VecDeque<Output>,
+}
+
+struct Live {
+    queue: FrameQueue,
+    items: mpsc::UnboundedReceiver<Item>,
+    answers: Option<mpsc::Sender<Hashes>>,
+    control: Vec<u8>,
+}
+
+fn poll<T>(future: &mut Pin<Box<dyn Future<Output = T> + '_>>) -> Poll<T> {
+    future.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// Runs a future whose disks answer after a bounded number of polls.
+fn finish<T>(future: impl Future<Output = T>) -> T {
+    let mut future: Pin<Box<dyn Future<Output = T> + '_>> = Box::pin(future);
+    for _ in 0..1_000_000 {
+        if let Poll::Ready(value) = poll(&mut future) {
+            return value;
+        }
+    }
+    panic!("a disk never answers");
+}
+
+impl Primary {
+    /// Starts a primary on what a former one left.
+    ///
+    /// # Errors
+    /// One line, if a log cannot be used.
+    pub fn start(
+        config: PrimaryConfig,
+        disks: Disks,
+        record: Arc<parking_lot::Mutex<DurableRecord>>,
+        now: Instant,
+    ) -> Result<Self, String> {
+        let sizes: Vec<u64> = disks.volumes.iter().map(|d| d.size()).collect();
+        let files = disks.logs.iter().zip(&sizes).enumerate().map(|(i, (device, volume_bytes))| LogFile {
+            name: format!("volume {i}"),
+            device: device.clone(),
+            volume_bytes: *volume_bytes,
+        });
+        let (log, known) = finish(DirtyLog::open(files.collect())).map_err(|e| e.to_string())?;
+        let log = Arc::new(log);
+        let limits = CopyLimits { memory_bytes: config.freeze_budget_bytes, spill_bytes: config.spill_limit_bytes };
+        let ledger = Arc::new(Ledger::new(sizes.clone(), limits, known));
+        let taps = disks.volumes.iter().enumerate().map(|(i, d)| {
+            Arc::new(Tap::new(d.clone(), ledger.clone(), log.clone(), disks.spill.clone(), i)) as Arc<dyn BlockDevice>
+        });
+        let core_config = CoreConfig {
+            group: config.group,
+            volumes: config.volumes.into_iter().zip(sizes).map(|(name, size_bytes)| VolumeHello { name, size_bytes }).collect(),
+            interval: config.interval,
+            freeze_budget_bytes: config.freeze_budget_bytes,
+            epochs_in_flight: config.epochs_in_flight,
+        };
+        let recorded = record.lock().0.clone();
+        Ok(Self {
+            core: Core::new(core_config, recorded.generation, recorded.sessions, now),
+            taps: taps.collect(),
+            ledger,
+            log,
+            disks,
+            record,
+            counters: Arc::default(),
+            compared: Arc::default(),
+            limit_bytes: usize::try_from(config.freeze_budget_bytes).unwrap_or(usize::MAX),
+            interval: config.interval,
+            tasks: Vec::new(),
+            live: None,
+            tally: None,
+            pass: None,
+            frozen_tag: None,
+            outputs: VecDeque::new(),
+        })
+    }
+
+    /// The tapped disk of a volume, for the guest.
+    #[must_use]
+    pub fn volume(&self, volume: usize) -> Arc<dyn BlockDevice> {
+        self.taps[volume].clone()
+    }
+
+    /// The tag that a write gets which is first polled now: a sealed epoch holds the writes up to its tag.
+    #[must_use]
+    pub fn tag(&self) -> u64 {
+        self.ledger.tag()
+    }
+
+    /// Bytes that are not known to be at the receiver.
+    #[must_use]
+    pub fn dirty_bytes(&self) -> u64 {
+        let summary = self.ledger.summary();
+        summary.uncommitted_bytes + summary.suspect_bytes
+    }
+
+    /// Bytes compared with the copy, and bytes of them that differed.
+    #[must_use]
+    pub fn compared_bytes(&self) -> (u64, u64) {
+        let load = |c: &std::sync::atomic::AtomicU64| c.load(std::sync::atomic::Ordering::Relaxed);
+        (load(&self.compared.compared_bytes), load(&self.compared.differing_bytes))
+    }
+
+    /// Whether another side may write now.
+    #[must_use]
+    pub fn is_fenced(&self) -> bool {
+        matches!(self.core.phase(), Phase::Fenced)
+    }
+
+    /// Where it stands, for a trace.
+    #[must_use]
+    pub fn phase(&self) -> &'static str {
+        match self.core.phase() {
+            Phase::Waiting { .. } => "waiting",
+            Phase::Connecting => "connecting",
+            Phase::Greeting { .. } => "greeting",
+            Phase::Streaming(_) if self.core.comparing() => "comparing",
+            Phase::Streaming(_) => "streaming",
+            Phase::Fenced => "fenced",
+        }
+    }
+
+    /// Bytes of frames that wait for the network, and their limit.
+    #[must_use]
+    pub fn queue(&self) -> (u64, u64) {
+        self.live.as_ref().map_or((0, 0), |l| (l.queue.used_bytes(), l.queue.limit_bytes()))
+    }
+
+    /// When the core wants to be told the time at the latest.
+    #[must_use]
+    pub fn deadline(&self, now: Instant) -> Instant {
+        self.core.deadline(now)
+    }
+
+    /// What it did since this was asked last.
+    pub fn outputs(&mut self) -> Vec<Output> {
+        self.outputs.drain(..).collect()
+    }
+
+    /// Time passed.
+    pub fn tick(&mut self, now: Instant) {
+        let load = self.load();
+        self.handle(now, Event::Tick(load));
+    }
+
+    /// The connection that it wanted stands.
+    pub fn connected(&mut self, now: Instant, session: SessionToken) {
+        let (queue, items) = FrameQueue::new(self.limit_bytes);
+        self.live = Some(Live { queue, items, answers: None, control: Vec::new() });
+        let cleared = self.record.lock().0.cleared;
+        self.handle(now, Event::Connected { session, cleared });
+    }
+
+    /// The connection is gone, or could not be made. `jitter` is uniform in 0..1.
+    pub fn lost(&mut self, now: Instant, jitter: f64, refused: bool) {
+        self.end();
+        self.handle(now, Event::Lost { jitter, refused });
+    }
+
+    /// Bytes of the control stream, in pieces of any size.
+    pub fn control(&mut self, now: Instant, bytes: &[u8]) {
+        let Some(live) = &mut self.live else { return };
+        live.control.extend_from_slice(bytes);
+        while let Some(live) = &mut self.live {
+            let Some((prefix, rest)) = live.control.split_first_chunk::<4>() else { return };
+            let length = Message::check_length(*prefix).expect("the receiver keeps the rules");
+            let Some(body) = rest.get(..length) else { return };
+            let message = Message::decode(body).expect("the receiver keeps the rules");
+            live.control.drain(..4 + length);
+            self.handle(now, Event::Message(message));
+        }
+    }
+
+    /// Polls one of its tasks, the one that `choose` picks out of so many.
+    pub fn poll(&mut self, now: Instant, choose: impl FnOnce(usize) -> usize) {
+        if self.tasks.is_empty() {
+            return;
+        }
+        let index = choose(self.tasks.len());
+        let before = self.ledger.tag();
+        let polled = poll(&mut self.tasks[index]);
+        if self.pass.is_some_and(|p| p.kind == PassKind::Frozen) && self.ledger.tag() > before {
+            self.frozen_tag = Some(before);
+        }
+        self.collect();
+        let Poll::Ready(done) = polled else { return };
+        drop(self.tasks.swap_remove(index));
+        match done {
+            Done::Pass(Ok(_), tally) => {
+                self.tally = Some(tally);
+                let load = self.load();
+                self.handle(now, Event::PassDone(load));
+            }
+            Done::Compared(Ok(())) => self.handle(now, Event::Compared),
+            Done::Pass(Err(CaptureError::Freeze(_)), _) => {
+                self.end();
+                self.outputs.push_back(Output::Disconnect);
+                self.handle(now, Event::Lost { jitter: 0.0, refused: false });
+            }
+            Done::Pass(Err(CaptureError::Stopped), _) | Done::Compared(Err(CaptureError::Stopped)) | Done::Upkeep => {}
+            Done::Pass(Err(error), _) | Done::Compared(Err(error)) => panic!("{error}"),
+        }
+    }
+
+    /// Starts a round of upkeep of the dirty log.
+    pub fn upkeep(&mut self) {
+        let (log, ledger, record) = (self.log.clone(), self.ledger.clone(), self.record.clone());
+        self.tasks.push(Box::pin(async move {
+            let cleared = |point: Option<Point>| {
+                let mut record = record.lock();
+                record.0.cleared = record.0.cleared.max(point);
+                Ok(())
+            };
+            // A disk that lost its power answers with errors; the caller knows.
+            let _ = upkeep::forget_clean(&log, &ledger, cleared).await;
+            Done::Upkeep
+        }));
+    }
+
+    /// A clean stop: the guest has stopped before.
+    pub fn stop(mut self) {
+        self.end();
+        let record = self.record.clone();
+        let cleared = |point: Option<Point>| {
+            let mut record = record.lock();
+            record.0.cleared = record.0.cleared.max(point);
+            Ok(())
+        };
+        finish(upkeep::save(&self.log, &self.ledger, cleared)).expect("the log of a clean stop can be written");
+    }
+
+    fn load(&self) -> Load {
+        Load { open_bytes: self.ledger.open_bytes(), queued_bytes: self.queue().0 }
+    }
+
+    fn handle(&mut self, now: Instant, event: Event) {
+        let mut actions = Vec::new();
+        let failed = self.core.handle(now, event, &mut actions).is_err();
+        for action in actions {
+            self.perform(action);
+        }
+        if failed {
+            self.end();
+            self.outputs.push_back(Output::Disconnect);
+            let mut actions = Vec::new();
+            let lost = Event::Lost { jitter: 0.5, refused: false };
+            let ended = self.core.handle(now, lost, &mut actions);
+            debug_assert!(ended.is_ok());
+            for action in actions {
+                self.perform(action);
+            }
+        }
+        self.collect();
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Connect => self.outputs.push_back(Output::Connect),
+            Action::Send(message) => self.outputs.push_back(Output::Control(message.encode())),
+            Action::Record { generation, sessions, forget_cleared } => {
+                let mut record = self.record.lock();
+                (record.0.generation, record.0.sessions) = (generation, sessions);
+                record.0.cleared = record.0.cleared.filter(|_| !forget_cleared);
+                self.core.recorded(sessions);
+            }
+            Action::Committed(point) => {
+                self.ledger.committed(point);
+                self.outputs.push_back(Output::Committed(point));
+            }
+            Action::Merge => {
+                self.stop_capture();
+                self.ledger.merge_sealed();
+            }
+            Action::MarkAll => self.ledger.mark_all(),
+            Action::SuspectAll => {
+                self.ledger.suspect_all();
+                let log = self.log.clone();
+                // A disk that lost its power answers with errors; the caller knows.
+                let _ = finish(async move { log.cover_all().await });
+            }
+            Action::Compare => self.begin_comparison(),
+            Action::Answer(hashes) => {
+                if let Some(answers) = self.live.as_ref().and_then(|l| l.answers.as_ref()) {
+                    let _ = answers.try_send(hashes);
+                }
+            }
+            Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
+            Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes),
+            Action::Disconnect => {
+                self.end();
+                self.outputs.push_back(Output::Disconnect);
+            }
+        }
+    }
+
+    fn begin_comparison(&mut self) {
+        let Some(live) = &mut self.live else { return };
+        let (sender, answers) = mpsc::channel(proto::hashes::QUERIES_IN_FLIGHT_MAX);
+        live.answers = Some(sender);
+        let (ledger, devices, queue) = (self.ledger.clone(), self.disks.volumes.clone(), live.queue.clone());
+        let counters = self.compared.clone();
+        self.tasks.push(Box::pin(async move {
+            let compare = Compare { ledger: &ledger, devices: &devices, queue: &queue, answers, counters: &counters };
+            Done::Compared(compare.run().await)
+        }));
+    }
+
+    fn begin_pass(&mut self, header: PassHeader) {
+        let Some(live) = &self.live else { return };
+        let mut tally = match self.tally.take() {
+            Some(tally) if header.pass > 0 => tally,
+            _ => Box::default(),
+        };
+        self.pass = Some(header);
+        let (ledger, devices, spill) = (self.ledger.clone(), self.disks.volumes.clone(), self.disks.spill.clone());
+        let (queue, counters, interval) = (live.queue.clone(), self.counters.clone(), self.interval);
+        self.tasks.push(Box::pin(async move {
+            let pass = Pass {
+                ledger: &ledger,
+                devices: &devices,
+                spill: &*spill,
+                queue: &queue,
+                counters: &counters,
+                header,
+                codec: Codec::Lz4,
+                interval,
+                thorough: false,
+                tally: &mut tally,
+            };
+            let result = pass.run(|| 0).await;
+            Done::Pass(result, tally)
+        }));
+    }
+
+    fn seal(&mut self, epoch: EpochId, generation: Generation, passes: u32) {
+        let (Some(live), Some(tally)) = (&self.live, self.tally.take()) else { return };
+        self.ledger.seal(epoch);
+        self.pass = None;
+        let session = self.core.session();
+        let seal = Seal {
+            passes,
+            epoch,
+            generation,
+            cut_unix_us: 0,
+            frames: tally.frames,
+            frame_bytes: tally.frame_bytes,
+            data_blocks: tally.data_blocks,
+            zero_blocks: tally.zero_blocks,
+            first_write_unix_us: 0,
+            session,
+            digest: tally.digest(),
+        };
+        let tag = self.frozen_tag.take().expect("an epoch ends with a frozen pass");
+        self.outputs.push_back(Output::Sealed { point: seal.point(), session, tag });
+        let _ = live.queue.mark(Item::Seal(Box::new(seal)));
+        if is_sabotaged(Sabotage::ClearOnSend) {
+            self.ledger.committed(seal.point());
+        }
+    }
+
+    /// Hands over what the queue holds. The simulated network has its own queues; those bound nothing here.
+    fn collect(&mut self) {
+        let Some(live) = &mut self.live else { return };
+        while let Ok(item) = live.items.try_recv() {
+            let output = match item {
+                Item::Begin(header) => {
+                    self.outputs.push_back(Output::PassOpen);
+                    Output::PassData(header.encode().to_vec())
+                }
+                Item::Frame(bytes, _) => Output::PassData(bytes.to_vec()),
+                Item::End => Output::PassEnd,
+                Item::Seal(seal) => Output::Control(Message::Seal(*seal).encode()),
+                Item::Query(query) => Output::Control(Message::HashQuery(query).encode()),
+            };
+            self.outputs.push_back(output);
+        }
+    }
+
+    fn end(&mut self) {
+        self.live = None;
+        self.stop_capture();
+    }
+
+    /// Without its queue a task ends, or is dropped where it stands: the same as a session that ends in the daemon.
+    fn stop_capture(&mut self) {
+        if let Some(live) = &mut self.live {
+            live.answers = None;
+        }
+        self.tasks.clear();
+        self.tally = None;
+        self.pass = None;
+        self.frozen_tag = None;
+        self.ledger.give_up_building();
+    }
+}
