@@ -6,6 +6,8 @@
 //! Not part of the daemon: behind the feature `simulation`, which is off.
 
 mod disk;
+#[cfg(test)]
+mod lives;
 mod model;
 #[cfg(test)]
 mod primary;

@@ -109,9 +109,8 @@ fn power_loss_after_a_kill_at_every_change() {
 }
 
 /// A life whose trace is distorted must fail.
-fn sabotaged(what: &str, distort: Distort<'_>) {
-    let run = Run::whole();
-    let swept = sweep((&run.disk.trace(), &run.expects), 0, Effort::Full, &mut Examiner::new(false), distort);
+fn sabotaged(run: &Run, examiner: &mut Examiner, what: &str, distort: Distort<'_>) {
+    let swept = sweep((&run.disk.trace(), &run.expects), 0, Effort::Full, examiner, distort);
     let error = swept.map(drop).expect_err(&format!("nobody notices that {what}"));
     eprintln!("{what}: {error}");
 }
@@ -144,6 +143,9 @@ fn sabotage_is_noticed() {
     let run = Run::whole();
     let trace = run.disk.trace();
     let keep = |change: &Change, dropped: bool| (!dropped).then(|| change.clone());
+    // What an image shows does not depend on who is sabotaged.
+    let mut examiner = Examiner::new(false);
+    let mut sabotaged = |what: &str, distort: Distort<'_>| sabotaged(&run, &mut examiner, what, distort);
     sabotaged("a commit is not synced", &|i, c| {
         let after_seal = i > 0 && is_seal(trace.get(i - 1));
         keep(c, matches!(c, Change::Sync(path) if is_segment(path)) && after_seal)
