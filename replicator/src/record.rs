@@ -1,17 +1,22 @@
-//! The group's durable record at the primary: its generation, its sessions, and the point up to which the dirty log was cleared. One
-//! small JSON file, replaced whole.
+//! The group's durable record at the primary: its generation, its sessions, and the point up to which the dirty log was cleared.
+//!
+//! One file of two sectors of 512 bytes, written in turn: a change never touches the one that holds, and needs no space on a full
+//! disk. A sector is a magic, a sequence number, a length, JSON, zeroes, and a CRC-32 of all before it.
 
-use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
 use proto::{Generation, Point, SessionToken};
 use serde::{Deserialize, Serialize};
 
-const FILE: &str = "group.json";
-const FILE_BYTES_MAX: u64 = 64 * 1024;
+const FILE: &str = "group.record";
+const SECTOR_BYTES: usize = 512;
+const MAGIC: [u8; 4] = *b"TWR1";
+const HEAD_BYTES: usize = 16;
+const CRC_BYTES: usize = 4;
 
 /// What can be wrong with the record.
 #[derive(Debug, thiserror::Error)]
@@ -25,18 +30,21 @@ pub enum RecordError {
         source: io::Error,
     },
     /// The file is not what was written.
-    #[error("{}: not a group record ({source}); restore it, or move it away to send everything again", path.display())]
-    Parse {
+    #[error("{}: both sectors (offsets 0 and {SECTOR_BYTES}) are damaged; move it away to have the disks compared with the copy", path.display())]
+    Damaged {
         /// The file.
         path: PathBuf,
-        /// Where it is wrong.
-        source: serde_json::Error,
+    },
+    /// A write failed earlier: what is on disk is unknown until it is read again.
+    #[error("{}: an earlier write failed; check the disk, then restart the node", path.display())]
+    Poisoned {
+        /// The file.
+        path: PathBuf,
     },
 }
 
 /// What a primary must not forget.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(crate) struct Recorded {
     pub(crate) generation: Generation,
     /// The session whose commit the receiver last told us of, and the one that may have committed since. If a commit is of neither, another
@@ -50,12 +58,43 @@ pub(crate) struct Recorded {
 
 /// The record of one group.
 pub(crate) struct Record {
-    dir: PathBuf,
-    stored: Mutex<Recorded>,
+    path: PathBuf,
+    file: File,
+    state: Mutex<State>,
+}
+
+struct State {
+    stored: Recorded,
+    sequence: u64,
+    poisoned: bool,
+}
+
+fn encode(recorded: &Recorded, sequence: u64) -> io::Result<[u8; SECTOR_BYTES]> {
+    let json = serde_json::to_vec(recorded)?;
+    let mut sector = [0; SECTOR_BYTES];
+    sector[..4].copy_from_slice(&MAGIC);
+    sector[4..8].copy_from_slice(&(json.len() as u32).to_le_bytes());
+    sector[8..HEAD_BYTES].copy_from_slice(&sequence.to_le_bytes());
+    let body = sector[HEAD_BYTES..SECTOR_BYTES - CRC_BYTES].get_mut(..json.len()).ok_or(io::ErrorKind::FileTooLarge)?;
+    body.copy_from_slice(&json);
+    let crc = crc32fast::hash(&sector[..SECTOR_BYTES - CRC_BYTES]);
+    sector[SECTOR_BYTES - CRC_BYTES..].copy_from_slice(&crc.to_le_bytes());
+    Ok(sector)
+}
+
+/// `None` for a sector that was not written whole.
+fn decode(sector: &[u8; SECTOR_BYTES]) -> Option<(u64, Recorded)> {
+    let (covered, crc) = sector.split_last_chunk::<CRC_BYTES>()?;
+    if covered[..4] != MAGIC || crc32fast::hash(covered) != u32::from_le_bytes(*crc) {
+        return None;
+    }
+    let length = u32::from_le_bytes(*covered[4..].first_chunk()?) as usize;
+    let sequence = u64::from_le_bytes(*covered[8..].first_chunk()?);
+    Some((sequence, serde_json::from_slice(covered[HEAD_BYTES..].get(..length)?).ok()?))
 }
 
 impl Record {
-    /// Opens the record in `dir`, which is created with mode 0700. Generation zero if there is none yet.
+    /// Opens the record in `dir`, which is created with mode 0700. It is empty if there was none yet.
     ///
     /// # Errors
     /// [`RecordError`].
@@ -63,46 +102,65 @@ impl Record {
         let path = dir.join(FILE);
         let io = |source| RecordError::Io { path: path.clone(), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
-        let record = |stored| Self { dir: dir.to_owned(), stored: Mutex::new(stored) };
-        match fs::metadata(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(record(Recorded::default())),
-            Err(error) => return Err(io(error)),
-            Ok(meta) if meta.len() > FILE_BYTES_MAX => return Err(io(io::ErrorKind::FileTooLarge.into())),
-            Ok(_) => {}
+        let mut options = fs::OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(io)?;
+        let mut sectors = [[0; SECTOR_BYTES]; 2];
+        let mut written = false;
+        for (sector, offset) in sectors.iter_mut().zip([0, SECTOR_BYTES as u64]) {
+            match file.read_exact_at(sector, offset) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+                result => result.map_err(io)?,
+            }
+            written |= sector.iter().any(|b| *b != 0);
         }
-        let text = fs::read(&path).map_err(io)?;
-        let stored = serde_json::from_slice(&text).map_err(|source| RecordError::Parse { path: path.clone(), source })?;
-        Ok(record(stored))
+        let newest = sectors.iter().filter_map(decode).max_by_key(|(sequence, _)| *sequence);
+        let (sequence, stored) = match newest {
+            Some(newest) => newest,
+            None if written => return Err(RecordError::Damaged { path }),
+            None => {
+                // Its space is taken now, so that a full disk never keeps a session from being recorded.
+                let begin = || -> io::Result<()> {
+                    file.write_all_at(&[0; 2 * SECTOR_BYTES], 0)?;
+                    file.sync_all()?;
+                    File::open(dir)?.sync_all()
+                };
+                begin().map_err(io)?;
+                (0, Recorded::default())
+            }
+        };
+        Ok(Self { file, state: Mutex::new(State { stored, sequence, poisoned: false }), path })
     }
 
     /// What is recorded.
     pub(crate) fn get(&self) -> Recorded {
-        self.stored.lock().clone()
+        self.state.lock().stored.clone()
     }
 
-    /// Changes the record durably: new file, fsync, rename, fsync of the folder.
+    /// Changes the record durably.
     ///
     /// # Errors
-    /// [`RecordError::Io`]; the old record then still stands.
+    /// [`RecordError`]; whether the change holds is unknown then, and the record takes no further one.
     pub(crate) fn update(&self, change: impl FnOnce(&mut Recorded)) -> Result<(), RecordError> {
         // Held throughout: two changes must not overtake each other.
-        let mut stored = self.stored.lock();
-        let mut changed = stored.clone();
+        let mut state = self.state.lock();
+        if state.poisoned {
+            return Err(RecordError::Poisoned { path: self.path.clone() });
+        }
+        let mut changed = state.stored.clone();
         change(&mut changed);
-        if changed == *stored {
+        if changed == state.stored {
             return Ok(());
         }
-        let path = self.dir.join(FILE);
-        let write = || -> io::Result<()> {
-            let temporary = self.dir.join("group.json.new");
-            let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-            file.write_all(&serde_json::to_vec(&changed)?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            fs::File::open(&self.dir)?.sync_all()
-        };
-        write().map_err(|source| RecordError::Io { path: path.clone(), source })?;
-        *stored = changed;
+        let sequence = state.sequence + 1;
+        let offset = (sequence % 2) * SECTOR_BYTES as u64;
+        let written = encode(&changed, sequence)
+            .and_then(|sector| self.file.write_all_at(&sector, offset))
+            .and_then(|()| self.file.sync_data());
+        if let Err(source) = written {
+            state.poisoned = true;
+            return Err(RecordError::Io { path: self.path.clone(), source });
+        }
+        (state.stored, state.sequence) = (changed, sequence);
         Ok(())
     }
 }
@@ -114,15 +172,28 @@ mod tests {
     #[test]
     fn a_record_reads_back_and_a_damaged_one_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let record = Record::open(&dir.path().join("a/b")).unwrap();
-        assert_eq!(record.get(), Recorded::default());
+        let folder = dir.path().join("a/b");
+        let open = || Record::open(&folder);
+        assert_eq!(open().unwrap().get(), Recorded::default());
+        assert_eq!(open().unwrap().get(), Recorded::default(), "made and never written");
+        let record = open().unwrap();
         record.update(|r| r.generation = Generation(7)).unwrap();
-        record.update(|r| r.sessions[1] = SessionToken([9; 16])).unwrap();
-        let again = Record::open(&dir.path().join("a/b")).unwrap().get();
-        assert_eq!((again.generation, again.sessions[1], again.cleared), (Generation(7), SessionToken([9; 16]), None));
-        fs::write(dir.path().join("a/b").join(FILE), "{\"generation\":3}").unwrap();
-        assert_eq!(Record::open(&dir.path().join("a/b")).unwrap().get().generation, Generation(3), "of an earlier build");
-        fs::write(dir.path().join("a/b").join(FILE), "{").unwrap();
-        assert!(matches!(Record::open(&dir.path().join("a/b")), Err(RecordError::Parse { .. })));
+        let cleared = Some(Point { generation: Generation(1 << 48), epoch: proto::EpochId(u64::MAX) });
+        record.update(|r| (r.sessions, r.cleared) = ([SessionToken([255; 16]); 2], cleared)).unwrap();
+        let again = open().unwrap().get();
+        assert_eq!((again.generation, again.sessions[1], again.cleared), (Generation(7), SessionToken([255; 16]), cleared));
+
+        // The newer sector is torn: the older one holds. Both: refused.
+        let path = folder.join(FILE);
+        let whole = fs::read(&path).unwrap();
+        for offset in 0..SECTOR_BYTES {
+            let mut torn = whole.clone();
+            torn[offset] ^= 1;
+            fs::write(&path, &torn).unwrap();
+            assert_eq!(open().unwrap().get().cleared, None, "offset {offset}");
+            torn[SECTOR_BYTES + offset] ^= 1;
+            fs::write(&path, &torn).unwrap();
+            assert!(matches!(open(), Err(RecordError::Damaged { .. })));
+        }
     }
 }

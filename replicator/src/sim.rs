@@ -58,7 +58,7 @@ pub(crate) fn is_sabotaged(rule: Sabotage) -> bool {
     SABOTAGE.get() == Some(rule)
 }
 
-/// What survives the process besides disks and logs: `group.json`.
+/// What survives the process besides disks and logs: `group.record`.
 #[derive(Clone, Debug, Default)]
 pub struct DurableRecord(Recorded);
 
