@@ -8,111 +8,18 @@ mod support;
 
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use proto::control::Hello;
+use proto::{CloseCode, Generation, Message};
+use rustix::process::Signal;
 use support::nbd::Nbd;
-use support::node::{COMMIT_WITHIN, Node, free_address, group_config, receiver_config};
+use support::node::{Node, free_address, receiver_config};
+use support::peer::{FalsePrimary, FalseReceiver};
+use support::site::{Site, small_tmpfs};
 use support::{eventually, need, need_root, noise, run, scratch, sparse, text};
 
 const MIB: u64 = 1 << 20;
-
-/// A receiver, and a primary whose groups each have one disk `data`.
-struct Site {
-    folder: tempfile::TempDir,
-    receiver: Node,
-    primary: Node,
-    listen: String,
-    receiver_key: String,
-    store: PathBuf,
-}
-
-impl Site {
-    fn new() -> Self {
-        let folder = scratch();
-        let (receiver, primary) = (Node::new(folder.path(), "receiver"), Node::new(folder.path(), "primary"));
-        let (listen, store) = (free_address(), folder.path().join("store"));
-        let receiver_key = receiver.key();
-        receiver.configure(&receiver_config(&listen, &store, "primary", &primary.key()));
-        Self { folder, receiver, primary, listen, receiver_key, store }
-    }
-
-    fn socket(&self, group: &str) -> PathBuf {
-        self.primary.folder.join(format!("{group}.sock"))
-    }
-
-    fn group(&self, group: &str, image: &Path) -> String {
-        group_config(group, &self.listen, &self.receiver_key, "50ms", &[("data", image, &self.socket(group))])
-    }
-
-    /// An image in the primary's folder.
-    fn image(&self, name: &str, bytes: u64) -> PathBuf {
-        let path = self.primary.folder.join(name);
-        sparse(&path, bytes);
-        path
-    }
-
-    fn write(&self, group: &str, offset: u64, content: &[u8]) {
-        let mut nbd = Nbd::connect(&self.socket(group), "data").expect("the export");
-        nbd.write(offset, content).expect("a write");
-    }
-
-    /// Waits for the group's error at the primary.
-    fn error(&self, group: &str) -> String {
-        let error = eventually(&format!("group {group} shows an error"), COMMIT_WITHIN, || {
-            self.primary.primary(group)["error"].as_str().map(str::to_owned)
-        });
-        assert_eq!(error.lines().count(), 1, "one line: {error}");
-        println!("primary: {error}");
-        error
-    }
-
-    /// Waits for a line with all of `words` in the receiver's log.
-    fn receiver_says(&self, words: &[&str]) -> String {
-        let line = eventually(&format!("the receiver says {words:?}"), Duration::from_secs(20), || {
-            let log = self.receiver.log();
-            log.lines().find(|line| words.iter().all(|word| line.contains(word))).map(str::to_owned)
-        });
-        println!("receiver: {line}");
-        line
-    }
-
-    /// A group that has nothing wrong still commits.
-    fn goes_on(&self, group: &str, seed: u64) {
-        self.write(group, 0, &noise(seed, MIB as usize));
-        let status = self.primary.committed(group);
-        assert_eq!(status["state"], "streaming", "{status:#}");
-    }
-
-    /// Fails over and compares the whole copy with the primary's image.
-    fn copy_equals(&mut self, group: &str, image: &Path) {
-        self.primary.kill();
-        let socket = self.folder.path().join(format!("{group}-copy.sock"));
-        self.receiver.failover(group, None, &socket);
-        let mut copy = Nbd::connect(&socket, "data").expect("the copy");
-        let wanted = std::fs::read(image).expect("the image");
-        assert_eq!(copy.size, wanted.len() as u64);
-        for (at, piece) in (0..).step_by(MIB as usize).zip(wanted.chunks(MIB as usize)) {
-            assert!(copy.read(at, piece.len() as u32).expect("a read") == piece, "{group}: the copy differs in the MiB at {at}");
-        }
-    }
-}
-
-/// A file system of its own; unmounted when dropped.
-struct Mount(PathBuf);
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
-/// A tmpfs of `mib` MiB.
-fn small_tmpfs(at: &Path, mib: u64) -> Mount {
-    std::fs::create_dir_all(at).expect("a mount point");
-    run("mount", &["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs", at.to_str().expect("UTF-8")]);
-    Mount(at.to_path_buf())
-}
 
 #[test]
 fn a_wrong_key_is_told_at_both_ends() {
@@ -296,4 +203,124 @@ fn an_unknown_key_of_the_configuration_is_named_with_its_line() {
     assert!(!success);
     assert!(said.contains("twinsite.toml:5: unknown key 'lisen'") && said.contains("did you mean 'listen'"), "{said}");
     assert!(!folder.path().join("store").exists(), "nothing is made from a configuration that is wrong");
+}
+
+/// Would catch a refusal that only the side which refuses can explain: each end's own line is the other's, word for word.
+#[test]
+fn sides_of_other_builds_are_told_at_both_ends() {
+    let mut site = Site::new();
+    let (good, newer) = (site.image("good.raw", 8 * MIB), FalsePrimary::new());
+    let config = receiver_config(&site.listen, &site.store, "primary", &site.primary.key());
+    site.receiver.configure(&format!("{config}\n[[receiver.client]]\nname = \"newer\"\nkey = \"{}\"\n", newer.key()));
+    site.receiver.start();
+
+    let hello = || FalsePrimary::hello("db", 8 * MIB);
+    let hellos = [
+        ("version", CloseCode::Version, Hello { version_min: 7, version_max: 9, ..hello() }),
+        ("blocks", CloseCode::Mismatch, Hello { block_bytes: 65536, ..hello() }),
+    ];
+    let mut groups = site.group("good", &good);
+    let mut doubles = Vec::new();
+    for (group, code, hello) in hellos {
+        let answer = newer.refused(&site.listen, &site.receiver_key, hello);
+        let Message::Close { code: told, reason } = &answer else { panic!("not refused: {answer:?}") };
+        assert_eq!(*told, code as u16, "{reason}");
+        assert_eq!(reason.lines().count(), 1, "{reason}");
+        site.receiver_says(&["WARN", "newer", reason]);
+        // A receiver of another build says the same to our primary.
+        let image = site.image(&format!("{group}.raw"), 8 * MIB);
+        let double = FalseReceiver::start(&site.primary.key(), answer.clone());
+        groups += &site.group_to(group, &image, &double.address.to_string(), &double.key);
+        doubles.push((group, double, reason.clone()));
+    }
+    assert!(doubles[0].2.contains("7 to 9") && doubles[1].2.contains("65536"), "what differs is named");
+    assert!(
+        site.receiver.copy("newer", "db").is_null() && !site.store.join("newer/db").exists(),
+        "nothing is made for a refusal"
+    );
+
+    // One that answers a hello of version 1 with a version that we do not speak.
+    let welcome = Message::Welcome { version: 2, generation: Generation(1), committed: None, epochs_in_flight_max: 8 };
+    let image = site.image("welcome.raw", 8 * MIB);
+    let double = FalseReceiver::start(&site.primary.key(), welcome);
+    groups += &site.group_to("welcome", &image, &double.address.to_string(), &double.key);
+    doubles.push(("welcome", double, "speaks version 2, this side 1 to 1".to_owned()));
+
+    site.primary.configure(&groups);
+    site.primary.start();
+    for (group, _, reason) in &doubles {
+        let error = site.error(group);
+        assert!(error.contains(reason), "{error}");
+        let status = site.primary.primary(group);
+        assert!(status["state"] == "refused" && status["committed"].is_null(), "{status:#}");
+        site.write(group, 0, &noise(2, MIB as usize));
+        let log = site.primary.log();
+        assert_eq!(log.lines().filter(|line| line.contains(reason)).count(), 1, "said once:\n{log}");
+    }
+    site.goes_on("good", 1);
+    site.copy_equals("good", &good);
+}
+
+/// Would catch a primary that gives a guest an error, or an epoch a hole, because its own small files find no space.
+#[test]
+fn a_full_state_folder_at_the_primary_costs_the_guest_nothing() {
+    need_root();
+    need(&[("mount", "mount"), ("umount", "mount")]);
+    let mut site = Site::new();
+    let state = site.folder.path().join("small-state");
+    let _space = small_tmpfs(&state, 2);
+    let image = site.image("image.raw", 64 * MIB);
+    let group = site.group("db", &image).replace("interval", "freeze_budget = \"1MiB\"\ninterval");
+    let keys = site.primary.folder.join("state");
+    run("cp", &["--archive", &format!("{}/.", keys.display()), state.to_str().expect("UTF-8")]);
+    site.primary.configure(&group);
+    let config = std::fs::read_to_string(site.primary.config()).expect("its configuration");
+    let config = config.replace(keys.to_str().expect("UTF-8"), state.to_str().expect("UTF-8"));
+    std::fs::write(site.primary.config(), config).expect("its configuration");
+
+    // No room for the record of the generation: nothing is sent that might be forgotten.
+    let filler = state.join("filler");
+    let fill = || {
+        let mut file = std::fs::File::create(&filler).expect("a file");
+        while file.write_all(&[1; 4096]).is_ok() {}
+    };
+    site.receiver.start();
+    site.primary.start();
+    site.goes_on("db", 1);
+    site.primary.stop();
+    std::fs::remove_file(state.join("groups/db/group.json")).expect("the record");
+    fill();
+    site.primary.start();
+    site.write("db", 0, &noise(2, MIB as usize));
+    let error = site.error("db");
+    assert!(error.contains("group.json") && error.contains("space"), "{error}");
+    std::fs::remove_file(&filler).expect("the filler");
+    site.goes_on("db", 3);
+
+    // No room for blocks that are about to be overwritten: a receiver that takes data in gulps makes passes slow enough.
+    fill();
+    let says = "cannot keep a block before it is overwritten";
+    let mut round = 0;
+    eventually("the spill file is full", Duration::from_secs(30), || {
+        for at in 0..24 {
+            match at % 8 {
+                0 => site.receiver.signal(Signal::CONT),
+                2 => site.receiver.signal(Signal::STOP),
+                _ => {}
+            }
+            site.write("db", at * MIB, &noise(1000 * round + at, MIB as usize));
+        }
+        round += 1;
+        site.primary.log().contains(says).then_some(())
+    });
+    site.receiver.signal(Signal::CONT);
+    println!("after {round} rounds");
+    let log = site.primary.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains(says)).collect();
+    println!("primary: {} ({} such lines)", lines[0], lines.len());
+    assert!(lines[0].contains("No space left") && lines[0].contains("state_dir"), "{}", lines[0]);
+    site.goes_on("db", 4);
+    let status = site.primary.primary("db");
+    assert!(status["epochs_merged"].as_u64() > Some(0) && status["error"].is_null(), "{status:#}");
+    site.copy_equals("db", &image);
 }

@@ -69,7 +69,10 @@ impl Tap {
         Ok(match self.ledger.place_copy(content.len() as u64) {
             Place::Memory => Some(Copy::Memory(content)),
             Place::Spill(offset) => {
-                self.spill.write(offset, content).await?;
+                let full = |error: io::Error| {
+                    io::Error::new(error.kind(), format!("spill file: {error}; state_dir needs space up to spill_limit"))
+                };
+                self.spill.write(offset, content).await.map_err(full)?;
                 Some(Copy::Spilled(offset))
             }
             Place::Nowhere => None,

@@ -6,6 +6,8 @@
 pub(crate) mod block;
 pub(crate) mod nbd;
 pub(crate) mod node;
+pub(crate) mod peer;
+pub(crate) mod site;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::PermissionsExt;

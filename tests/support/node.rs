@@ -128,6 +128,11 @@ impl Node {
         self.process.as_ref().expect("a running node").pid()
     }
 
+    /// Sends a signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        self.process.as_ref().expect("a running node").signal(signal);
+    }
+
     /// SIGKILL: what the loss of a machine leaves of a process.
     pub(crate) fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
