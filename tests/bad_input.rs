@@ -8,13 +8,14 @@ mod support;
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::process::Stdio;
 use std::time::Duration;
 
 use proto::control::Hello;
 use proto::{CloseCode, Generation, Message};
 use rustix::process::Signal;
 use support::nbd::Nbd;
-use support::node::{Node, free_address, receiver_config};
+use support::node::{Node, free_address, group_config, receiver_config};
 use support::peer::{FalsePrimary, FalseReceiver};
 use support::site::{Site, small_tmpfs};
 use support::{eventually, need, need_root, noise, run, scratch, sparse, text};
@@ -323,4 +324,110 @@ fn a_full_state_folder_at_the_primary_costs_the_guest_nothing() {
     let status = site.primary.primary("db");
     assert!(status["epochs_merged"].as_u64() > Some(0) && status["error"].is_null(), "{status:#}");
     site.copy_equals("db", &image);
+}
+
+/// Would catch a race between two administrators: two forks, two writable exports, or a command that tells what is not so.
+#[test]
+fn two_failovers_at_once_have_one_outcome() {
+    let mut site = Site::new();
+    let groups = ["different-points", "one-point", "one-address", "default-point"];
+    let images = groups.map(|group| site.image(&format!("{group}.raw"), 4 * MIB));
+    site.primary.configure(&groups.iter().zip(&images).map(|(group, image)| site.group(group, image)).collect::<String>());
+    site.receiver.start();
+    site.primary.start();
+    for group in groups {
+        site.primary.committed(group);
+        site.goes_on(group, 1);
+    }
+    site.primary.kill();
+    for group in groups {
+        let points = site.receiver.points(group);
+        let (older, newer) = (points[0].0.clone(), points[points.len() - 1].0.clone());
+        assert_ne!(older, newer);
+        let sockets = ["a", "b"].map(|name| site.folder.path().join(format!("{group}-{name}.sock")));
+        let wanted = match group {
+            "different-points" => [(Some(&older), &sockets[0]), (Some(&newer), &sockets[1])],
+            "one-point" => [(Some(&older), &sockets[0]), (Some(&older), &sockets[1])],
+            "one-address" => [(None, &sockets[0]), (None, &sockets[0])],
+            _ => [(None, &sockets[0]), (None, &sockets[1])],
+        };
+        let commands = wanted.map(|(point, socket)| {
+            let mut command = site.receiver.command(&["failover", group, "--yes", "--json"]);
+            command.arg("--export").arg(format!("unix:{}", socket.display()));
+            command.args(point.iter().flat_map(|point| ["--point", point.as_str()]));
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary")
+        });
+        let ended = commands.map(|command| command.wait_with_output().expect("its end"));
+
+        let copy = site.receiver.copy("primary", group);
+        let active = &copy["active"];
+        println!("{group}: active from {} at {}", active["point"], active["export"]);
+        assert!(copy["state"] == "active" && copy["generation"] == 2, "raised once: {copy:#}");
+        let mut succeeded = 0;
+        for (output, (point, _)) in ended.iter().zip(wanted) {
+            let said = text(output);
+            if output.status.success() {
+                succeeded += 1;
+                let done: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+                assert!(done["point"] == active["point"] && done["generation"] == 2, "{done:#}");
+            } else {
+                println!("  refused: {}", said.trim());
+                assert_eq!(said.trim().lines().count(), 1, "{said}");
+                let active = active["point"].as_str().expect("a point");
+                assert!(said.contains(&format!("is active already, from point {active}")), "{said}");
+                assert_ne!(point.map(String::as_str), Some(active), "{said}");
+            }
+        }
+        // Who asks for the point that is active gets it, at its own address.
+        assert_eq!(succeeded, if group == "different-points" { 1 } else { 2 });
+        let served: Vec<_> =
+            sockets.iter().filter_map(|socket| Nbd::connect(socket, "data").ok().map(|nbd| (socket, nbd))).collect();
+        let [(socket, mut nbd)] = <[_; 1]>::try_from(served).expect("one writable export");
+        assert_eq!(active["export"], format!("unix:{}", socket.display()));
+        nbd.write(0, &noise(2, 4096)).expect("it is writable");
+        let forks = std::fs::read_dir(site.store.join("primary").join(group).join("forks")).expect("its forks").count();
+        assert_eq!(forks, 1);
+    }
+}
+
+/// Would catch a thread, a lock or a space check that groups share: one client's full disk must be its own trouble.
+#[test]
+fn a_full_disk_of_one_group_leaves_the_others_committing() {
+    need_root();
+    need(&[("mount", "mount"), ("umount", "mount")]);
+    let mut site = Site::new();
+    let mut other = Node::new(site.folder.path(), "other");
+    let config = receiver_config(&site.listen, &site.store, "primary", &site.primary.key());
+    site.receiver.configure(&format!("{config}\n[[receiver.client]]\nname = \"other\"\nkey = \"{}\"\n", other.key()));
+    let (image, theirs) = (site.image("image.raw", 64 * MIB), other.folder.join("image.raw"));
+    site.primary.configure(&site.group("db", &image));
+    sparse(&theirs, 8 * MIB);
+    let socket = other.folder.join("db.sock");
+    other.configure(&group_config("db", &site.listen, &site.receiver_key, "50ms", &[("data", &theirs, &socket)]));
+    // The folder of a client is a file system of its own.
+    let small = site.store.join("primary");
+    std::fs::create_dir(&site.store).expect("the store");
+    let _space = small_tmpfs(&small, 16);
+    site.receiver.start();
+    site.primary.start();
+    other.start();
+    site.goes_on("db", 1);
+    let mut nbd = Nbd::connect(&socket, "data").expect("the other's export");
+    site.write("db", 0, &noise(2, 32 * MIB as usize));
+    let error = site.error("db");
+    assert!(error.contains("space"), "{error}");
+    let kept = site.receiver.points("primary/db");
+    for round in 0..5 {
+        nbd.write(round * MIB, &noise(round, MIB as usize)).expect("a write");
+        let before = site.receiver.copy("other", "db")["points"].as_u64().expect("points");
+        let status = other.committed("db");
+        assert!(status["state"] == "streaming" && status["error"].is_null(), "{status:#}");
+        assert!(site.receiver.copy("other", "db")["points"].as_u64() >= Some(before), "{status:#}");
+    }
+    assert_eq!(site.receiver.points("primary/db"), kept, "it was full all the time");
+    assert!(!other.log().contains("WARN"), "the other's log tells of nothing:\n{}", other.log());
+    run("mount", &["-o", "remount,size=200m", small.to_str().expect("UTF-8")]);
+    let status = site.primary.committed("db");
+    assert!(status["error"].is_null(), "{status:#}");
+    site.copy_equals("primary/db", &image);
 }
