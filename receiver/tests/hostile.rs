@@ -307,6 +307,35 @@ async fn frames_and_seals_that_do_not_fit_end_the_session() {
     .await;
 }
 
+/// Would catch a session, and its group's place, that a peer can hold for ever by not reading: here no commit reaches it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_does_not_read_its_control_stream_is_closed() {
+    let mut scene = Scene::new(|_| ()).await;
+    let mut settings = proto::transport::settings(false);
+    // Room for the welcome and for one commit.
+    settings.stream_receive_window(60_u32.into());
+    let (to, identity) = (scene.receiver.local_addr().unwrap(), &scene.site.clients[0].1);
+    let connection = dial_with(to, identity, scene.site.identity.fingerprint(), settings).await.unwrap();
+    let mut primary = Primary::open(connection.clone(), hello("web", &[("root", SIZE)])).await;
+    for seed in 0..4 {
+        primary.send(&[vec![data(u64::from(seed), 1, seed)]]).await;
+    }
+    let began = Instant::now();
+    let closed = tokio::time::timeout(DEADLINE, connection.closed()).await.expect("closed in time");
+    println!("closed after {:?}", began.elapsed());
+    let quinn::ConnectionError::ApplicationClosed(close) = closed else { panic!("closed by {closed}") };
+    assert_eq!(close.error_code.into_inner(), CloseCode::Misbehaved as u64);
+    assert_eq!(close.reason, "the primary does not read its control stream");
+    // What it sent and sealed is committed all the same, and its next session is told.
+    let deadline = Instant::now() + DEADLINE;
+    while scene.receiver.points("a/web").unwrap().len() < 4 {
+        assert!(Instant::now() < deadline, "{:?}", scene.receiver.points("a/web"));
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(Primary::open(scene.connect().await, hello("web", &[("root", SIZE)])).await.next, 5);
+    scene.unharmed().await;
+}
+
 fn crc32(bytes: &[u8]) -> u32 {
     crc32fast::hash(bytes)
 }

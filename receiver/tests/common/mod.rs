@@ -89,8 +89,17 @@ impl Site {
 }
 
 pub async fn dial(to: SocketAddr, identity: &Identity, pinned: Fingerprint) -> Result<Connection, quinn::ConnectionError> {
+    dial_with(to, identity, pinned, proto::transport::settings(false)).await
+}
+
+pub async fn dial_with(
+    to: SocketAddr,
+    identity: &Identity,
+    pinned: Fingerprint,
+    settings: quinn::TransportConfig,
+) -> Result<Connection, quinn::ConnectionError> {
     let mut config = quinn::ClientConfig::new(Arc::new(identity.quic_client(pinned).unwrap()));
-    config.transport_config(Arc::new(proto::transport::settings(false)));
+    config.transport_config(Arc::new(settings));
     let endpoint = Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
     endpoint.connect_with(config, to, "twinsite").unwrap().await
 }
