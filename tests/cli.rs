@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use common::{KEY_A, twinsite};
 use rustix::process::Signal;
-use support::nbd::Nbd;
+use support::nbd::{Nbd, is_lost};
 use support::node::{Node, Pair, free_address, group_config, receiver_config};
 use support::{Process, eventually, need, noise, run, scratch, sparse, text};
 
@@ -252,6 +252,28 @@ fn a_bad_group_leaves_the_others_running() {
     nbd.flush().unwrap();
     assert_eq!(nbd.read(0, 4096).unwrap(), noise(4, 4096));
     assert!(!other.exists());
+}
+
+/// A guest's QEMU tries again all the time while its node starts: it must find no node, or its disk.
+#[test]
+fn a_guest_that_connects_while_the_node_starts_waits_for_its_disk() {
+    let folder = scratch();
+    let mut pair = Pair::start(folder.path(), "db", "100ms", &[("root", MIB), ("data", MIB)]);
+    for _ in 0..5 {
+        pair.primary.kill();
+        let socket = pair.sockets[1].clone();
+        let guest = std::thread::spawn(move || {
+            loop {
+                match Nbd::connect(&socket, "data") {
+                    Ok(mut nbd) => return nbd.write(0, &noise(9, 4096)),
+                    Err(error) if is_lost(&error) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+        });
+        pair.primary.start();
+        guest.join().unwrap().unwrap();
+    }
 }
 
 #[test]

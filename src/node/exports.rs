@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockdev::nbd::{ConnectionStats, Export, ListenAddr, NbdServer, NbdServerError, ServerOptions, TlsError, server_config};
@@ -37,6 +38,9 @@ pub(crate) enum ExportError {
 /// The servers, by address.
 pub(crate) struct Exports {
     io: IoThreads,
+    /// Set at the end of the start. Until then clients wait: a guest that comes back while its node starts must not find an address
+    /// without its disk.
+    open: AtomicBool,
     servers: Mutex<BTreeMap<String, Served>>,
     /// Why a group's disks are not offered, by group.
     failed: Mutex<BTreeMap<String, String>>,
@@ -56,11 +60,17 @@ struct Served {
 
 impl Exports {
     pub(crate) fn new(io: IoThreads) -> Self {
-        Self { io, servers: Mutex::default(), failed: Mutex::default() }
+        Self { io, open: AtomicBool::new(false), servers: Mutex::default(), failed: Mutex::default() }
     }
 
-    /// Makes sure that a server listens on `address`; returns the address with the port that the system chose.
-    /// Nobody else's server is touched.
+    /// Serves what was added so far, and from now on whatever is added.
+    pub(crate) async fn open(&self) {
+        self.open.store(true, Ordering::SeqCst);
+        self.servers.lock().await.values().for_each(|served| served.server.open());
+    }
+
+    /// Makes sure that a server listens on `address`; its clients wait until disks are added. Returns the address with the port that
+    /// the system chose. Nobody else's server is touched.
     pub(crate) async fn listen(&self, address: &ListenAddr, tls: Option<&TlsConfig>) -> Result<ListenAddr, ExportError> {
         let mut servers = self.servers.lock().await;
         if servers.contains_key(&address.to_string()) {
@@ -84,7 +94,7 @@ impl Exports {
         {
             tracing::warn!(%address, "anyone who reaches this address can read and write its disks: set tls with client_ca");
         }
-        let server = NbdServer::bind(address, ServerOptions { tls, ..ServerOptions::default() }, &self.io)?;
+        let server = NbdServer::bind(address, ServerOptions { tls, held: true, ..ServerOptions::default() }, &self.io)?;
         let bound = server.address().clone();
         servers.insert(bound.to_string(), Served { server, disks: Vec::new() });
         Ok(bound)
@@ -144,6 +154,9 @@ impl Exports {
             added.push(ExportedDisk { name: name.to_string(), group: group.to_owned() });
         }
         served.disks.append(&mut added);
+        if self.open.load(Ordering::SeqCst) {
+            served.server.open();
+        }
         self.failed.lock().await.remove(group);
         Ok(())
     }

@@ -143,6 +143,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     }
     let primaries = Primaries::start(&config.groups, &config.node.state_dir, &identity, &exports).await;
     exports.prune().await;
+    exports.open().await;
     let running = primaries.running() + usize::from(matches!(copies, Some(Ok(_))));
     if running == 0 {
         exports.shutdown().await;

@@ -17,6 +17,7 @@ const CMD_READ: u16 = 0;
 const CMD_WRITE: u16 = 1;
 const CMD_DISC: u16 = 2;
 const CMD_FLUSH: u16 = 3;
+const CMD_WRITE_ZEROES: u16 = 6;
 /// A server that does not answer is a failure, not a hang.
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 
@@ -130,11 +131,23 @@ impl Nbd {
         self.reply(cookie)
     }
 
+    /// Makes a range zero, which may become a hole; returns when the server has acknowledged.
+    pub(crate) fn zero(&mut self, offset: u64, bytes: u32) -> io::Result<()> {
+        let cookie = self.request(CMD_WRITE_ZEROES, offset, bytes, &[])?;
+        self.reply(cookie)
+    }
+
     /// Flushes; returns when the server has acknowledged.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         let cookie = self.request(CMD_FLUSH, 0, 0, &[])?;
         self.reply(cookie)
     }
+}
+
+/// Whether an error says that the server is gone, and not that it refused a request.
+pub(crate) fn is_lost(error: &io::Error) -> bool {
+    use io::ErrorKind as K;
+    matches!(error.kind(), K::UnexpectedEof | K::BrokenPipe | K::ConnectionReset | K::ConnectionRefused | K::NotFound)
 }
 
 impl Drop for Nbd {

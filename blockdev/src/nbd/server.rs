@@ -45,11 +45,13 @@ pub struct ServerOptions {
     pub connections_max: usize,
     /// Permissions of a unix socket, less the umask.
     pub unix_mode: u32,
+    /// Clients may connect, and wait until [`NbdServer::open`]: none is refused because its export comes a moment later.
+    pub held: bool,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
-        Self { tls: None, handshake_timeout: Duration::from_secs(10), connections_max: 64, unix_mode: 0o600 }
+        Self { tls: None, handshake_timeout: Duration::from_secs(10), connections_max: 64, unix_mode: 0o600, held: false }
     }
 }
 
@@ -109,6 +111,8 @@ struct Shared {
     state: Mutex<State>,
     next_id: AtomicU64,
     stop_listening: Notify,
+    /// Ends [`ServerOptions::held`].
+    open: Notify,
     /// Tasks alive: the listener, handshakes and connections.
     tasks: watch::Sender<usize>,
 }
@@ -155,6 +159,7 @@ impl NbdServer {
             state: Mutex::default(),
             next_id: AtomicU64::new(1),
             stop_listening: Notify::new(),
+            open: Notify::new(),
             tasks: watch::Sender::new(1),
         });
         let server = Arc::clone(&shared);
@@ -172,6 +177,11 @@ impl NbdServer {
     #[must_use]
     pub fn address(&self) -> &ListenAddr {
         &self.address
+    }
+
+    /// Serves the clients that wait, and all that come, if the server was [held](ServerOptions::held).
+    pub fn open(&self) {
+        self.shared.open.notify_one();
     }
 
     /// Offers an export from now on.
@@ -254,6 +264,13 @@ impl Shared {
         let Some(fd) = bound.fd.take() else { return Ok(()) };
         let listener = watch_owned(fd)?;
         let mut stop = std::pin::pin!(self.stop_listening.notified());
+        if self.options.held {
+            tokio::select! {
+                biased;
+                () = &mut stop => return Ok(()),
+                () = self.open.notified() => {}
+            }
+        }
         loop {
             let mut guard = tokio::select! {
                 biased;
