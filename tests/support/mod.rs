@@ -7,7 +7,9 @@ pub(crate) mod block;
 pub(crate) mod nbd;
 pub(crate) mod node;
 pub(crate) mod peer;
+pub(crate) mod postgres;
 pub(crate) mod site;
+pub(crate) mod views;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::PermissionsExt;
