@@ -1,5 +1,6 @@
 # make demo [DISK=image.raw] [SECONDS=15]   both sites on this machine, a disaster, and the proof
 # make test                                 every test of the workspace
+# make torture [CYCLES=100]                 both sites killed again and again under load
 # make bench                                measurements beside the peers
 # make check                                what .ci/run does before the tests: format and lints
 #
@@ -7,16 +8,16 @@
 
 CARGO ?= cargo
 SECONDS ?= 15
+CYCLES ?= 100
 
 # Needed to build the cryptographic library.
 BUILD_TOOLS := gcc:gcc
 # Real clients and servers that the tests hold ours against: program:package.
 TEST_TOOLS := fio:fio nbdkit:nbdkit nbdcopy:libnbd-bin nbdinfo:libnbd-bin nbdfuse:libnbd-bin qemu-img:qemu-utils qemu-io:qemu-utils \
 	qemu-nbd:qemu-utils mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs psql:postgresql ip:iproute2 losetup:mount mount:mount \
-	openssl:openssl
-BENCH_TOOLS := $(TEST_TOOLS) qemu-storage-daemon:qemu-utils
+	openssl:openssl qemu-storage-daemon:qemu-utils
 
-.PHONY: demo test bench check build
+.PHONY: demo test torture bench check build
 
 demo:
 	@./dist/packages.sh $(BUILD_TOOLS)
@@ -26,8 +27,13 @@ test:
 	@./dist/packages.sh $(BUILD_TOOLS) $(TEST_TOOLS)
 	$(CARGO) test --workspace --no-fail-fast
 
+# As root, like the tests. TWINSITE_SEED=… repeats a run.
+torture:
+	@./dist/packages.sh $(BUILD_TOOLS) $(TEST_TOOLS)
+	TWINSITE_TORTURE_CYCLES=$(CYCLES) $(CARGO) test -p twinsite --test torture -- --nocapture
+
 bench:
-	@./dist/packages.sh $(BUILD_TOOLS) $(BENCH_TOOLS)
+	@./dist/packages.sh $(BUILD_TOOLS) $(TEST_TOOLS)
 	$(CARGO) run --release -p twinsite-bench -- all
 
 check:

@@ -9,14 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use blockdev::{BlockDevice, Buf};
-use proto::{Identity, Point};
+use proto::Point;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use receiver::{Limits, Receiver, ReceiverConfig};
 use support::nbd::Nbd;
 use support::node::{COMMIT_WITHIN, Node, Pair, free_address, receiver_config};
-use support::{eventually, run, scratch, seed};
+use support::{eventually, run, scratch, seed, views};
 
 const BLOCK_BYTES: usize = 4096;
 /// The counter goes round these blocks, so that every image tells its last writes and not just the newest.
@@ -89,26 +87,21 @@ fn in_order(point: &str, first: &[u8], second: &[u8]) -> (u64, u64) {
 
 /// The images of both disks at every point of a stopped node's store, oldest first.
 fn images(store: &Path) -> Vec<(Point, Vec<u8>, Vec<u8>)> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
-    runtime.block_on(async {
-        let identity = Identity::from_pem(&Identity::generate_pem().expect("a key")).expect("a key");
-        let listen = "127.0.0.1:0".parse().expect("an address");
-        let config = ReceiverConfig { listen, store: store.to_path_buf(), clients: Vec::new(), limits: Limits::default() };
-        let receiver = Receiver::start(config, identity).await.expect("the store of a stopped node");
-        let mut all = Vec::new();
-        for point in receiver.points("primary/pair").expect("its points") {
-            let (point, views) = receiver.view("primary/pair", Some(point.point)).await.expect("a view");
-            let mut contents = Vec::new();
-            for ((name, view), (wanted, bytes)) in views.iter().zip(DISKS) {
-                assert_eq!((name.as_str(), view.size()), (*wanted, *bytes));
-                contents.push(view.read(0, Buf::zeroed(*bytes as usize)).await.expect("a read").to_vec());
-            }
-            let second = contents.pop().expect("two disks");
-            all.push((point, contents.pop().expect("two disks"), second));
-        }
-        receiver.shutdown().await;
-        all
-    })
+    let mut all = Vec::new();
+    views::each_point(
+        store,
+        "primary/pair",
+        |_| true,
+        |point, disks| {
+            let contents = disks.iter().zip(DISKS).map(|(disk, (wanted, bytes))| {
+                assert_eq!((disk.name(), disk.size()), (*wanted, *bytes));
+                disk.read(0, *bytes as usize)
+            });
+            let [first, second] = <[_; 2]>::try_from(contents.collect::<Vec<_>>()).expect("two disks");
+            all.push((point.point, first, second));
+        },
+    );
+    all
 }
 
 /// Checks every point against the rule and against the one before it. Returns the newest counter, and in how many points the

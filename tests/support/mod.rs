@@ -4,10 +4,15 @@
 #![allow(dead_code, reason = "every test uses a part of it")]
 
 pub(crate) mod block;
+pub(crate) mod history;
 pub(crate) mod nbd;
 pub(crate) mod node;
 pub(crate) mod peer;
+pub(crate) mod postgres;
+pub(crate) mod qemu;
 pub(crate) mod site;
+pub(crate) mod views;
+pub(crate) mod writers;
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::PermissionsExt;

@@ -194,6 +194,25 @@ impl Node {
         }
     }
 
+    /// Waits for the first commit.
+    #[track_caller]
+    pub(crate) fn committed_once(&self, group: &str) {
+        eventually("the first commit", COMMIT_WITHIN, || (!self.primary(group)["committed"].is_null()).then_some(()));
+    }
+
+    /// Waits until everything is committed and stays so: the guests were held a moment ago, and a request of theirs may still be on
+    /// its way.
+    #[track_caller]
+    pub(crate) fn settled(&self, group: &str) {
+        let (mut last, mut same) = (self.committed(group), 0);
+        eventually("no further commit", COMMIT_WITHIN, || {
+            let now = self.committed(group);
+            same = if now["committed"] == last["committed"] { same + 1 } else { 0 };
+            last = now;
+            (same == 5).then_some(())
+        });
+    }
+
     /// The points of a group, oldest first: name and cut.
     #[track_caller]
     pub(crate) fn points(&self, group: &str) -> Vec<(String, u64)> {
