@@ -1,5 +1,6 @@
 # make demo [DISK=image.raw] [SECONDS=15]   both sites on this machine, a disaster, and the proof
 # make test                                 every test of the workspace
+# make simulate [SEEDS=10000] [SEED=N]      both sites in one thread under faults; SEED replays one with its trace
 # make torture [CYCLES=100]                 both sites killed again and again under load
 # make bench                                measurements beside the peers
 # make check                                what .ci/run does before the tests: format and lints
@@ -8,6 +9,7 @@
 
 CARGO ?= cargo
 SECONDS ?= 15
+SEEDS ?= 10000
 CYCLES ?= 100
 
 # Needed to build the cryptographic library.
@@ -17,7 +19,7 @@ TEST_TOOLS := fio:fio nbdkit:nbdkit nbdcopy:libnbd-bin nbdinfo:libnbd-bin nbdfus
 	qemu-nbd:qemu-utils mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs psql:postgresql ip:iproute2 losetup:mount mount:mount \
 	openssl:openssl qemu-storage-daemon:qemu-utils
 
-.PHONY: demo test torture bench check build
+.PHONY: demo test simulate torture bench check build
 
 demo:
 	@./dist/packages.sh $(BUILD_TOOLS)
@@ -28,6 +30,10 @@ test:
 	$(CARGO) test --workspace --no-fail-fast
 
 # As root, like the tests. TWINSITE_SEED=… repeats a run.
+simulate:
+	@./dist/packages.sh $(BUILD_TOOLS)
+	$(CARGO) run --quiet --release -p twinsite-simulation -- $(if $(SEED),--seed $(SEED),--seeds $(SEEDS))
+
 torture:
 	@./dist/packages.sh $(BUILD_TOOLS) $(TEST_TOOLS)
 	TWINSITE_TORTURE_CYCLES=$(CYCLES) $(CARGO) test -p twinsite --test torture -- --nocapture

@@ -114,7 +114,7 @@ impl Driver {
         stop: watch::Receiver<Option<Instant>>,
     ) -> Self {
         let link = Arc::new(link);
-        let upkeep = Upkeep::new(shared.clone(), record.clone());
+        let upkeep = Upkeep::new(shared.clone(), record.clone(), devices.clone());
         Self {
             shared,
             core,

@@ -351,6 +351,7 @@ impl Primary {
     /// Starts a round of upkeep of the dirty log.
     pub fn upkeep(&mut self) {
         let (log, ledger, record) = (self.log.clone(), self.ledger.clone(), self.record.clone());
+        let devices = self.disks.volumes.clone();
         self.tasks.push(Box::pin(async move {
             let cleared = |point: Option<Point>| {
                 let mut record = record.lock();
@@ -358,7 +359,7 @@ impl Primary {
                 Ok(())
             };
             // A disk that lost its power answers with errors; the caller knows.
-            let _ = upkeep::forget_clean(&log, &ledger, cleared).await;
+            let _ = upkeep::forget_clean(&log, &ledger, &devices, cleared).await;
             Done::Upkeep
         }));
     }
@@ -372,7 +373,8 @@ impl Primary {
             record.0.cleared = record.0.cleared.max(point);
             Ok(())
         };
-        finish(upkeep::save(&self.log, &self.ledger, cleared)).expect("the log of a clean stop can be written");
+        finish(upkeep::save(&self.log, &self.ledger, &self.disks.volumes, cleared))
+            .expect("the log of a clean stop can be written");
     }
 
     fn load(&self) -> Load {

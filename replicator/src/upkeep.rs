@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockdev::IoThreads;
+use blockdev::{BlockDevice, IoThreads};
 use proto::Point;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -13,8 +13,9 @@ use crate::ledger::Ledger;
 use crate::record::{Record, RecordError};
 use crate::shared::Shared;
 
-/// How often; a region must have been written neither between the last two times nor since, so its bit goes after one to two of these.
-const EVERY: Duration = Duration::from_secs(10);
+/// How often; a region must have been written neither between the last two times nor since, so its bit goes after one to two of these. The disks
+/// are flushed each time that there is something to forget, so not too often; by then the kernel has written most of it.
+const EVERY: Duration = Duration::from_secs(60);
 /// Regions looked at while admission is held up: some 10 microseconds.
 const REGIONS_AT_ONCE: usize = 256;
 
@@ -24,19 +25,22 @@ pub(crate) enum UpkeepError {
     Log(#[from] DirtyLogError),
     #[error(transparent)]
     Record(#[from] RecordError),
+    #[error("disk {volume}: cannot be flushed: {source}")]
+    Flush { volume: usize, source: std::io::Error },
 }
 
 /// See the module.
 pub(crate) struct Upkeep {
     shared: Arc<Shared>,
     record: Arc<Record>,
+    devices: Arc<[Arc<dyn BlockDevice>]>,
     next: Instant,
     running: Option<oneshot::Receiver<()>>,
 }
 
 impl Upkeep {
-    pub(crate) fn new(shared: Arc<Shared>, record: Arc<Record>) -> Self {
-        Self { shared, record, next: Instant::now() + EVERY, running: None }
+    pub(crate) fn new(shared: Arc<Shared>, record: Arc<Record>, devices: Arc<[Arc<dyn BlockDevice>]>) -> Self {
+        Self { shared, record, devices, next: Instant::now() + EVERY, running: None }
     }
 
     /// Resolves when it is time, and the last time is over.
@@ -53,10 +57,10 @@ impl Upkeep {
     pub(crate) fn begin(&mut self, thread: &IoThreads) {
         self.next = Instant::now() + EVERY;
         let (done, running) = oneshot::channel();
-        let (shared, record) = (self.shared.clone(), self.record.clone());
+        let (shared, record, devices) = (self.shared.clone(), self.record.clone(), self.devices.clone());
         thread.spawn(move || async move {
             let cleared = |point| record.update(|r| r.cleared = r.cleared.max(point));
-            if let Err(error) = forget_clean(&shared.log, &shared.ledger, cleared).await {
+            if let Err(error) = forget_clean(&shared.log, &shared.ledger, &devices, cleared).await {
                 tracing::warn!(group = %shared.group, "{error}; regions stay marked");
             }
             let _ = done.send(());
@@ -69,10 +73,10 @@ impl Upkeep {
         if let Some(running) = self.running.take() {
             let _ = running.await;
         }
-        let (shared, record) = (self.shared.clone(), self.record.clone());
+        let (shared, record, devices) = (self.shared.clone(), self.record.clone(), self.devices.clone());
         let saved = thread.call(move || async move {
             let cleared = |point| record.update(|r| r.cleared = r.cleared.max(point));
-            save(&shared.log, &shared.ledger, cleared).await
+            save(&shared.log, &shared.ledger, &devices, cleared).await
         });
         match saved.await {
             Ok(Ok(())) => {}
@@ -84,10 +88,12 @@ impl Upkeep {
     }
 }
 
-/// Forgets regions that are clean and idle. What made them clean is recorded (`cleared`) before their bits go.
+/// Forgets regions that are clean and idle, once nothing can make them differ again: the disks hold durably what the copy has (a power loss
+/// would otherwise put older content back), and what made the regions clean is recorded (`cleared`).
 pub(crate) async fn forget_clean(
     log: &DirtyLog,
     ledger: &Ledger,
+    devices: &[Arc<dyn BlockDevice>],
     cleared: impl FnOnce(Option<Point>) -> Result<(), RecordError>,
 ) -> Result<(), UpkeepError> {
     let (mut unset, mut point) = (Vec::new(), None);
@@ -106,7 +112,10 @@ pub(crate) async fn forget_clean(
     if unset.iter().all(Vec::is_empty) {
         return Ok(());
     }
-    // A small file and its folder are synced here; the capture waits for it, the guest does not.
+    for (volume, device) in devices.iter().enumerate().filter(|(volume, _)| !unset[*volume].is_empty()) {
+        device.flush().await.map_err(|source| UpkeepError::Flush { volume, source })?;
+    }
+    // A small file is synced here; the capture waits for it, the guest does not.
     cleared(point)?;
     log.write_unset(&unset).await?;
     Ok(())
@@ -116,14 +125,17 @@ pub(crate) async fn forget_clean(
 pub(crate) async fn save(
     log: &DirtyLog,
     ledger: &Ledger,
+    devices: &[Arc<dyn BlockDevice>],
     cleared: impl Fn(Option<Point>) -> Result<(), RecordError>,
 ) -> Result<(), UpkeepError> {
     // Twice: the first time tells which regions were written since the last.
     for _ in 0..2 {
-        forget_clean(log, ledger, &cleared).await?;
+        forget_clean(log, ledger, devices, &cleared).await?;
     }
-    match ledger.settled() {
-        Some(maps) => Ok(log.save(&maps).await?),
-        None => Ok(()),
+    let Some(maps) = ledger.settled() else { return Ok(()) };
+    // The maps say what differs from the disks as they are now; so these must not lose anything any more.
+    for (volume, device) in devices.iter().enumerate() {
+        device.flush().await.map_err(|source| UpkeepError::Flush { volume, source })?;
     }
+    Ok(log.save(&maps).await?)
 }

@@ -295,6 +295,10 @@ impl Journal {
     /// Never tried again after a failure: the kernel may have dropped the pages and would report success.
     fn sync(&mut self) -> Result<(), JournalError> {
         let Some(tail) = &self.tail else { return Ok(()) };
+        #[cfg(any(test, feature = "simulation"))]
+        if crate::sim::is_sabotaged(crate::sim::Sabotage::SkipSync) {
+            return Ok(());
+        }
         tail.file.sync_data().map_err(|source| {
             self.poisoned = true;
             JournalError::Io { path: segment_path(&self.folder, tail.number), what: "sync", source }

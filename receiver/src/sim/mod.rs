@@ -20,3 +20,27 @@ mod tests;
 
 pub use disk::SimDisk;
 pub use replica::{Output, Replica, ReplicaError, SessionNo, StreamNo};
+
+use std::cell::Cell;
+
+/// A rule that the simulator breaks on purpose, to see that it notices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    /// An epoch is acknowledged before it is synced.
+    SkipSync,
+    /// A primary of an old generation is let in.
+    AcceptOldGeneration,
+}
+
+thread_local! {
+    static SABOTAGE: Cell<Option<Sabotage>> = const { Cell::new(None) };
+}
+
+/// Breaks a rule in all replicas of this thread, or none.
+pub fn sabotage(rule: Option<Sabotage>) {
+    SABOTAGE.set(rule);
+}
+
+pub(crate) fn is_sabotaged(rule: Sabotage) -> bool {
+    SABOTAGE.get() == Some(rule)
+}

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use proto::fencing::GroupRole;
-use proto::{Fingerprint, Generation, Name, Point};
+use proto::{Fingerprint, Generation, Name, Point, SessionToken};
 
 use super::session::{Session, drive};
 use crate::config::{ClientConfig, Limits};
@@ -212,6 +212,16 @@ impl Replica {
         let group = self.node.select(group)?;
         let state = group.shared.state.read();
         Ok(state.points.iter().map(|p| p.point).collect())
+    }
+
+    /// The committed points of a group, oldest first, with the sessions that cut them.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Select`].
+    pub fn writers(&self, group: &str) -> Result<Vec<(Point, SessionToken)>, ReplicaError> {
+        let group = self.node.select(group)?;
+        let state = group.shared.state.read();
+        Ok(state.points.iter().map(|p| (p.point, p.session)).collect())
     }
 
     /// Generation, role, and the point of the fork in use.

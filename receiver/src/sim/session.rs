@@ -9,13 +9,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
 use blockdev::BlockDevice;
+use proto::fencing::GroupRole;
 use proto::hashes::{HashQuery, Hashes, hash_chunks};
 use proto::{BLOCK_BYTES, Fingerprint, Message, Name};
 use tokio::sync::mpsc;
 
 use super::replica::{Output, StreamNo};
+use super::{Sabotage, is_sabotaged};
 use crate::batch::Assembler;
-use crate::core::{Action, Cause, Core, Event, SessionError};
+use crate::core::{Action, Cause, Core, Event, SessionError, Stored};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
 use crate::input::{ControlInput, PassInput};
 use crate::node::Node;
@@ -222,7 +224,12 @@ impl Session {
             match action {
                 Action::Send(message) => self.send(&message),
                 Action::Lookup { group } => {
-                    let stored = node.lookup(&self.client, &group, self.key);
+                    let mut stored = node.lookup(&self.client, &group, self.key);
+                    if is_sabotaged(Sabotage::AcceptOldGeneration)
+                        && let Stored::Present(group) = &mut stored
+                    {
+                        (group.role, group.generation) = (GroupRole::Replica, proto::Generation(1));
+                    }
                     ended = self.core.handle(Event::Stored(stored), &mut more).or(ended);
                 }
                 Action::Claim { group, generation, create, volumes } => {
