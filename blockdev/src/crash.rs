@@ -27,13 +27,15 @@ struct State {
     unsynced: Vec<(usize, Vec<u8>)>,
     writes: u64,
     flushes: u64,
+    /// Writes and flushes that are still done.
+    left: Option<u64>,
 }
 
 impl CrashDevice {
     /// A disk with this content, durable.
     #[must_use]
     pub fn new(content: Vec<u8>) -> Self {
-        let state = State { durable: content.clone(), now: content, unsynced: Vec::new(), writes: 0, flushes: 0 };
+        let state = State { durable: content.clone(), now: content, unsynced: Vec::new(), writes: 0, flushes: 0, left: None };
         Self { state: Mutex::new(state) }
     }
 
@@ -48,6 +50,11 @@ impl CrashDevice {
     pub fn operations(&self) -> (u64, u64) {
         let state = self.state.lock();
         (state.writes, state.flushes)
+    }
+
+    /// The power goes after so many more writes and flushes: every one after them fails, until [`crash`](Self::crash).
+    pub fn power_off_after(&self, operations: u64) {
+        self.state.lock().left = Some(operations);
     }
 
     /// Loses power: `keep` decides for each sector of each write since the last flush, in order, whether it reached the disk. Afterwards
@@ -66,6 +73,7 @@ impl CrashDevice {
             }
         }
         state.now.clone_from(&state.durable);
+        state.left = None;
     }
 
     /// Changes a durable byte behind everybody's back, as a failing disk does.
@@ -75,12 +83,27 @@ impl CrashDevice {
         state.now[offset as usize] ^= mask;
     }
 
-    fn put(&self, offset: u64, data: &[u8]) {
+    fn put(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let state = &mut *self.state.lock();
+        state.spend()?;
         let at = offset as usize;
         state.now[at..at + data.len()].copy_from_slice(data);
         state.unsynced.push((at, data.to_vec()));
         state.writes += 1;
+        Ok(())
+    }
+}
+
+impl State {
+    fn spend(&mut self) -> io::Result<()> {
+        match &mut self.left {
+            Some(0) => Err(io::Error::other("the power is off")),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -107,12 +130,15 @@ impl BlockDevice for CrashDevice {
     }
 
     fn write<'a>(&'a self, offset: u64, data: Buf) -> IoFuture<'a, Buf> {
-        self.put(offset, &data);
-        ready(data)
+        let done = self.put(offset, &data).map(|()| data);
+        Box::pin(std::future::ready(done))
     }
 
     fn flush<'a>(&'a self) -> IoFuture<'a, ()> {
         let state = &mut *self.state.lock();
+        if let Err(error) = state.spend() {
+            return Box::pin(std::future::ready(Err(error)));
+        }
         state.unsynced.clear();
         state.durable.clone_from(&state.now);
         state.flushes += 1;
@@ -120,8 +146,8 @@ impl BlockDevice for CrashDevice {
     }
 
     fn write_zeroes<'a>(&'a self, offset: u64, length: u64, _mode: ZeroMode) -> IoFuture<'a, ()> {
-        self.put(offset, &vec![0; length as usize]);
-        ready(())
+        let done = self.put(offset, &vec![0; length as usize]);
+        Box::pin(std::future::ready(done))
     }
 
     fn trim<'a>(&'a self, offset: u64, length: u64) -> IoFuture<'a, ()> {

@@ -156,61 +156,121 @@ fn waiting_writes_share_a_sync() {
     });
 }
 
-/// Power is lost after every single operation of the log's disk, with every sector of what was not flushed kept or lost at random.
-/// What must hold: a region that a write was let through to is suspect, unless it was clean at a recorded point.
-#[test]
-fn no_crash_forgets_a_region_that_was_written() {
-    let mut crashes = 0_u64;
-    for seed in 0..200 {
-        let mut random = SmallRng::seed_from_u64(seed);
-        let disk = disk();
-        let mut written = std::collections::BTreeSet::new();
-        let (mut log, _) = open(&disk);
-        forget(&log, &all());
-        now(disk.flush()).unwrap();
-        for _ in 0..30 {
-            let number = *[3, 60, 100, 4031, 4032, 4040].get(random.random_range(0..6)).unwrap();
-            match random.random_range(0..10) {
-                0..=4 => {
-                    now(log.cover(&region(number))).unwrap();
-                    written.insert(number);
-                }
-                5..=6 => {
-                    // It is clean, and the point that made it so is recorded.
-                    if written.remove(&number) {
-                        forget(&log, &[number]);
-                    }
-                }
-                7 => {
-                    // Forgotten in memory only, then written again before the file is changed.
-                    log.unset(0, number);
-                    now(log.cover(&region(number))).unwrap();
-                    written.insert(number);
-                    now(log.write_unset(&[vec![number]])).unwrap();
-                }
-                8 => {
-                    let mut map = DirtyMap::new(VOLUME_BYTES);
-                    written.iter().for_each(|r| map.mark(r * REGION_BLOCKS, 1));
-                    now(log.save(&[map])).unwrap();
-                    drop(log);
-                    let (again, known) = open(&disk);
-                    assert_eq!((known.suspect.count(), known.dirty.count()), (0, written.len() as u64), "seed {seed}");
+/// What the log may be believed about: regions that a write was let through to, and have not been clean at a recorded point since.
+#[derive(Default)]
+struct Guest {
+    written: std::collections::BTreeSet<u64>,
+}
+
+impl Guest {
+    fn write(&mut self, log: &DirtyLog, number: u64) -> io::Result<()> {
+        now(log.cover(&region(number)))?;
+        self.written.insert(number);
+        Ok(())
+    }
+
+    /// One step of a life, chosen by `kind`. Fails when the power is gone.
+    fn step(&mut self, log: &DirtyLog, kind: u32, number: u64) -> io::Result<()> {
+        match kind {
+            0..=4 => self.write(log, number),
+            // It is clean, and the point that made it so is recorded.
+            5..=6 if self.written.remove(&number) => {
+                log.unset(0, number);
+                now(log.write_unset(&[vec![number]])).map_err(io::Error::other)
+            }
+            // Forgotten in memory only, then written again before the file is changed.
+            7 => {
+                log.unset(0, number);
+                self.write(log, number)?;
+                now(log.write_unset(&[vec![number]])).map_err(io::Error::other)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The exact map of a clean stop, and the next start after it.
+    fn stop(&self, log: &DirtyLog) -> io::Result<()> {
+        let mut map = DirtyMap::new(VOLUME_BYTES);
+        self.written.iter().for_each(|r| map.mark(r * REGION_BLOCKS, 1));
+        now(log.save(&[map])).map_err(io::Error::other)
+    }
+
+    fn check(&self, known: &Known, what: &str) {
+        for region in &self.written {
+            let block = region * REGION_BLOCKS;
+            assert!(known.suspect.contains(block) || known.dirty.contains(block), "{what}: region {region} is forgotten");
+        }
+    }
+}
+
+/// A life from the start to a clean stop, in which the power goes at some time.
+fn live(disk: &Arc<CrashDevice>, seed: u64) -> Guest {
+    let (mut random, mut guest) = (SmallRng::seed_from_u64(seed), Guest::default());
+    let file = || LogFile { name: "test".to_owned(), device: disk.clone(), volume_bytes: VOLUME_BYTES };
+    let Ok((mut log, _)) = now(DirtyLog::open(vec![file()])) else { return guest };
+    for step in 0..24 {
+        let number = *[3, 60, 100, 4031, 4032, 4040].get(random.random_range(0..6)).unwrap();
+        if guest.step(&log, random.random_range(0..8), number).is_err() {
+            break;
+        }
+        if step % 8 == 7 {
+            if guest.stop(&log).is_err() {
+                break;
+            }
+            match now(DirtyLog::open(vec![file()])) {
+                Ok((again, known)) => {
+                    guest.check(&known[0], "after a clean stop");
+                    assert!(known[0].suspect.is_empty(), "a clean stop leaves nothing to compare");
                     log = again;
                 }
-                _ => {
-                    drop(log);
-                    disk.crash(|| random.random_bool(0.5));
-                    crashes += 1;
-                    let (again, known) = open(&disk);
-                    for region in &written {
-                        let found = known.suspect.contains(region * REGION_BLOCKS);
-                        assert!(found, "seed {seed}: region {region} was written and is forgotten");
-                    }
-                    log = again;
-                }
+                Err(_) => break,
             }
         }
     }
-    println!("dirty log: {crashes} crashes");
-    assert!(crashes > 300);
+    guest
+}
+
+/// The power goes after every single write and flush of a life, with the sectors that were not flushed all kept, all lost, each one alone kept
+/// or lost, and in random mixtures. What must hold: no region is forgotten that a write was let through to.
+#[test]
+fn no_crash_point_forgets_a_region_that_was_written() {
+    let (mut points, mut images) = (0_u64, 0_u64);
+    for seed in 0..4 {
+        let begun = disk();
+        let (log, _) = open(&begun);
+        forget(&log, &all());
+        drop(log);
+        now(begun.flush()).unwrap();
+        let start = begun.snapshot();
+        let fresh = || Arc::new(CrashDevice::new(start.clone()));
+        let disk = fresh();
+        live(&disk, seed);
+        let (writes, flushes) = disk.operations();
+        for point in 0..=writes + flushes {
+            points += 1;
+            let mut random = SmallRng::seed_from_u64(seed * 10_000 + point);
+            // 0: all lost, 1: all kept, then each of the last sectors alone, then mixtures.
+            for pattern in 0..14_u64 {
+                let disk = fresh();
+                disk.power_off_after(point);
+                let guest = live(&disk, seed);
+                let mut sector = 0;
+                disk.crash(|| {
+                    sector += 1;
+                    match pattern {
+                        0 => false,
+                        1 => true,
+                        2..=5 => sector == pattern - 1,
+                        6..=9 => sector != pattern - 5,
+                        _ => random.random_bool(0.5),
+                    }
+                });
+                images += 1;
+                let (_, known) = open(&disk);
+                guest.check(&known, &format!("seed {seed}, crash point {point}, pattern {pattern}"));
+            }
+        }
+    }
+    println!("dirty log: {points} crash points, {images} images");
+    assert!(points > 200);
 }
