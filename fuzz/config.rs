@@ -10,10 +10,13 @@ use std::path::Path;
 
 use config::{Config, ConfigErrors};
 
+/// Not relative: what is found must not depend on the folder in which it is found.
+const FILE: &str = "/etc/twinsite/twinsite.toml";
+
 /// Any text as `twinsite.toml`.
 pub(crate) fn config(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    match Config::parse(Path::new("t.toml"), text) {
+    match Config::parse(Path::new(FILE), text) {
         Ok(config) => accepted(&config),
         Err(errors) => refused(&errors, text),
     }
@@ -51,7 +54,7 @@ fn refused(errors: &ConfigErrors, text: &str) {
         assert!((1..=lines).contains(&line), "{said}: line {line} of {lines}");
         assert!(line >= last, "in the order of the lines");
         last = line;
-        assert!(said.starts_with(&format!("t.toml:{line}: ")), "{said}");
+        assert!(said.starts_with(&format!("{FILE}:{line}: ")), "{said}");
         assert!(!said.contains(|c: char| c.is_control()), "more than a line: {said:?}");
     }
 }
