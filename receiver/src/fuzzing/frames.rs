@@ -128,7 +128,7 @@ fn extend(stream: &mut Vec<u8>, choices: &mut Choices<'_>) {
     match choices.below(4) {
         0 => {
             let extents = rising(choices);
-            stream.extend(encode_zero(volume, epoch, 0, &extents));
+            stream.extend(altered(encode_zero(volume, epoch, 0, &extents), choices));
         }
         1 => {
             let mut extents = rising(choices);
@@ -139,7 +139,7 @@ fn extend(stream: &mut Vec<u8>, choices: &mut Choices<'_>) {
             let content: Vec<u8> =
                 (0..blocks * BLOCK_BYTES).map(|i| pattern.get(i as usize % 17).copied().unwrap_or((i >> 9) as u8)).collect();
             let codec = if choices.u8().is_multiple_of(2) { Codec::Raw } else { Codec::Lz4 };
-            stream.extend(encode_data(volume, epoch, 0, &extents, &content, codec));
+            stream.extend(altered(encode_data(volume, epoch, 0, &extents, &content, codec), choices));
         }
         2 => mended(stream, choices),
         _ => {
@@ -158,6 +158,30 @@ fn rising(choices: &mut Choices<'_>) -> Vec<BlockExtent> {
         BlockExtent { start: BlockIndex(start), blocks }
     };
     (0..count).map(one).collect()
+}
+
+/// A good frame with bytes changed that the input chooses, and checksums mended as far as it chooses.
+fn altered(mut frame: Vec<u8>, choices: &mut Choices<'_>) -> Vec<u8> {
+    let how = choices.u8();
+    for _ in 0..how % 4 {
+        let end = if how & 4 == 0 { FRAME_HEADER_BYTES } else { frame.len() };
+        let at = choices.below(end.min(65_536));
+        frame[at] ^= choices.u8();
+    }
+    let entries = usize::from(u16::from_le_bytes([frame[18], frame[19]]));
+    let body_at = (FRAME_HEADER_BYTES + entries * EXTENT_BYTES).min(frame.len());
+    if how & 8 != 0 {
+        let crc = crc32fast::hash(&frame[body_at..]);
+        frame[28..32].copy_from_slice(&crc.to_le_bytes());
+    }
+    if how & 16 != 0 {
+        let crc = crc32fast::hash(&frame[FRAME_HEADER_BYTES..body_at]);
+        frame[32..36].copy_from_slice(&crc.to_le_bytes());
+    }
+    if how & 32 != 0 {
+        mend(&mut frame[..FRAME_HEADER_BYTES]);
+    }
+    frame
 }
 
 /// A frame whose fields are the input's and whose checksums are good, so that the rules behind them are reached.
