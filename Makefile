@@ -4,6 +4,7 @@
 # make torture [CYCLES=100]                 both sites killed again and again under load
 # make bench                                measurements beside the peers
 # make check                                what .ci/run does before the tests: format and lints
+# make fuzz [TARGET=wire] [SECONDS=1800]    libFuzzer on one target, or on each in turn; needs a nightly compiler and cargo-fuzz
 #
 # Each target installs the Debian packages it is missing (as root), or prints the command that does.
 
@@ -19,7 +20,7 @@ TEST_TOOLS := fio:fio nbdkit:nbdkit nbdcopy:libnbd-bin nbdinfo:libnbd-bin nbdfus
 	qemu-nbd:qemu-utils mkfs.xfs:xfsprogs mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs psql:postgresql ip:iproute2 losetup:mount mount:mount \
 	openssl:openssl qemu-storage-daemon:qemu-utils
 
-.PHONY: demo test simulate torture bench check build
+.PHONY: demo test simulate torture bench check build fuzz
 
 demo:
 	@./dist/packages.sh $(BUILD_TOOLS)
@@ -44,8 +45,15 @@ bench:
 
 check:
 	$(CARGO) fmt --all -- --check
+	$(CARGO) fmt --manifest-path fuzz/Cargo.toml -- --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
 build:
 	@./dist/packages.sh $(BUILD_TOOLS)
 	$(CARGO) build --release -p twinsite
+
+# A target's time, unless it is given: long enough to see that it runs.
+fuzz: SECONDS = 60
+fuzz:
+	@./dist/packages.sh $(BUILD_TOOLS) c++:g++
+	@./fuzz/run.sh $(SECONDS) $(TARGET)

@@ -48,6 +48,10 @@ fn every_mistake_is_one_line() {
         ("[nodes]\n".to_owned() + &receiver(""), "t.toml:1: unknown key 'nodes' in the file: did you mean 'node'?"),
         (group("intervall = \"1s\""), "t.toml:5: unknown key 'intervall' in [[group]] 'db': did you mean 'interval'?"),
         (
+            "\"a\\nb\" = 1\n".to_owned() + &receiver(""),
+            "t.toml:1: unknown key 'a\\nb' in the file: known keys are node, receiver, group",
+        ),
+        (
             group("colour = 1"),
             "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, disk",
         ),

@@ -154,6 +154,12 @@ pub fn bounded(what: &'static str, value: u64, max: u64) -> Result<u64, DecodeEr
     if value <= max { Ok(value) } else { Err(DecodeError::TooLong { what, value, max }) }
 }
 
+/// The first `chars_max` characters of a text that goes to a log or a terminal, with spaces for control characters: a message stays one
+/// line.
+pub(crate) fn printable(text: &str, chars_max: usize) -> String {
+    text.chars().take(chars_max).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// Checks a stored CRC-32 against the bytes it covers.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 //! A message on the wire is a 4-byte length, a type byte and a body. `Hello` and `Close` never change their encoding: they
 //! are how two versions find out that they do not fit.
 
-use crate::codec::{DecodeError, Reader, bounded};
+use crate::codec::{DecodeError, Reader, bounded, printable};
 use crate::hashes::{HashQuery, Hashes};
 use crate::name::{NAME_BYTES_MAX, Name};
 use crate::seal::Seal;
@@ -162,10 +162,7 @@ impl Message {
     /// A close message; the reason is cut to its limit.
     #[must_use]
     pub fn close(code: CloseCode, reason: &str) -> Self {
-        let mut end = reason.len().min(REASON_BYTES_MAX);
-        while !reason.is_char_boundary(end) {
-            end -= 1;
-        }
+        let end = reason.floor_char_boundary(REASON_BYTES_MAX);
         Self::Close { code: code as u16, reason: reason.get(..end).unwrap_or_default().to_owned() }
     }
 
@@ -285,8 +282,9 @@ impl Message {
                 let code = r.u16()?;
                 let len = bounded("close reason bytes", r.u16()?.into(), REASON_BYTES_MAX as u64)? as usize;
                 // A peer's text goes to a log and a terminal: control characters do not.
-                let reason =
-                    String::from_utf8_lossy(r.bytes(len)?).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+                let mut reason = printable(&String::from_utf8_lossy(r.bytes(len)?), REASON_BYTES_MAX);
+                // What is put in the place of bytes that are no text is longer than these.
+                reason.truncate(reason.floor_char_boundary(REASON_BYTES_MAX));
                 Self::Close { code, reason }
             }
             value => return Err(DecodeError::Unknown { what: "control message type", value: value.into() }),
@@ -492,6 +490,17 @@ mod tests {
         }
         let Message::Close { reason, .. } = Message::close(CloseCode::Limit, &"é".repeat(400)) else { unreachable!() };
         assert_eq!(reason.len(), 512);
+    }
+
+    /// Would catch a reason that grows beyond its limit when what is no text in it is replaced.
+    #[test]
+    fn a_reason_that_is_no_text_stays_within_its_limit() {
+        let mut body = vec![CLOSE, 3, 0, 0, 2];
+        body.extend_from_slice(&[0xff; REASON_BYTES_MAX]);
+        let message = Message::decode(&body).unwrap();
+        let Message::Close { reason, .. } = &message else { unreachable!() };
+        assert_eq!(reason, &"\u{fffd}".repeat(170));
+        assert_eq!(Message::decode(&message.encode()[4..]).unwrap(), message);
     }
 
     proptest! {

@@ -10,6 +10,9 @@ pub mod control;
 pub mod dirty;
 pub mod fencing;
 pub mod frame;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod hashes;
 pub mod name;
 pub mod region;

@@ -24,6 +24,7 @@ use rustls::sign::CertifiedKey;
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
 use serde::{Deserialize, Serialize};
 
+use crate::codec::printable;
 use crate::control::ALPN;
 
 /// SHA-256 of a public key: the name of a side.
@@ -67,7 +68,7 @@ impl FromStr for Fingerprint {
             .and_then(|b| STANDARD_NO_PAD.decode(b).ok())
             .and_then(|b| b.try_into().ok())
             .map(Self)
-            .ok_or_else(|| FingerprintParseError { given: text.chars().take(80).collect() })
+            .ok_or_else(|| FingerprintParseError { given: printable(text, 80) })
     }
 }
 

@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::codec::printable;
+
 /// Bytes in a block: the granule of dirty tracking, of frames and of the journal's index.
 pub const BLOCK_BYTES: u64 = 4096;
 
@@ -123,7 +125,7 @@ impl FromStr for Point {
         let parsed = text.split_once('.').and_then(|(g, e)| Some((digits(g)?, digits(e)?)));
         match parsed {
             Some((g, e)) => Ok(Self { generation: Generation(g), epoch: EpochId(e) }),
-            None => Err(PointParseError { given: text.chars().take(64).collect() }),
+            None => Err(PointParseError { given: printable(text, 64) }),
         }
     }
 }
@@ -154,5 +156,7 @@ mod tests {
         for bad in ["", "3", "3.", ".3", "+3.1", "3.1.2", "a.b", "3. 1", "99999999999999999999.1"] {
             assert!(bad.parse::<Point>().is_err(), "{bad}");
         }
+        let error = "1.\n2".parse::<Point>().unwrap_err().to_string();
+        assert!(error.starts_with("'1. 2' is not a point"), "one line: {error}");
     }
 }

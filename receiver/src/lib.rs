@@ -14,6 +14,9 @@ pub mod core;
 mod disk;
 pub mod fork;
 mod frames;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod group;
 mod hashing;
 mod index;

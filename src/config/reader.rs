@@ -157,7 +157,7 @@ impl<'d> Reader<'d> {
             if !section.known.contains(&name) {
                 self.errors.push(ConfigError::UnknownKey {
                     place: self.place(key.span().start),
-                    key: name.chars().take(SHOWN_CHARS_MAX).collect(),
+                    key: one_line(name),
                     table: section.title.clone(),
                     nearest: nearest(name, &section.known),
                     known: section.known.clone(),
@@ -176,6 +176,12 @@ impl<'d> Section<'d> {
     pub(super) fn peek(&self, key: &str) -> Option<&str> {
         self.table.get(key).and_then(|v| v.get_ref().as_str())
     }
+}
+
+/// As it can be written in the file: a quoted key may have any character in it.
+fn one_line(key: &str) -> String {
+    let shown = key.chars().take(SHOWN_CHARS_MAX);
+    shown.map(|c| if c.is_control() { c.escape_default().to_string() } else { c.to_string() }).collect()
 }
 
 fn wrong_type(value: &DeValue<'_>, wanted: &'static str, example: &'static str) -> Problem {

@@ -11,6 +11,9 @@
 mod connection;
 mod error;
 mod execute;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handshake;
 mod inbox;
 mod linger;
