@@ -19,7 +19,7 @@ use std::path::Path;
 use proto::{BlockExtent, FrameHeader, Point, Seal};
 
 use super::record::Payloads;
-use super::segment::{list_segments, segment_path};
+use super::segment::{PLACED_SEAL_BYTES, decode_placed_seal, list_segments, segment_path};
 use super::walk::{Bad, Expected, Item, Mark, Walker};
 use super::{Journal, JournalError, JournalOptions};
 use crate::disk::{Disk, DiskFile};
@@ -139,6 +139,9 @@ pub(crate) fn open(
         Some(bad) if !bad.is_io() && (bad.foreign || bad.segment < last) => {
             return Err(JournalError::DamagedSegment { bad: bad.into() });
         }
+        Some(bad) if is_seal_with_more(&bad, expected).map_err(io("read"))? => {
+            return Err(JournalError::DamagedSegment { bad: bad.into() });
+        }
         Some(bad) => {
             if let Some(later) = walker.find_later_seal(&bad).map_err(io("read"))? {
                 // A seal that is the very last thing, of the epoch that was arriving, in the segment of the bad record: power
@@ -165,6 +168,16 @@ pub(crate) fn open(
     }
     let sealed = recovery.sealed;
     Journal::resume(folder, expected, sealed, options)
+}
+
+/// Whether the bad record is a seal that is whole, in its place, and followed by something. Nothing is written after a seal before its
+/// sync, so this is no torn commit: it was acknowledged, and its frames are damaged.
+fn is_seal_with_more(bad: &Bad, expected: &Expected) -> io::Result<bool> {
+    let file = std::fs::File::open(&bad.path)?;
+    let mut record = [0; PLACED_SEAL_BYTES];
+    let n = crate::disk::read_up_to(&file, &mut record, bad.offset)?;
+    let whole = n == record.len() && decode_placed_seal(&expected.group_id, bad.segment, bad.offset, &record).is_ok();
+    Ok(whole && file.metadata()?.len() > bad.offset + PLACED_SEAL_BYTES as u64)
 }
 
 /// Cuts the journal back to `sealed`: later segments first, then the tail, so that a crash in between leaves an unsealed
