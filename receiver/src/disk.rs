@@ -4,11 +4,15 @@
 //! refused, and told when it is done; nobody changes superblocks, journals or folders of the store behind its back.
 //! In production there is no watcher, and the cost is one look at a `None`. Reading needs no watcher and does not pass here.
 
+mod uncached;
+
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use self::uncached::Uncached;
 
 /// A change of the store.
 #[derive(Clone, Copy, Debug)]
@@ -97,13 +101,13 @@ impl Disk {
     pub(crate) fn create_file(&self, path: &Path) -> io::Result<DiskFile> {
         let create = || OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = self.perform(&Op::CreateFile(path), create)?;
-        Ok(DiskFile { disk: self.clone(), path: path.to_owned(), file })
+        Ok(DiskFile { disk: self.clone(), path: path.to_owned(), file, uncached: Uncached::default() })
     }
 
     /// Opens a file that must exist.
     pub(crate) fn open_file(&self, path: &Path) -> io::Result<DiskFile> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
-        Ok(DiskFile { disk: self.clone(), path: path.to_owned(), file })
+        Ok(DiskFile { disk: self.clone(), path: path.to_owned(), file, uncached: Uncached::default() })
     }
 
     /// Opens a file that another process may have left half-way: what is read from here on is on the disk.
@@ -168,6 +172,7 @@ pub(crate) struct DiskFile {
     disk: Disk,
     path: PathBuf,
     file: File,
+    uncached: Uncached,
 }
 
 impl DiskFile {
@@ -182,6 +187,13 @@ impl DiskFile {
 
     pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.disk.perform(&Op::Write { file: &self.path, offset, bytes }, || self.file.write_all_at(bytes, offset))
+    }
+
+    /// As [`write_all_at`](Self::write_all_at), for what will not be read soon: its pages go to the disk at once and out of the page
+    /// cache, so the journal neither pushes out what guests read nor takes a fresh page of memory for each that it writes.
+    pub(crate) fn append_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.disk
+            .perform(&Op::Write { file: &self.path, offset, bytes }, || self.uncached.write_all_at(&self.file, bytes, offset))
     }
 
     pub(crate) fn set_len(&self, bytes: u64) -> io::Result<()> {

@@ -193,7 +193,7 @@ impl Journal {
         self.make_room(frames.len() as u64)?;
         let Some(tail) = self.tail.as_mut() else { return Err(Self::poisoned(&self.folder)) };
         let offset = tail.bytes;
-        let written = tail.file.write_all_at(frames, offset);
+        let written = tail.file.append_at(frames, offset);
         written.map_err(|source| JournalError::Io { path: segment_path(&self.folder, tail.number), what: "write", source })?;
         tail.bytes += frames.len() as u64;
         self.bytes += frames.len() as u64;
