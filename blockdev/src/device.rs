@@ -7,6 +7,7 @@
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use crate::Buf;
 
@@ -79,6 +80,15 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Hints that the range is read soon. Does nothing by default.
     fn cache<'a>(&'a self, _offset: u64, _length: u64) -> IoFuture<'a, ()> {
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Another way to the same content, for a reader that goes through all of it and reads ahead by itself; its reads do not
+    /// put large pieces into the page cache. `None`, the default, if the device itself is as good.
+    ///
+    /// # Errors
+    /// The system's, if it cannot be opened.
+    fn scanner(&self) -> io::Result<Option<Arc<dyn BlockDevice>>> {
+        Ok(None)
     }
 
     /// Reads at once if that needs no waiting (the page cache has it), else `None` and nothing has happened.

@@ -18,9 +18,10 @@ use proto::control::{PassHeader, PassKind};
 use proto::frame::{self, FRAME_CONTENT_BYTES_MAX, FRAME_EXTENTS_MAX, FRAME_HEADER_BYTES};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
-use proto::{BlockExtent, BlockIndex, Codec, DirtyMap, VolumeIndex};
+use proto::{BlockExtent, BlockIndex, DirtyMap, VolumeIndex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::compress::Compressor;
 use crate::ledger::{Copy, FreezeFailure, Ledger, pick_runs};
 use crate::tap::read_blocks;
 
@@ -36,10 +37,6 @@ const HOLE_QUERY_BLOCKS: u32 = FRAME_BLOCKS;
 const THOROUGH_BYTES_PER_S: f64 = (32 << 20) as f64;
 /// Intervals count as this long at least, so that one burst does not switch.
 const THOROUGH_INTERVAL_MIN_S: f64 = 0.1;
-/// Level of LZ4's high compression. On the blocks that pgbench dirties, in 128 KiB frames: fast 77.7 % saved, level 3 80.5 %,
-/// level 6 80.6 % at half the speed.
-const THOROUGH_LEVEL: i32 = 3;
-
 /// What the sender gets, in order.
 pub(crate) enum Item {
     /// A pass begins.
@@ -151,11 +148,9 @@ pub(crate) struct Pass<'a> {
     pub(crate) queue: &'a FrameQueue,
     pub(crate) counters: &'a CaptureCounters,
     pub(crate) header: PassHeader,
-    pub(crate) codec: Codec,
+    pub(crate) compressor: Compressor,
     /// Epoch interval: with the bytes of the pass it says how busy the guest is.
     pub(crate) interval: Duration,
-    /// Set by the pass itself: time for the thorough compressor.
-    pub(crate) thorough: bool,
     /// Counts the frames of all passes of the epoch.
     pub(crate) tally: &'a mut Tally,
 }
@@ -217,7 +212,8 @@ impl Pass<'_> {
             Source::Fuzzy(maps) => maps.iter().map(DirtyMap::bytes).sum(),
             Source::Frozen => self.ledger.frozen_left_bytes(),
         };
-        self.thorough = total as f64 <= THOROUGH_BYTES_PER_S * self.interval.as_secs_f64().max(THOROUGH_INTERVAL_MIN_S);
+        self.compressor.thorough =
+            total as f64 <= THOROUGH_BYTES_PER_S * self.interval.as_secs_f64().max(THOROUGH_INTERVAL_MIN_S);
         self.counters.pass_done_bytes.store(0, Ordering::Relaxed);
         self.counters.pass_total_bytes.store(total, Ordering::Relaxed);
         for volume in 0..self.devices.len() {
@@ -361,11 +357,10 @@ impl Pass<'_> {
             return Ok(());
         }
         let (volume, epoch, pass) = (VolumeIndex(packer.volume as u16), self.header.epoch, self.header.pass);
-        let bytes = if self.codec == Codec::Lz4 && self.thorough {
-            frame::encode_data_with(volume, epoch, pass, &packer.extents, &packer.content, compress_thoroughly)
-        } else {
-            frame::encode_data(volume, epoch, pass, &packer.extents, &packer.content, self.codec)
-        };
+        let compressor = &mut self.compressor;
+        let bytes = frame::encode_data_with(volume, epoch, pass, &packer.extents, &packer.content, |content, room| {
+            compressor.compress(content, room)
+        });
         let blocks = packer.content.len() as u64 / BLOCK_BYTES;
         packer.extents.clear();
         packer.content.clear();
@@ -391,12 +386,6 @@ impl Pass<'_> {
         self.counters.frame_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.queue.frame(bytes).await
     }
-}
-
-/// LZ4's high compression, which the same decoder reads.
-fn compress_thoroughly(content: &[u8], room: &mut [u8]) -> Option<usize> {
-    let mode = lz4::block::CompressionMode::HIGHCOMPRESSION(THOROUGH_LEVEL);
-    lz4::block::compress_to_buffer(content, Some(mode), false, room).ok()
 }
 
 async fn read_batch(device: &dyn BlockDevice, volume: usize, runs: Vec<BlockExtent>) -> Result<Batch, CaptureError> {

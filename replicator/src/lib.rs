@@ -8,6 +8,7 @@
 
 mod capture;
 mod compare;
+mod compress;
 mod core;
 mod dirtylog;
 mod ledger;
@@ -46,6 +47,7 @@ use crate::shared::{LAG_SAMPLE, Shared};
 pub use crate::spec::{GroupSpec, INTERVAL_MAX, INTERVAL_MIN, PeerSpec, Tuning, VolumeSpec};
 pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
 use crate::tap::Tap;
+use crate::upkeep::Upkeep;
 
 /// The capture thread yields to the guest: its niceness.
 const CAPTURE_NICE: i32 = 10;
@@ -103,6 +105,14 @@ pub enum ReplicatorError {
     DirtyLog {
         /// What, where, and what to do.
         reason: String,
+    },
+    /// A disk cannot be opened a second time.
+    #[error("disk {volume}: cannot open it again to read it: {source}")]
+    Scanner {
+        /// Which.
+        volume: Name,
+        /// Why.
+        source: std::io::Error,
     },
     /// An old spill file cannot be removed.
     #[error("spill file {}: cannot remove it: {source}", path.display())]
@@ -165,6 +175,12 @@ fn open_logs(
     opened.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
 }
 
+/// Where capture reads a disk.
+fn scanner(volume: &VolumeSpec) -> Result<Arc<dyn BlockDevice>, ReplicatorError> {
+    let scanner = volume.device.scanner().map_err(|source| ReplicatorError::Scanner { volume: volume.name.clone(), source })?;
+    Ok(scanner.unwrap_or_else(|| volume.device.clone()))
+}
+
 /// One group at its primary, running.
 pub struct Replicator {
     shared: Arc<Shared>,
@@ -212,6 +228,7 @@ impl Replicator {
         let ledger = Arc::new(Ledger::new(sizes, limits, known));
         let spill = open_spill(&state_dir, tuning.spill_limit_bytes)?;
         let devices: Arc<[Arc<dyn BlockDevice>]> = volumes.iter().map(|v| v.device.clone()).collect();
+        let scanners = volumes.iter().map(scanner).collect::<Result<Arc<[_]>, _>>()?;
         let names: Vec<(Name, u64)> =
             volumes.iter().map(|v| v.name.clone()).zip(volumes.iter().map(|v| v.device.size())).collect();
         let taps = volumes
@@ -231,8 +248,9 @@ impl Replicator {
         let core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
         let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation));
         let (stop, stopping) = watch::channel(None);
-        let driver =
-            Driver::new(shared.clone(), core, Link { peer, identity }, record, capture.clone(), devices, spill, stopping);
+        let upkeep = Upkeep::new(shared.clone(), record.clone(), devices);
+        let link = Link { peer, identity };
+        let driver = Driver::new(shared.clone(), core, link, record, capture.clone(), upkeep, scanners, spill, stopping);
         let sampled = shared.clone();
         let sampler = tokio::spawn(async move {
             let mut tick = tokio::time::interval(LAG_SAMPLE);

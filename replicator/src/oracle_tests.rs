@@ -24,6 +24,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
+use crate::compress::Compressor;
 use crate::dirtylog::{DirtyLog, Known, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, Ledger};
 use crate::tap::Tap;
@@ -246,10 +247,9 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
                 queue: &queue,
                 counters: &counters,
                 header: PassHeader { epoch, pass, kind },
-                codec: Codec::Lz4,
+                compressor: Compressor::new(Codec::Lz4),
                 // So small a disk is always compressed thoroughly.
                 interval: Duration::from_secs(1),
-                thorough: false,
                 tally: &mut tally,
             };
             // Called in the same poll as the cut itself: what has started by now belongs to the epoch.
@@ -352,9 +352,8 @@ async fn epochs_quiet(world: &World, last: &RefCell<u64>) {
         queue: &queue,
         counters: &counters,
         header,
-        codec: Codec::Raw,
+        compressor: Compressor::new(Codec::Raw),
         interval: Duration::ZERO,
-        thorough: false,
         tally: &mut Tally::default(),
     };
     job.run(|| {

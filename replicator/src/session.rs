@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::capture::{CaptureError, FrameQueue, Item, Pass};
 use crate::compare::Compare;
+use crate::compress::Compressor;
 use crate::core::{Action, Core, Event, Load, SessionError};
 use crate::link::{self, ControlError, Link, LinkError, read_message};
 use crate::record::{Record, RecordError};
@@ -88,7 +89,8 @@ pub(crate) struct Driver {
     pub(crate) link: Arc<Link>,
     pub(crate) record: Arc<Record>,
     pub(crate) capture: IoThreads,
-    pub(crate) devices: Arc<[Arc<dyn BlockDevice>]>,
+    /// Where capture and comparison read the disks; they never write or flush there.
+    pub(crate) scanners: Arc<[Arc<dyn BlockDevice>]>,
     pub(crate) spill: Arc<dyn BlockDevice>,
     pub(crate) stop: watch::Receiver<Option<Instant>>,
     live: Option<Live>,
@@ -109,19 +111,19 @@ impl Driver {
         link: Link,
         record: Arc<Record>,
         capture: IoThreads,
-        devices: Arc<[Arc<dyn BlockDevice>]>,
+        upkeep: Upkeep,
+        scanners: Arc<[Arc<dyn BlockDevice>]>,
         spill: Arc<dyn BlockDevice>,
         stop: watch::Receiver<Option<Instant>>,
     ) -> Self {
         let link = Arc::new(link);
-        let upkeep = Upkeep::new(shared.clone(), record.clone(), devices.clone());
         Self {
             shared,
             core,
             link,
             record,
             capture,
-            devices,
+            scanners,
             spill,
             stop,
             live: None,
@@ -370,7 +372,7 @@ impl Driver {
         };
         let (done, receiver) = oneshot::channel();
         let (shared, queue) = (self.shared.clone(), live.queue.clone());
-        let (devices, spill) = (self.devices.clone(), self.spill.clone());
+        let (devices, spill) = (self.scanners.clone(), self.spill.clone());
         self.pass = Some(header);
         self.shared.pass_begins();
         self.capture.spawn(move || async move {
@@ -381,9 +383,8 @@ impl Driver {
                 queue: &queue,
                 counters: &shared.counters,
                 header,
-                codec: shared.tuning.codec,
+                compressor: Compressor::new(shared.tuning.codec),
                 interval: shared.tuning.interval,
-                thorough: false,
                 tally: &mut tally,
             };
             let result = pass.run(now_unix_us).await;
@@ -401,7 +402,7 @@ impl Driver {
         let Some(live) = &self.live else { return };
         let (done, receiver) = oneshot::channel();
         let (sender, answers) = mpsc::channel(proto::hashes::QUERIES_IN_FLIGHT_MAX);
-        let (shared, queue, devices) = (self.shared.clone(), live.queue.clone(), self.devices.clone());
+        let (shared, queue, devices) = (self.shared.clone(), live.queue.clone(), self.scanners.clone());
         let suspect = shared.ledger.suspect_bytes();
         if suspect > 0 {
             tracing::info!(group = %shared.group, bytes = suspect, "comparing what may differ from the copy");

@@ -21,6 +21,7 @@ use tokio::sync::mpsc;
 
 use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
 use crate::compare::{Compare, CompareCounters};
+use crate::compress::Compressor;
 use crate::core::{Action, Core, CoreConfig, Event, Load, Phase};
 use crate::dirtylog::{DirtyLog, LogFile};
 use crate::ledger::{CopyLimits, Ledger};
@@ -470,9 +471,8 @@ impl Primary {
                 queue: &queue,
                 counters: &counters,
                 header,
-                codec: Codec::Lz4,
+                compressor: Compressor::new(Codec::Lz4),
                 interval,
-                thorough: false,
                 tally: &mut tally,
             };
             let result = pass.run(|| 0).await;

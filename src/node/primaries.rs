@@ -81,7 +81,7 @@ impl Primaries {
 async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, exports: &Exports) -> Result<Replicator, StartError> {
     let mut volumes = Vec::new();
     for disk in &config.disks {
-        let options = OpenOptions { direct: disk.direct, ..OpenOptions::default() };
+        let options = OpenOptions { direct: disk.direct, drop_cached: true, ..OpenOptions::default() };
         let device =
             FileDevice::open(&disk.path, options).map_err(|source| StartError::Disk { disk: disk.name.clone(), source })?;
         volumes.push(VolumeSpec { name: disk.name.clone(), device: Arc::new(device) });
