@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use support::node::{COMMIT_WITHIN, Node, group_config, receiver_config};
 use support::site::{Site, small_ext4};
 use support::writers::{Target, Writers};
-use support::{eventually, need, need_root, one_at_a_time, seed, sparse};
+use support::{eventually, need, need_root, noise, one_at_a_time, seed, sparse};
 
 const MIB: u64 = 1 << 20;
 /// Size of both guests' disks.
@@ -173,4 +173,36 @@ fn replication_goes_on_by_itself_when_a_full_store_has_space_again() {
     site.copy_equals("primary/db", &image);
     site.receiver.stop();
     site.receiver.cli(&["check", site.store.to_str().expect("UTF-8")]);
+}
+
+/// Would catch a start that needs space: a store is often full exactly when its node has to be restarted.
+#[test]
+fn a_node_starts_and_stops_on_a_full_store() {
+    need_root();
+    need(&[("mount", "mount"), ("umount", "mount"), ("mkfs.ext4", "e2fsprogs")]);
+    let _alone = one_at_a_time();
+    let mut site = Site::new();
+    let _space = small_ext4(&site.folder.path().join("small.img"), &site.store, STORE_MIB / 4);
+    let image = site.image("image.raw", DISK_BYTES);
+    site.primary.configure(&site.group("db", &image));
+    site.receiver.start();
+    site.primary.start();
+    site.goes_on("db", 1);
+    let filler = Filler::start(site.store.join(".filler"));
+    site.write("db", MIB, &noise(2, 8 * MIB as usize));
+    site.error("db");
+    let points = site.receiver.points("db");
+    for orderly in [false, true, false] {
+        if orderly {
+            site.receiver.stop();
+        } else {
+            site.receiver.kill();
+        }
+        site.receiver.start();
+        assert_eq!(site.receiver.points("db"), points, "every point is there, and none is new");
+    }
+    filler.end();
+    let status = site.primary.committed("db");
+    assert!(status["error"].is_null() && status["state"] == "streaming", "{status:#}");
+    site.copy_equals("db", &image);
 }
