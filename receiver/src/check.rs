@@ -1,6 +1,7 @@
 //! Reads a whole store offline and names every finding with file and offset. Changes nothing.
 //!
-//! Uses the decoders of the running receiver. An unsealed end of a journal is no finding: the next start cuts it off.
+//! Uses the decoders of the running receiver, and its own judgement: whatever a start would refuse is a finding. Beyond that, it looks at
+//! every payload, and goes on after the first damage. An unsealed end of a journal is no finding: the next start cuts it off.
 
 use std::fs::File;
 use std::io;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use proto::units::blocks_of;
 use serde::{Deserialize, Serialize};
 
-use crate::journal::{Bad, Expected, Item, Mark, Payloads, Walker, list_segments, segment_path};
+use crate::journal::{self, Bad, Expected, Item, JournalError, Mark, Payloads, Walker, list_segments, segment_path};
 use crate::store::{GroupFolder, Store, StoreError};
 use crate::superblock::{FILE_NAME, Superblock, SuperblockFile};
 
@@ -178,55 +179,103 @@ impl GroupCheck<'_, '_> {
             volume_blocks: block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect::<Arc<[u64]>>(),
         };
         self.report.segments = list_segments(journal)?.len() as u64;
-        let mut walker = Walker::new(journal, expected, None, (Payloads::Decode, 0))?;
-        let (mut open_frames, mut open_from) = (0_u64, None::<Mark>);
+        let mut walker = Walker::new(journal, expected.clone(), None, (Payloads::Decode, 0))?;
+        let (mut open, mut sealed, mut newest) = (Open::default(), None::<Mark>, block.base);
+        let (mut damaged, mut stopped) = (false, None::<Bad>);
         loop {
             match walker.next() {
                 Ok(Some(Item::Frame { segment, offset, header, payload, .. })) => {
+                    open.begin(&self.report);
+                    open.frames += 1;
                     if let Err(error) = payload {
+                        damaged = true;
                         self.find(&segment_path(journal, segment), offset, error);
                     }
-                    open_from.get_or_insert(Mark { segment, bytes: offset });
-                    open_frames += 1;
                     self.add(header.frame_bytes() as u64);
                 }
-                Ok(Some(Item::Seal { .. })) => {
+                Ok(Some(Item::Seal { seal, end })) => {
+                    (sealed, newest) = (Some(end), Some(seal.point()));
                     self.report.points += 1;
-                    self.report.frames += std::mem::take(&mut open_frames);
-                    open_from = None;
-                    self.add(crate::journal::PLACED_SEAL_BYTES as u64);
+                    self.report.frames += std::mem::take(&mut open).frames;
+                    self.add(journal::PLACED_SEAL_BYTES as u64);
                 }
                 Ok(None) => break,
                 Err(bad) => {
-                    let Some(later) = walker.find_later_seal(&bad)? else {
-                        self.unsealed_end(&bad, &mut open_from);
+                    damaged = true;
+                    let later = walker.find_later_seal(&bad);
+                    let Some(later) = later.inspect_err(|_| self.find(&bad.path, bad.offset, &bad.error))? else {
+                        open.begin(&self.report);
+                        stopped = Some(bad);
                         break;
                     };
                     self.find(&bad.path, bad.offset, &bad.error);
                     walker.resume_after(&later)?;
-                    (open_frames, open_from) = (0, None);
+                    sealed = Some(later.end());
+                    open = Open::default();
                 }
             }
         }
-        if let Some(from) = open_from {
-            for number in list_segments(journal)?.into_iter().filter(|n| *n >= from.segment) {
-                let bytes = std::fs::metadata(segment_path(journal, number))?.len();
-                self.report.unsealed_bytes += bytes - if number == from.segment { from.bytes.min(bytes) } else { 0 };
-            }
+        // A walk without damage to the point that is known to be synced is what a start finds, too.
+        let in_doubt = damaged || newest < block.synced;
+        let refusal = in_doubt.then(|| journal::refusal(journal, &expected, block.synced)).flatten();
+        match (refusal, stopped) {
+            (Some(error), stopped) => self.refused(journal, sealed, stopped.as_ref(), &error),
+            // The second reading succeeded; such a disk is worth a word all the same.
+            (None, Some(bad)) if bad.is_io() => self.find(&bad.path, bad.offset, &bad.error),
+            (None, _) => self.unsealed(journal, sealed.unwrap_or(Mark { segment: block.first_segment, bytes: 0 }), &open)?,
         }
         Ok(())
     }
 
-    /// Nothing committed is after `bad`: an unfinished end, unless the disk did not give it.
-    fn unsealed_end(&mut self, bad: &Bad, open_from: &mut Option<Mark>) {
-        if bad.is_io() {
-            self.find(&bad.path, bad.offset, &bad.error);
+    /// The start refuses the journal: nothing of it is cut off.
+    fn refused(&mut self, journal: &Path, sealed: Option<Mark>, stopped: Option<&Bad>, error: &JournalError) {
+        // Where this walk stopped was no unsealed end then.
+        for bad in stopped.into_iter().chain(error.bad()) {
+            if !self.report.findings.iter().any(|f| f.path == bad.path && f.offset == bad.offset) {
+                self.find(&bad.path, bad.offset, &bad.error);
+            }
         }
-        open_from.get_or_insert(Mark { segment: bad.segment, bytes: bad.offset });
+        match error {
+            JournalError::Lost { end, synced, .. } => {
+                let path = sealed.map_or_else(|| journal.to_owned(), |mark| segment_path(journal, mark.segment));
+                let end = end.map_or_else(|| "nothing".to_owned(), |point| format!("point {point}"));
+                let problem = format!("the journal ends at {end}, and point {synced} was committed");
+                self.find(&path, sealed.map_or(0, |mark| mark.bytes), problem);
+            }
+            error if error.bad().is_none() => self.find(journal, 0, error),
+            _ => {}
+        }
+    }
+
+    /// What the next start cuts off is counted, and nothing found in it counts.
+    fn unsealed(&mut self, journal: &Path, sealed: Mark, open: &Open) -> io::Result<()> {
+        if let Some((found, left_out)) = open.found_before {
+            self.report.findings.truncate(found);
+            self.report.findings_left_out = left_out;
+        }
+        for number in list_segments(journal)?.into_iter().filter(|n| *n >= sealed.segment) {
+            let bytes = std::fs::metadata(segment_path(journal, number))?.len();
+            self.report.unsealed_bytes += bytes - if number == sealed.segment { sealed.bytes.min(bytes) } else { 0 };
+        }
+        Ok(())
     }
 
     fn add(&mut self, bytes: u64) {
         self.report.bytes += bytes;
         self.meter.add(bytes);
+    }
+}
+
+/// What was read since the last seal.
+#[derive(Debug, Default)]
+struct Open {
+    frames: u64,
+    /// Findings before it, if it has begun: those listed, those left out.
+    found_before: Option<(usize, u64)>,
+}
+
+impl Open {
+    fn begin(&mut self, report: &GroupReport) {
+        self.found_before.get_or_insert((report.findings.len(), report.findings_left_out));
     }
 }

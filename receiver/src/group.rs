@@ -472,7 +472,8 @@ impl Shared {
                 Ok(Some(Item::Seal { seal, .. })) if seal.point() == point => return Ok(index),
                 Ok(Some(Item::Seal { .. })) => {}
                 Ok(None) => return Err(GroupError::NoPoint { group: group(), point }),
-                Err(bad) => return Err(JournalError::Unreadable { bad: bad.into() }.into()),
+                Err(bad) if bad.is_io() => return Err(JournalError::Unreadable { bad: bad.into() }.into()),
+                Err(bad) => return Err(JournalError::DamagedSegment { bad: bad.into() }.into()),
             }
         }
     }

@@ -5,8 +5,8 @@
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use proto::Name;
@@ -18,6 +18,8 @@ use crate::superblock::{Superblock, SuperblockError, SuperblockFile};
 
 /// The lock file. A leading dot is no name, so no client can be called like it.
 const LOCK_FILE: &str = ".lock";
+/// Width of the pid in the lock file: the next holder's is written over it, which takes no space.
+const PID_WIDTH: usize = 20;
 /// Prefix of a group's folder while it is being created.
 const UNFINISHED_PREFIX: &str = ".new-";
 /// Space that a group keeps for its failover: a store is often full exactly when it is needed.
@@ -129,7 +131,7 @@ impl Store {
 
     fn lock(disk: Disk, root: &Path) -> Result<Self, StoreError> {
         let path = root.join(LOCK_FILE);
-        let mut lock = OpenOptions::new()
+        let lock = OpenOptions::new()
             .read(true)
             .write(true)
             .create(true)
@@ -141,14 +143,18 @@ impl Store {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 let mut pid = String::new();
-                let _ = (&lock).take(20).read_to_string(&mut pid);
+                let _ = (&lock).take(PID_WIDTH as u64).read_to_string(&mut pid);
                 let pid = pid.trim();
                 let known = !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit());
                 return Err(StoreError::InUse { path: root.to_owned(), pid: if known { pid } else { "unknown" }.to_owned() });
             }
             Err(error) => return Err(at(&path, "lock it")(error.into())),
         }
-        lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).map_err(at(&path, "write the lock file"))?;
+        // Never shorter in between: what a truncation gives back on a full disk, somebody else may take.
+        let pid = format!("{:<PID_WIDTH$}\n", std::process::id());
+        lock.write_all_at(pid.as_bytes(), 0)
+            .and_then(|()| lock.set_len(pid.len() as u64))
+            .map_err(at(&path, "write the lock file"))?;
         Ok(Self { root: root.to_owned(), disk, _lock: lock })
     }
 
@@ -286,6 +292,22 @@ mod tests {
         let root = store.root().to_owned();
         drop(store);
         Store::open(&root).unwrap();
+    }
+
+    /// Would catch a pid that is a mixture of two holders'.
+    #[test]
+    fn the_pid_is_written_over_the_former_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let lock = dir.path().join(LOCK_FILE);
+        for former in [String::new(), "7\n".to_owned(), "9".repeat(40)] {
+            std::fs::write(&lock, former).unwrap();
+            let store = Store::open(dir.path()).unwrap();
+            let written = std::fs::read_to_string(&lock).unwrap();
+            assert_eq!((written.trim(), written.len()), (std::process::id().to_string().as_str(), PID_WIDTH + 1));
+            let error = Store::open(dir.path()).unwrap_err().to_string();
+            assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
+            drop(store);
+        }
     }
 
     #[test]

@@ -175,10 +175,13 @@ enum Choice {
 
 /// The table of recovery: sequence numbers of the slots that are whole. A change writes sequence `s + 1` and then `s + 2`, so two
 /// whole slots always differ by one.
+///
+/// Numbers wrap. No disk lives that long, but a slot may say so all the same: a limit would be a number from which the
+/// group can no longer be promoted, and one that stays at its end would leave two slots that do not belong together.
 fn choose(first: Option<u64>, second: Option<u64>) -> Choice {
     match (first, second) {
-        (Some(a), Some(b)) if a.checked_sub(1) == Some(b) => Choice::First,
-        (Some(a), Some(b)) if b.checked_sub(1) == Some(a) => Choice::Second,
+        (Some(a), Some(b)) if a == b.wrapping_add(1) => Choice::First,
+        (Some(a), Some(b)) if b == a.wrapping_add(1) => Choice::Second,
         (Some(_), Some(_)) => Choice::Unrelated,
         (Some(_), None) => Choice::First,
         (None, Some(_)) => Choice::Second,
@@ -400,7 +403,7 @@ impl SuperblockFile {
         self.check()?;
         // The first write must hit the slot that does not hold the current sequence.
         for _ in 0..2 {
-            let sequence = self.sequence + 1;
+            let sequence = self.sequence.wrapping_add(1);
             let offset = if sequence.is_multiple_of(2) { SLOT_BYTES as u64 } else { 0 };
             let written = self.file.write_all_at(&block.encode(sequence), offset).and_then(|()| self.file.sync_data());
             if let Err(source) = written {

@@ -122,3 +122,14 @@ pub(crate) fn small_tmpfs(at: &Path, mib: u64) -> Mount {
     run("mount", &["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs", at.to_str().expect("UTF-8")]);
     Mount(at.to_path_buf())
 }
+
+/// An ext4 of `mib` MiB on a loop device; `image` is what it is in.
+pub(crate) fn small_ext4(image: &Path, at: &Path, mib: u64) -> Mount {
+    let (image_text, at_text) = (image.to_str().expect("UTF-8"), at.to_str().expect("UTF-8"));
+    sparse(image, mib * MIB);
+    // Nothing is kept back for root, who runs this.
+    run("mkfs.ext4", &["-q", "-F", "-m", "0", image_text]);
+    std::fs::create_dir_all(at).expect("a mount point");
+    run("mount", &["-o", "loop", image_text, at_text]);
+    Mount(at.to_path_buf())
+}

@@ -6,7 +6,7 @@
 //! - nothing that was committed is lost silently: epochs before D are there, and so are those before a seal that is whole in
 //!   its place, and those the superblock knows; else the journal is refused, with file and offset, and left as it is;
 //! - nothing is refused that was not damaged, and no record before D is blamed;
-//! - what is refused, and what cannot be read later, `check` names too;
+//! - what is refused, and what cannot be read later, `check` names too, by file and offset; what was not damaged, it finds good;
 //! - an opened journal goes on.
 
 use std::collections::BTreeMap;
@@ -92,11 +92,6 @@ impl Epoch {
     fn end_at(&self) -> (u32, u64) {
         (self.end.segment, self.end.bytes)
     }
-
-    /// Segment and offset of its seal.
-    fn seal_at(&self) -> (u32, u64) {
-        (self.end.segment, self.end.bytes - PLACED_SEAL_BYTES as u64)
-    }
 }
 
 /// A journal as it was written.
@@ -163,9 +158,7 @@ impl Case<'_> {
         let report = check_group(folder);
         match self.shape.open(&journal, self.synced) {
             Ok((opened, found)) => {
-                if self.is_readable(&found) {
-                    self.goes_on(&journal, opened, &found);
-                }
+                self.goes_on(&journal, opened, &found);
                 self.opened(&found, &report);
             }
             Err(error) => {
@@ -205,6 +198,9 @@ impl Case<'_> {
         let (due, is) = (&self.original.epochs, &found.epochs);
         assert_eq!(due.get(..is.len()), Some(is.as_slice()), "only what was committed");
         assert!(found.open.is_empty());
+        if self.first_difference().is_none() {
+            assert!(report.findings.is_empty(), "found in what is good: {:?}", report.findings);
+        }
         let before_damage = match self.first_difference() {
             None => due.len(),
             Some(d) => due.iter().take_while(|e| e.end_at() <= (d.segment, d.bytes)).count(),
@@ -217,8 +213,9 @@ impl Case<'_> {
             assert!(last == Some(torn.end_at()), "only a commit that nothing follows can be torn");
         }
         assert!(self.synced.is_none_or(|s| is.iter().any(|e| e.seal.point() == s)), "{:?} was known to be synced", self.synced);
+        let last = is.last().map(|e| e.end.segment);
         for frame in is.iter().flat_map(|e| &e.frames) {
-            self.served(frame, report);
+            self.served(frame, last, report);
         }
         for (number, bytes) in self.image.range(self.shape.first_segment..) {
             let header = bytes.get(..SEGMENT_HEADER_BYTES).and_then(|head| SegmentHeader::decode(head).ok());
@@ -227,24 +224,21 @@ impl Case<'_> {
         }
     }
 
-    /// A payload is what was written, or it is refused when it is read and `check` knows it.
-    fn served(&self, frame: &Placed, report: &GroupReport) {
+    /// A payload is what was written, or it is refused when it is read and `check` knows it. In `last`, the last segment that is kept,
+    /// nothing bad is let through: the next start, which finds nothing after it, would take it for a torn commit.
+    fn served(&self, frame: &Placed, last: Option<u32>, report: &GroupReport) {
         let is = frame.payload(&self.image).expect("headers are whole, so is the file");
         if frame.is_whole(is) {
             assert_eq!(Some(is), frame.payload(&self.original.image));
         } else {
-            let last = self.image.last_key_value().map(|(number, _)| *number);
             assert!(Some(frame.segment) < last, "payloads of the last segment are looked at");
-            let named = |f: &check::Finding| f.offset == frame.offset && f.path.ends_with(format!("{:010}.seg", frame.segment));
-            assert!(report.findings.iter().any(named), "check does not name {}.seg:{}", frame.segment, frame.offset);
+            assert!(
+                is_named(report, (frame.segment, frame.offset)),
+                "check does not name {}.seg:{}",
+                frame.segment,
+                frame.offset
+            );
         }
-    }
-
-    /// Whether no payload is damaged. Otherwise the next start may refuse what this one, which looked at the payloads of the last
-    /// segment only, did not.
-    fn is_readable(&self, found: &Found) -> bool {
-        let frames = found.epochs.iter().flat_map(|e| &e.frames);
-        frames.into_iter().all(|frame| frame.payload(&self.image).is_some_and(|is| frame.is_whole(is)))
     }
 
     fn refused(&self, journal: &Path, error: &JournalError, report: &GroupReport) {
@@ -258,18 +252,18 @@ impl Case<'_> {
                 assert!(self.whole_seals().any(|n| is_it(&self.original.epochs[n])), "no seal of ours: {said}");
             }
             JournalError::DamagedSegment { .. } | JournalError::DamagedEpoch { .. } => {}
-            // `check` does not compare the journal's end with the superblock's `synced` yet.
-            JournalError::Lost { .. } => return,
+            // No place of its own: the journal is as good as a shorter one.
+            JournalError::Lost { .. } => {
+                assert!(!report.findings.is_empty(), "check finds nothing: {said}");
+                return;
+            }
             JournalError::Io { .. }
             | JournalError::Unreadable { .. }
             | JournalError::Poisoned { .. }
             | JournalError::Full { .. } => panic!("{said}"),
         }
         let named = named_place(&said).unwrap_or_else(|| panic!("no file and offset: {said}"));
-        // `check` takes a segment that does not belong here for an unsealed end yet, if no seal follows.
-        let sealed_after = self.whole_seals().any(|n| self.original.epochs[n].seal_at() > named);
-        let known_gap = matches!(error, JournalError::DamagedSegment { .. }) && !sealed_after;
-        assert!(known_gap || !report.findings.is_empty(), "check finds nothing: {said}");
+        assert!(is_named(report, named), "check does not name it: {said}");
         let record = self.original.records.iter().rev().find(|r| (r.segment, r.bytes) <= (damage.segment, damage.bytes));
         let record = record.map_or((self.shape.first_segment, 0), |r| (r.segment, r.bytes));
         assert!(named >= record, "{said}: blamed before the damage at {damage:?}");
@@ -300,6 +294,11 @@ fn common_prefix(a: &[u8], b: &[u8]) -> usize {
         if a[same..middle] == b[same..middle] { same = middle } else { differs = middle }
     }
     same
+}
+
+/// Whether a finding is at this segment and offset.
+fn is_named(report: &GroupReport, (segment, offset): (u32, u64)) -> bool {
+    report.findings.iter().any(|f| f.offset == offset && f.path.ends_with(format!("{segment:010}.seg")))
 }
 
 /// Segment and offset that a message begins with.

@@ -19,7 +19,7 @@ use proto::{EpochId, Point, Seal};
 use crate::disk::{Disk, DiskFile};
 
 pub(crate) use record::Payloads;
-pub(crate) use recover::{Sink, open};
+pub(crate) use recover::{Sink, open, refusal};
 pub use segment::{
     FIRST_SEGMENT, GroupId, PLACED_SEAL_BYTES, SEGMENT_HEADER_BYTES, SEGMENT_MAGIC, SegmentHeader, layout, segment_path,
 };
@@ -68,7 +68,7 @@ pub enum JournalError {
         /// Offset of the seal.
         offset: u64,
     },
-    /// A bad record in a segment that was synced, or a segment that does not belong here.
+    /// A bad record in what was synced, or a segment that does not belong here.
     #[error("{bad}; the journal is damaged: run `twinsite check`")]
     DamagedSegment {
         /// The record.
@@ -106,6 +106,19 @@ pub enum JournalError {
         /// The journal's folder.
         path: PathBuf,
     },
+}
+
+impl JournalError {
+    /// The record that it is about, if it is about one.
+    pub(crate) fn bad(&self) -> Option<&Bad> {
+        match self {
+            Self::Damaged { bad, .. }
+            | Self::DamagedSegment { bad }
+            | Self::DamagedEpoch { bad, .. }
+            | Self::Unreadable { bad } => Some(&bad.0),
+            Self::Io { .. } | Self::Poisoned { .. } | Self::Lost { .. } | Self::Full { .. } => None,
+        }
+    }
 }
 
 /// What to do about a failed operation, where that is known.

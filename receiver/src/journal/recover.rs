@@ -11,14 +11,19 @@
 //! | a segment that is missing, or whose header is whole and does not fit | damage | refused |
 //! | the last seal, more after it, a payload of its epoch bad | damage | refused; in earlier segments when it is read |
 //!
-//! Frames of the last epoch in earlier segments were synced before its seal was written, so they are never torn.
+//! Frames of the last epoch in earlier segments were synced before its seal was written, so they are never torn. That holds for
+//! the segment that is the last one when those after it are removed, too: its payloads are looked at before they are.
+//!
+//! What is found is decided by [`examine`], which changes nothing: `check` asks it too, so that it finds what a start refuses.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use proto::{BlockExtent, FrameHeader, Point, Seal};
 
-use super::record::Payloads;
+use super::record::{Payloads, Record, SegmentReader};
 use super::segment::{PLACED_SEAL_BYTES, decode_placed_seal, list_segments, segment_path};
 use super::walk::{Bad, Expected, Item, Mark, Walker};
 use super::{Journal, JournalError, JournalOptions};
@@ -42,6 +47,35 @@ struct Held {
     torn: Option<Bad>,
 }
 
+/// What is not sealed, and is cut off.
+#[derive(Debug)]
+enum Cut {
+    /// A commit during whose sync power was lost.
+    Torn(Bad),
+    /// The end of an epoch that was arriving.
+    Unfinished(Bad),
+}
+
+impl Cut {
+    fn log(&self) {
+        match self {
+            Self::Torn(bad) => {
+                tracing::warn!("{bad}: the last commit was cut short by a crash and never acknowledged; dropped");
+            }
+            Self::Unfinished(bad) => tracing::info!("{bad}: the unfinished end of the journal; dropped"),
+        }
+    }
+}
+
+/// What a journal holds that is not refused.
+#[derive(Debug)]
+struct Examined {
+    /// The end of the last seal.
+    sealed: Option<Mark>,
+    /// Why what is after it is cut off, if it is more than whole frames.
+    cut: Option<Cut>,
+}
+
 struct Recovery<'a> {
     sink: &'a mut dyn Sink,
     sealed: Option<Mark>,
@@ -50,6 +84,7 @@ struct Recovery<'a> {
     /// Whether there are frames after the newest seal.
     open: bool,
     bad_payload: Option<Bad>,
+    cut: Option<Cut>,
 }
 
 impl Recovery<'_> {
@@ -69,7 +104,7 @@ impl Recovery<'_> {
     fn settle_at_end(&mut self, synced: Option<Point>) -> Result<(), JournalError> {
         let torn = |h: &mut Held| synced.is_none_or(|s| s < h.seal.point()).then(|| h.torn.take())?;
         let Some(bad) = self.held.as_mut().and_then(torn) else { return self.settle() };
-        tracing::warn!("{bad}: the last commit was cut short by a crash and never acknowledged; dropped");
+        self.cut = Some(Cut::Torn(bad));
         self.held = None;
         self.open = true;
         Ok(())
@@ -77,14 +112,10 @@ impl Recovery<'_> {
 
     /// The walk stopped at `bad`, and no seal is after it.
     fn end_at(&mut self, bad: Bad) -> Result<(), JournalError> {
-        // What cannot be read is not what cannot be true: an I/O error drops nothing.
-        if bad.is_io() {
-            return Err(JournalError::Unreadable { bad: bad.into() });
-        }
         // A seal that is whole in its place but does not fit its frames is a commit torn before its end; whatever
         // else follows the held seal was begun after that seal's sync.
         self.settle()?;
-        tracing::info!("{bad}: the unfinished end of the journal; dropped");
+        self.cut = Some(Cut::Unfinished(bad));
         self.open = true;
         Ok(())
     }
@@ -124,19 +155,43 @@ pub(crate) fn open(
     let io = |what| move |source| JournalError::Io { path: folder.to_owned(), what, source };
     // Removals that a killed process did not live to sync, before any other is made: see `truncate_to`.
     options.disk.sync_folder(folder).map_err(io("sync"))?;
+    // What is found is answered with, so it must be on the disk; earlier segments were synced before this one was begun.
+    if let Some(last) = list_segments(folder).map_err(io("list"))?.last() {
+        options.disk.open_settled(&segment_path(folder, *last)).map_err(io("sync"))?;
+    }
+    let Examined { sealed, cut } = examine(folder, expected, synced, sink)?;
+    if let Some(cut) = cut {
+        cut.log();
+    }
+    Journal::resume(folder, expected, sealed, options)
+}
+
+/// Why a start would refuse the journal in `folder`, if it would. Changes nothing.
+pub(crate) fn refusal(folder: &Path, expected: &Expected, synced: Option<Point>) -> Option<JournalError> {
+    struct Unused;
+    impl Sink for Unused {
+        fn frame(&mut self, _: u32, _: u64, _: &FrameHeader, _: &[BlockExtent]) {}
+        fn sealed(&mut self, _: &Seal, _: Mark) {}
+        fn dropped(&mut self) {}
+    }
+    examine(folder, expected, synced, &mut Unused).err()
+}
+
+/// Finds what is sealed in the journal in `folder`, or why it is refused, and changes nothing.
+fn examine(folder: &Path, expected: &Expected, synced: Option<Point>, sink: &mut dyn Sink) -> Result<Examined, JournalError> {
+    let io = |what| move |source| JournalError::Io { path: folder.to_owned(), what, source };
     // Payloads are looked at in the last segment only, where a torn commit can be.
     let last = list_segments(folder).map_err(io("list"))?.last().copied().unwrap_or(0);
-    // What is found is answered with, so it must be on the disk; earlier segments were synced before this one was begun.
-    if last > 0 {
-        options.disk.open_settled(&segment_path(folder, last)).map_err(io("sync"))?;
-    }
     let mut walker = Walker::new(folder, expected.clone(), None, (Payloads::Checksum, last)).map_err(io("list"))?;
-    let mut recovery = Recovery { sink, sealed: None, newest: expected.base, held: None, open: false, bad_payload: None };
+    let mut recovery =
+        Recovery { sink, sealed: None, newest: expected.base, held: None, open: false, bad_payload: None, cut: None };
     match recovery.walk(&mut walker, folder)? {
         None if recovery.open => recovery.settle()?,
         None => recovery.settle_at_end(synced)?,
+        // What cannot be read is not what cannot be true: an I/O error drops nothing, whatever is after it.
+        Some(bad) if bad.is_io() => return Err(JournalError::Unreadable { bad: bad.into() }),
         // Nothing is dropped in a segment that was synced when the next one was begun, nor in one that is not ours.
-        Some(bad) if !bad.is_io() && (bad.foreign || bad.segment < last) => {
+        Some(bad) if bad.foreign || bad.segment < last => {
             return Err(JournalError::DamagedSegment { bad: bad.into() });
         }
         Some(bad) if is_seal_with_more(&bad, expected).map_err(io("read"))? => {
@@ -163,17 +218,48 @@ pub(crate) fn open(
     {
         return Err(JournalError::Lost { path: folder.to_owned(), end: recovery.newest, synced });
     }
+    if let Some(sealed) = recovery.sealed.filter(|sealed| sealed.segment < last) {
+        look_at_new_end(folder, expected, sealed)?;
+    }
     if recovery.open {
         recovery.sink.dropped();
     }
-    let sealed = recovery.sealed;
-    Journal::resume(folder, expected, sealed, options)
+    Ok(Examined { sealed: recovery.sealed, cut: recovery.cut })
+}
+
+/// Looks at the payloads of the segment that is the last one when those after it are removed. It was synced before the next one was
+/// begun, so a bad one is damage; once nothing is after it, the next start would take it for a torn commit and drop it.
+fn look_at_new_end(folder: &Path, expected: &Expected, sealed: Mark) -> Result<(), JournalError> {
+    let path = segment_path(folder, sealed.segment);
+    let bad = |offset, error| Bad { path: path.clone(), segment: sealed.segment, offset, foreign: false, error };
+    let file = File::open(&path).map_err(|error| JournalError::Unreadable { bad: bad(0, error.into()).into() })?;
+    let blocks = Arc::clone(&expected.volume_blocks);
+    let mut reader = SegmentReader::new(file, sealed.bytes, sealed.segment, expected.group_id, blocks);
+    let mut first_bad = None;
+    loop {
+        let offset = reader.offset();
+        match reader.next(Payloads::Checksum) {
+            Ok(Some(Record::Frame { payload, .. })) => {
+                if let Err(error) = payload {
+                    first_bad.get_or_insert_with(|| bad(offset, error.into()));
+                }
+            }
+            Ok(Some(Record::Seal(seal))) => {
+                if let Some(bad) = first_bad.take() {
+                    return Err(JournalError::DamagedEpoch { bad: bad.into(), point: seal.point() });
+                }
+            }
+            Ok(None) => return Ok(()),
+            // The walk read it a moment ago.
+            Err(error) => return Err(JournalError::Unreadable { bad: bad(offset, error).into() }),
+        }
+    }
 }
 
 /// Whether the bad record is a seal that is whole, in its place, and followed by something. Nothing is written after a seal before its
 /// sync, so this is no torn commit: it was acknowledged, and its frames are damaged.
 fn is_seal_with_more(bad: &Bad, expected: &Expected) -> io::Result<bool> {
-    let file = std::fs::File::open(&bad.path)?;
+    let file = File::open(&bad.path)?;
     let mut record = [0; PLACED_SEAL_BYTES];
     let n = crate::disk::read_up_to(&file, &mut record, bad.offset)?;
     let whole = n == record.len() && decode_placed_seal(&expected.group_id, bad.segment, bad.offset, &record).is_ok();

@@ -1,6 +1,8 @@
 //! Crash points and damage, swept: a small journal is cut and flipped at every byte, and a simulated disk loses any subset of
 //! what was not synced. What must hold: every acknowledged epoch is there, nothing else is, or the journal is refused.
 
+mod check;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 

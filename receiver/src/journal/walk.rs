@@ -65,6 +65,12 @@ pub(crate) struct LaterSeal {
     pub(crate) is_end: bool,
 }
 
+impl LaterSeal {
+    pub(crate) fn end(&self) -> Mark {
+        Mark { segment: self.segment, bytes: self.offset + super::segment::PLACED_SEAL_BYTES as u64 }
+    }
+}
+
 /// What holds within the epoch being read.
 #[derive(Debug)]
 struct EpochState {
@@ -244,15 +250,15 @@ impl Walker {
     /// Goes on after the seal that [`find_later_seal`](Self::find_later_seal) found. Only `check` does so, to name more
     /// than the first damage.
     pub(crate) fn resume_after(&mut self, later: &LaterSeal) -> std::io::Result<()> {
-        let LaterSeal { segment: number, offset, seal, .. } = *later;
+        let Mark { segment: number, bytes: end } = later.end();
         let file = File::open(segment_path(&self.folder, number))?;
         let bytes = file.metadata()?.len();
         let blocks = Arc::clone(&self.expected.volume_blocks);
         let mut reader = SegmentReader::new(file, bytes, number, self.expected.group_id, blocks);
-        reader.seek(offset + super::segment::PLACED_SEAL_BYTES as u64);
+        reader.seek(end);
         self.reader = Some(reader);
         self.segments = list_segments(&self.folder)?.into_iter().filter(|n| *n > number).collect();
-        self.state = EpochState::after(seal.point());
+        self.state = EpochState::after(later.seal.point());
         Ok(())
     }
 }

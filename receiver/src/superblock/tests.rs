@@ -43,9 +43,10 @@ fn recovery_is_decided_for_every_combination() {
                 (None, None) => Choice::BothBad,
                 (Some(_), None) => Choice::First,
                 (None, Some(_)) => Choice::Second,
-                (Some(a), Some(b)) => match i128::from(a) - i128::from(b) {
+                // Zero follows the highest number.
+                (Some(a), Some(b)) => match (i128::from(a) - i128::from(b)).rem_euclid(1 << 64) {
                     1 => Choice::First,
-                    -1 => Choice::Second,
+                    n if n == (1 << 64) - 1 => Choice::Second,
                     _ => Choice::Unrelated,
                 },
             };
@@ -79,6 +80,39 @@ fn a_change_torn_anywhere_leaves_the_old_or_the_new() {
         }
     }
     assert!(seen_new);
+}
+
+/// Slots whose numbers are at their end, alone or both: a change is possible, durable and survives being torn.
+#[test]
+fn a_change_at_the_highest_sequence_number_is_a_change_like_any_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(FILE_NAME);
+    let old = Superblock { generation: Generation(1), fork: None, role: GroupRole::Replica, ..block() };
+    let at = |sequence: u64| if sequence.is_multiple_of(2) { SLOT_BYTES } else { 0 };
+    for newest in [u64::MAX - 2, u64::MAX - 1, u64::MAX, 0] {
+        for other in [Some(newest.wrapping_sub(1)), None] {
+            let mut before = vec![0; FILE_BYTES];
+            for sequence in [Some(newest), other].into_iter().flatten() {
+                before[at(sequence)..][..SLOT_BYTES].copy_from_slice(&old.encode(sequence));
+            }
+            std::fs::write(&path, &before).unwrap();
+            let mut file = SuperblockFile::open(&Disk::default(), dir.path()).unwrap();
+            assert_eq!(*file.get(), old);
+            file.write(block()).unwrap();
+            assert_eq!(*SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get(), block());
+            // Torn in the middle of its first write: the old state, never a mixture.
+            let after = std::fs::read(&path).unwrap();
+            let first = at(newest.wrapping_add(1));
+            let mut torn = before.clone();
+            torn[first..][..SLOT_BYTES / 2].copy_from_slice(&after[first..][..SLOT_BYTES / 2]);
+            std::fs::write(&path, &torn).unwrap();
+            assert_eq!(*SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get(), old, "{newest} {other:?}");
+            // Torn between its two writes: the new state.
+            before[first..][..SLOT_BYTES].copy_from_slice(&after[first..][..SLOT_BYTES]);
+            std::fs::write(&path, &before).unwrap();
+            assert_eq!(*SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get(), block(), "{newest} {other:?}");
+        }
+    }
 }
 
 /// A slot that rots after a promotion does not bring the former generation back.
