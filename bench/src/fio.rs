@@ -1,14 +1,16 @@
 //! fio as an NBD client, and its JSON.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use crate::child;
+use crate::child::{self, Daemon};
 use crate::context::Bench;
+use crate::tools::FIO;
 
 /// Time beyond the run time that fio may take to start and to drain.
 const GRACE: Duration = Duration::from_secs(60);
@@ -126,8 +128,60 @@ pub(crate) fn run_watched(
     span: Span,
     watch: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Outcome> {
+    finish(bench, load, span, command(socket, load, span), watch)
+}
+
+/// Starts `load` and leaves it running: for a server that ends before its client.
+pub(crate) fn start(bench: &Bench, socket: &Path, load: &Load, span: Span) -> Result<Daemon> {
+    Daemon::spawn(bench, "fio", command(socket, load, span))
+}
+
+/// A request that was answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Request {
+    /// When, in ms since 1970.
+    pub(crate) at_ms: u64,
+    pub(crate) latency_ns: u64,
+}
+
+/// As [`run_watched`], with every request, in the order of the answers.
+pub(crate) fn run_logged(
+    bench: &Bench,
+    socket: &Path,
+    load: &Load,
+    span: Span,
+    watch: &mut dyn FnMut() -> Result<()>,
+) -> Result<(Outcome, Vec<Request>)> {
+    let prefix = bench.log_path("requests").with_extension("");
+    let mut command = command(socket, load, span);
+    command.arg(format!("--write_lat_log={}", prefix.display()));
+    command.args(["--log_unix_epoch=1", "--disable_slat=1", "--disable_lat=1"]);
+    let outcome = finish(bench, load, span, command, watch)?;
+    let log = PathBuf::from(format!("{}_clat.1.log", prefix.display()));
+    let text = fs::read_to_string(&log).with_context(|| format!("{}: fio wrote no log of its requests", log.display()))?;
+    let requests = parse_log(&text).with_context(|| format!("{}: cannot be used", log.display()))?;
+    // As large as the requests are many.
+    fs::remove_file(&log).with_context(|| format!("{}: cannot be removed", log.display()))?;
+    Ok((outcome, requests))
+}
+
+/// Lines of `time, latency, direction, bytes, …`.
+fn parse_log(text: &str) -> Result<Vec<Request>> {
+    text.lines()
+        .map(|line| {
+            let mut fields = line.split(',').map(|f| f.trim().parse::<u64>().ok());
+            let (at_ms, latency_ns) = (fields.next().flatten(), fields.next().flatten());
+            at_ms
+                .zip(latency_ns)
+                .map(|(at_ms, latency_ns)| Request { at_ms, latency_ns })
+                .with_context(|| format!("'{line}' is no request"))
+        })
+        .collect()
+}
+
+fn command(socket: &Path, load: &Load, span: Span) -> Command {
     let Span { seconds, seed } = span;
-    let mut command = Command::new("fio");
+    let mut command = Command::new(FIO.program);
     command
         .args(["--name=load", "--ioengine=nbd", "--output-format=json", "--time_based"])
         .arg(format!("--uri=nbd+unix:///disk?socket={}", socket.display()))
@@ -137,7 +191,11 @@ pub(crate) fn run_watched(
         .arg(format!("--runtime={seconds}"))
         .arg(format!("--randseed={seed}"))
         .args(load.more);
-    let text = child::run_watched(bench, "fio", command, Duration::from_secs(seconds.into()) + GRACE, watch)?;
+    command
+}
+
+fn finish(bench: &Bench, load: &Load, span: Span, command: Command, watch: &mut dyn FnMut() -> Result<()>) -> Result<Outcome> {
+    let text = child::run_watched(bench, "fio", command, Duration::from_secs(span.seconds.into()) + GRACE, watch)?;
     parse(&text).with_context(|| format!("fio, {}: cannot use its output", load.title))
 }
 
@@ -162,6 +220,15 @@ mod tests {
         assert_eq!(outcome.iops, 58623.3);
         assert_eq!(outcome.bytes, 240361472.0);
         assert_eq!(outcome.p99_us, 1679.36);
+    }
+
+    #[test]
+    fn a_log_of_requests_is_read_or_refused() {
+        let log = "1790000000001, 52000, 1, 4096, 0, 0\n1790000000003, 1700, 1, 4096, 0, 0\n";
+        let requests = parse_log(log).unwrap();
+        assert_eq!(requests[1], Request { at_ms: 1_790_000_000_003, latency_ns: 1700 });
+        assert_eq!(requests.len(), 2);
+        assert!(parse_log("1790000000001, -, 1\n").is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! the bounds of the project. One experiment a file in `experiment/`; `docs/bench.md` explains each.
 //!
 //! Must hold: every process, mount and loop device that is started here is ended here, also after an error or ctrl-c.
-//! Must not know: anything of the product but its binary, its configuration file and its control socket.
+//! Must not know: anything of the product but its binary, its configuration file, its control socket, and of its files what `docs/` says.
 
 #![deny(unsafe_code)]
 
@@ -10,6 +10,7 @@ mod block;
 mod chart;
 mod child;
 mod context;
+mod dirty_log;
 mod disk;
 mod experiment;
 mod fio;
@@ -17,6 +18,7 @@ mod http;
 mod nbd_client;
 mod node;
 mod os;
+mod page_cache;
 mod peers;
 mod postgres;
 mod procfs;
@@ -85,6 +87,14 @@ enum Experiment {
     Failover,
     /// Peak resident memory while a 1 TiB disk is written at random.
     Memory,
+    /// First writes to the regions of a disk whose dirty log is clean, against the export without a tap.
+    DirtyLog,
+    /// What is sent again after a kill, against what really differed.
+    Restart,
+    /// Comparing a disk by hash after a kill, against one sequential reader.
+    Compare,
+    /// The guest's writes while the link is cut, restored and throttled.
+    Link,
     /// All of them.
     All,
 }
@@ -100,10 +110,25 @@ impl Experiment {
             Self::Wire => vec![experiment::wire::run],
             Self::Failover => vec![experiment::failover::run],
             Self::Memory => vec![experiment::memory::run],
-            Self::All => [Self::Nbd, Self::Mirror, Self::FirstSync, Self::Wire, Self::Failover, Self::Memory]
-                .into_iter()
-                .flat_map(Self::list)
-                .collect(),
+            Self::DirtyLog => vec![experiment::dirty_log::run],
+            Self::Restart => vec![experiment::restart::run],
+            Self::Compare => vec![experiment::compare::run],
+            Self::Link => vec![experiment::link::run],
+            Self::All => [
+                Self::Nbd,
+                Self::Mirror,
+                Self::FirstSync,
+                Self::Wire,
+                Self::Failover,
+                Self::Memory,
+                Self::DirtyLog,
+                Self::Restart,
+                Self::Compare,
+                Self::Link,
+            ]
+            .into_iter()
+            .flat_map(Self::list)
+            .collect(),
         }
     }
 }

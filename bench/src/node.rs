@@ -12,9 +12,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::child::{self, Daemon};
 use crate::context::{Bench, TWINSITE};
-use crate::{http, os};
+use crate::{http, os, tools};
 
 const START_MAX: Duration = Duration::from_secs(30);
+const COPY_MAX: Duration = Duration::from_secs(600);
+/// How often a wait asks.
+const PACE: Duration = Duration::from_millis(2);
 /// A queue that `status` shows in bytes and that is a file: no memory, so it does not raise the bound.
 const ON_DISK: &str = "spilled-before-write";
 /// Name of every disk, which is also its export's.
@@ -98,6 +101,9 @@ pub(crate) struct GroupStatus {
     pub(crate) committed: Option<serde_json::Value>,
     pub(crate) lag_ms: u64,
     pub(crate) dirty_bytes: u64,
+    pub(crate) suspect_bytes: u64,
+    pub(crate) compared_bytes: u64,
+    pub(crate) differing_bytes: u64,
     pub(crate) captured_bytes: u64,
     pub(crate) zero_bytes: u64,
     pub(crate) sent_bytes: u64,
@@ -164,6 +170,9 @@ pub(crate) struct Primary {
 #[derive(Debug)]
 pub(crate) struct Receiver {
     site: Site,
+    listen: String,
+    /// Whom it knows, as its configuration says it.
+    clients: String,
 }
 
 /// Makes a receiver and primaries that know each other's keys; starts none.
@@ -171,25 +180,24 @@ pub(crate) fn pair(bench: &Bench, receiver: &str, specs: &[PrimarySpec<'_>]) -> 
     let binary = bench.binary(&TWINSITE)?;
     let site = Site::new(bench, &binary, receiver)?;
     let listen = free_udp_address()?;
-    let role = format!("[receiver]\nlisten = \"{listen}\"\nstore = \"store\"\n");
-    site.write(&role)?;
-    let peer_key = site.key(bench)?;
-    let mut clients = String::new();
+    let mut receiver = Receiver { site, listen, clients: String::new() };
+    receiver.configure()?;
+    let peer_key = receiver.site.key(bench)?;
     let mut primaries = Vec::new();
     for spec in specs {
         let primary = Primary {
             site: Site::new(bench, &binary, spec.name)?,
             disk: spec.disk.to_path_buf(),
-            peer: listen.clone(),
+            peer: receiver.listen.clone(),
             peer_key: peer_key.clone(),
         };
         primary.configure(spec.interval)?;
         let key = primary.site.key(bench)?;
-        clients.push_str(&format!("\n[[receiver.client]]\nname = \"{}\"\nkey = \"{key}\"\n", spec.name));
+        receiver.clients.push_str(&format!("\n[[receiver.client]]\nname = \"{}\"\nkey = \"{key}\"\n", spec.name));
         primaries.push(primary);
     }
-    site.write(&format!("{role}{clients}"))?;
-    Ok((Receiver { site }, primaries))
+    receiver.configure()?;
+    Ok((receiver, primaries))
 }
 
 /// One primary and its receiver.
@@ -212,8 +220,24 @@ impl Primary {
         ))
     }
 
+    /// Where it sends to.
+    pub(crate) fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Has it send to another address, behind which the same receiver must be, from its next start on.
+    pub(crate) fn reach(&mut self, peer: String, interval: &str) -> Result<()> {
+        self.peer = peer;
+        self.configure(interval)
+    }
+
     pub(crate) fn start(&self, bench: &Bench) -> Result<Daemon> {
         self.site.start(bench)
+    }
+
+    /// Its dirty log, see `docs/dirtylog.md`.
+    pub(crate) fn dirty_log(&self) -> PathBuf {
+        self.site.folder.join("state/groups").join(GROUP).join(format!("{DISK}.dirtylog"))
     }
 
     /// Where the disk is exported.
@@ -229,14 +253,23 @@ impl Primary {
         }
     }
 
-    /// Waits until the copy is complete and nothing is left to send; `settled` says whether to wait for the latter.
-    fn wait(&self, daemon: &mut Daemon, limit: Duration, settled: bool) -> Result<()> {
+    /// Waits until the copy is complete and nothing is left to send; `settled` says whether to wait for the latter. Shows `watch` what
+    /// it sees, every `pace`.
+    fn wait(
+        &self,
+        daemon: &mut Daemon,
+        limit: Duration,
+        settled: bool,
+        pace: Duration,
+        watch: &mut dyn FnMut(&GroupStatus),
+    ) -> Result<()> {
         let mut last = String::new();
         let end = Instant::now() + limit;
         loop {
             os::check_stop()?;
             daemon.check_alive()?;
             let now = self.status()?;
+            watch(&now);
             if now.state == "streaming" && now.committed.is_some() && (!settled || now.dirty_bytes == 0) {
                 return Ok(());
             }
@@ -244,18 +277,30 @@ impl Primary {
                 bail!("{}: not in sync after {} s: {last}", self.site.name, limit.as_secs());
             }
             last = format!("{}, {} bytes dirty, {}", now.state, now.dirty_bytes, now.error.as_deref().unwrap_or("no error"));
-            thread::sleep(Duration::from_millis(2));
+            thread::sleep(pace);
         }
     }
 
     /// Waits for the first complete copy.
     pub(crate) fn wait_first_copy(&self, daemon: &mut Daemon, limit: Duration) -> Result<()> {
-        self.wait(daemon, limit, false)
+        self.wait(daemon, limit, false, PACE, &mut |_| {})
     }
 
     /// Waits until nothing is left to send.
     pub(crate) fn settle(&self, daemon: &mut Daemon, limit: Duration) -> Result<()> {
-        self.wait(daemon, limit, true)
+        self.wait(daemon, limit, true, PACE, &mut |_| {})
+    }
+
+    /// As [`settle`](Self::settle), showing `watch` the status every `pace`: what is waited for is measured, so it should not be
+    /// asked more often than needed.
+    pub(crate) fn settle_watched(
+        &self,
+        daemon: &mut Daemon,
+        limit: Duration,
+        pace: Duration,
+        watch: &mut dyn FnMut(&GroupStatus),
+    ) -> Result<()> {
+        self.wait(daemon, limit, true, pace, watch)
     }
 
     /// Queues in memory: the group's and those of its NBD connections.
@@ -265,6 +310,21 @@ impl Primary {
 }
 
 impl Receiver {
+    fn configure(&self) -> Result<()> {
+        self.site.write(&format!("[receiver]\nlisten = \"{}\"\nstore = \"store\"\n{}", self.listen, self.clients))
+    }
+
+    /// Another receiver, `name`, with a copy of this one's store. This one must not run.
+    pub(crate) fn twin(&self, bench: &Bench, name: &str) -> Result<Self> {
+        let site = Site::new(bench, &self.site.binary, name)?;
+        let twin = Self { site, listen: free_udp_address()?, clients: self.clients.clone() };
+        twin.configure()?;
+        let mut command = Command::new(tools::CP.program);
+        command.args(["--archive", "--sparse=always", "--reflink=auto"]).arg(self.store()).arg(twin.store());
+        child::run(bench, "cp", command, COPY_MAX)?;
+        Ok(twin)
+    }
+
     pub(crate) fn start(&self, bench: &Bench) -> Result<Daemon> {
         let daemon = self.site.start(bench)?;
         if let Some(error) = self.site.status()?.receiver.and_then(|r| r.error) {

@@ -1,11 +1,15 @@
-//! The two things the standard library has no safe words for: a flag set by a signal, and children that do not outlive us.
+//! The three things the standard library has no safe words for: a flag set by a signal, children that do not outlive us, and which
+//! pages of a file are in memory.
 //! The only file of this crate with `unsafe`.
 
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
@@ -47,4 +51,28 @@ pub(crate) fn bind_to_us(command: &mut Command) {
             _ => Err(io::Error::last_os_error()),
         });
     }
+}
+
+/// Pages of the first `bytes` of `file` that are in the page cache, and pages in all. `bytes` is not 0. The kernel tells only who may
+/// write the file or owns it.
+pub(crate) fn resident_pages(file: &File, bytes: u64) -> io::Result<(u64, u64)> {
+    let length = usize::try_from(bytes).map_err(io::Error::other)?;
+    let mut pages = vec![0_u8; length.div_ceil(rustix::param::page_size())];
+    // SAFETY: a new mapping at an address of the kernel's choice; nothing reads through it, so a file that shrinks does no harm.
+    let at = unsafe { libc::mmap(ptr::null_mut(), length, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    if at == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the range is the mapping just made, and `pages` has a byte for each of its pages.
+    let told = match unsafe { libc::mincore(at, length, pages.as_mut_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: the mapping made above; nobody else knows it.
+    if unsafe { libc::munmap(at, length) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    told?;
+    let resident = pages.iter().filter(|page| **page & 1 != 0).count();
+    Ok((resident as u64, pages.len() as u64))
 }

@@ -22,6 +22,7 @@ pub(crate) const QEMU_STORAGE_DAEMON: Tool = Tool { program: "qemu-storage-daemo
 pub(crate) const NBDKIT: Tool = Tool { program: "nbdkit", package: "nbdkit" };
 
 pub(crate) const NBDFUSE: Tool = Tool { program: "nbdfuse", package: "libnbd-bin" };
+pub(crate) const CP: Tool = Tool { program: "cp", package: "coreutils" };
 pub(crate) const LOSETUP: Tool = Tool { program: "losetup", package: "mount" };
 pub(crate) const MKFS_EXT4: Tool = Tool { program: "mkfs.ext4", package: "e2fsprogs" };
 pub(crate) const POSTGRES: Tool = Tool { program: "postgres", package: "postgresql-15" };

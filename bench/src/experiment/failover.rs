@@ -1,10 +1,9 @@
 //! From `twinsite failover` to the first block read from the copy of a 1 TiB disk.
 
-use std::fs::File;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde::Serialize;
 use serde_json::json;
 
@@ -16,7 +15,7 @@ use crate::nbd_client::NbdClient;
 use crate::node::{self, DISK};
 use crate::report::{Check, Report, Table, whole};
 use crate::stats::{median, range};
-use crate::{os, tools};
+use crate::{disk, os, tools};
 
 pub(crate) const DISK_BYTES: u64 = 1 << 40;
 /// 4 KiB writes anywhere on the disk. Without a map of the blocks done: fio would need a bit for each of 2^28 blocks.
@@ -62,10 +61,9 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
 
 fn once(bench: &Bench, restarted: bool, seconds: u32) -> Result<Sample> {
     let name = bench.fresh("f");
-    let disk = bench.path(&format!("{name}.raw"));
-    let made = File::create(&disk).and_then(|f| f.set_len(DISK_BYTES));
-    made.with_context(|| format!("{}: cannot be made: does the file system hold files of 1 TiB?", disk.display()))?;
-    let (receiver, primary) = node::pair_of_one(bench, &name, &disk, "1s")?;
+    let file = bench.path(&format!("{name}.raw"));
+    disk::sparse(&file, DISK_BYTES)?;
+    let (receiver, primary) = node::pair_of_one(bench, &name, &file, "1s")?;
     let mut receiving = receiver.start(bench)?;
     let mut daemon = primary.start(bench)?;
     primary.settle(&mut daemon, SETTLE_MAX)?;
@@ -106,7 +104,7 @@ fn once(bench: &Bench, restarted: bool, seconds: u32) -> Result<Sample> {
     let command_ms = ms(start);
     receiving.stop()?;
     // Scattered blocks take space.
-    let _ = std::fs::remove_file(&disk);
+    let _ = std::fs::remove_file(&file);
     let _ = std::fs::remove_dir_all(receiver.store());
     Ok(Sample { restarted, first_read_ms, command_ms, receiver_start_ms })
 }

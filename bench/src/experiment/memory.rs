@@ -1,9 +1,8 @@
 //! Peak resident memory of both roles while a 1 TiB disk is written at random.
 
-use std::fs::File;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
 
 use super::failover::{DISK_BYTES, SCATTERED};
@@ -11,7 +10,7 @@ use crate::chart::{Bar, Chart, Panel};
 use crate::context::Bench;
 use crate::node::{self, Queue};
 use crate::report::{Check, Report, Table, whole};
-use crate::{fio, procfs, tools};
+use crate::{disk, fio, procfs, tools};
 
 const SETTLE_MAX: Duration = Duration::from_secs(600);
 /// The bound without the buffers, in MiB.
@@ -21,10 +20,9 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let needed = vec![tools::FIO];
     tools::require(&needed)?;
     let seconds = bench.seconds(10, 60);
-    let disk = bench.path("disk.raw");
-    let made = File::create(&disk).and_then(|f| f.set_len(DISK_BYTES));
-    made.with_context(|| format!("{}: cannot be made: does the file system hold files of 1 TiB?", disk.display()))?;
-    let (receiver, primary) = node::pair_of_one(bench, "m", &disk, "1s")?;
+    let file = bench.path("disk.raw");
+    disk::sparse(&file, DISK_BYTES)?;
+    let (receiver, primary) = node::pair_of_one(bench, "m", &file, "1s")?;
     let receiving = receiver.start(bench)?;
     let mut sending = primary.start(bench)?;
     primary.settle(&mut sending, SETTLE_MAX)?;

@@ -1,8 +1,12 @@
 //! One experiment a file: each returns a [`Report`](crate::report::Report), prints nothing but progress, and leaves nothing behind.
 
+pub(crate) mod compare;
+pub(crate) mod dirty_log;
 pub(crate) mod failover;
 pub(crate) mod first_sync;
+pub(crate) mod link;
 pub(crate) mod memory;
 pub(crate) mod mirror;
 pub(crate) mod nbd;
+pub(crate) mod restart;
 pub(crate) mod wire;
