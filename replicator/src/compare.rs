@@ -29,6 +29,8 @@ use crate::tap::read_blocks;
 const CHUNK_BLOCKS: u32 = 16;
 /// Blocks of a first question: 16 MiB.
 const QUERY_BLOCKS: u64 = 4096;
+/// Blocks read and hashed at once: 1 MiB, whole granules of every question.
+const PIECE_BLOCKS: u32 = 256;
 
 /// How far the comparison is, for `status`.
 #[derive(Debug, Default)]
@@ -155,35 +157,41 @@ impl Compare<'_> {
     }
 }
 
-/// Hashes a range of the primary's disk as the receiver hashes its view.
+/// Hashes a range of the primary's disk as the receiver hashes its view, piece by piece: what was just read is still in the
+/// processor's cache when it is hashed, and holes are not read.
 async fn hash(device: &dyn BlockDevice, volume: usize, query: HashQuery) -> Result<(HashQuery, Vec<Hash>), CaptureError> {
-    let run = BlockExtent { start: query.start, blocks: query.blocks };
-    let content = match content(device, run).await {
-        Ok(content) => content,
-        Err(source) => {
-            let (offset, bytes) = (run.start.0 * BLOCK_BYTES, u64::from(run.blocks) * BLOCK_BYTES);
-            return Err(CaptureError::Read { volume, offset, bytes, source });
+    let mut hashes = Vec::with_capacity(query.count());
+    let mut zero = None;
+    let mut at = query.start.0;
+    while at < query.end() {
+        let piece = BlockExtent { start: BlockIndex(at), blocks: PIECE_BLOCKS.min((query.end() - at) as u32) };
+        at = piece.end();
+        let content = content(device, piece).await.map_err(|source| {
+            let (offset, bytes) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
+            CaptureError::Read { volume, offset, bytes, source }
+        })?;
+        match content {
+            Some(content) => hashes.extend(hash_chunks(&content, query.chunk_blocks)),
+            None => {
+                let zero = *zero.get_or_insert_with(|| {
+                    let zeroes = Buf::zeroed(query.chunk_blocks as usize * BLOCK_BYTES as usize);
+                    hash_chunks(&zeroes, query.chunk_blocks).next().unwrap_or_default()
+                });
+                hashes.extend(std::iter::repeat_n(zero, (piece.blocks / query.chunk_blocks) as usize));
+            }
         }
-    };
-    let hashes = match content {
-        Some(content) => hash_chunks(&content, query.chunk_blocks).collect(),
-        None => {
-            let zeroes = Buf::zeroed(run.blocks.min(query.chunk_blocks) as usize * BLOCK_BYTES as usize);
-            let zero = hash_chunks(&zeroes, query.chunk_blocks).next().unwrap_or_default();
-            vec![zero; query.count()]
-        }
-    };
+    }
     Ok((query, hashes))
 }
 
 /// `None` for a hole, if all its granules are whole.
-async fn content(device: &dyn BlockDevice, run: BlockExtent) -> io::Result<Option<Buf>> {
-    let (offset, bytes) = (run.start.0 * BLOCK_BYTES, u64::from(run.blocks) * BLOCK_BYTES);
-    if run.blocks.is_multiple_of(CHUNK_BLOCKS) && offset + bytes <= device.size() {
+async fn content(device: &dyn BlockDevice, piece: BlockExtent) -> io::Result<Option<Buf>> {
+    let (offset, bytes) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
+    if piece.blocks.is_multiple_of(CHUNK_BLOCKS) && offset + bytes <= device.size() {
         let extents = device.extents(offset, bytes, 1).await?;
         if extents.first().is_some_and(|e| e.kind != ExtentKind::Data && e.length >= bytes) {
             return Ok(None);
         }
     }
-    read_blocks(device, run).await.map(Some)
+    read_blocks(device, piece).await.map(Some)
 }
