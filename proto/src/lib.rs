@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod codec;
+pub mod congestion;
 pub mod control;
 pub mod dirty;
 pub mod fencing;

@@ -1,8 +1,11 @@
 //! QUIC transport settings that both sites share: windows, streams, timeouts.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use quinn_proto::{MtuDiscoveryConfig, TransportConfig, VarInt};
+
+use crate::congestion::TolerantConfig;
 
 /// A silent peer is given up after this long. Replication resumes on a new connection, so the price of giving up early is low.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -41,6 +44,7 @@ pub fn settings(accepts_streams: bool) -> TransportConfig {
         .keep_alive_interval(Some(KEEP_ALIVE))
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(Some(mtu))
+        .congestion_controller_factory(Arc::new(TolerantConfig::default()))
         .max_idle_timeout(Some(IDLE_TIMEOUT.try_into().expect("ten seconds fit")));
     config
 }
