@@ -1,7 +1,8 @@
 //! The primary's half of Twinsite: a tap on every guest disk, dirty maps, cuts, capture, and the sender.
 //!
-//! It knows nothing of the receiver's store; the two meet in `proto` only. A guest request never waits for the network: the
-//! tap waits for the local disk at most, and a full queue makes the current epoch grow.
+//! It knows nothing of the receiver's store; the two meet in `proto` only. A guest request never waits for the network, unless the
+//! user asked for that (`flush-sync`, `max_lag`): the tap waits for the local disk at most, and a full queue makes the current
+//! epoch grow.
 
 #![forbid(unsafe_code)]
 #![allow(missing_debug_implementations, reason = "devices and sockets have nothing to show")]
@@ -37,13 +38,13 @@ use tokio::task::JoinHandle;
 
 use crate::core::{Core, CoreConfig};
 use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
-use crate::ledger::{CopyLimits, Ledger};
+use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::link::Link;
 use crate::record::Record;
 pub use crate::record::RecordError;
 use crate::session::Driver;
 use crate::shared::{LAG_SAMPLE, Shared};
-pub use crate::spec::{GroupSpec, INTERVAL_MAX, INTERVAL_MIN, PeerSpec, Tuning, VolumeSpec};
+pub use crate::spec::{Durability, GroupSpec, INTERVAL_MAX, INTERVAL_MIN, PeerSpec, Tuning, VolumeSpec};
 pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
 use crate::tap::Tap;
 
@@ -218,7 +219,8 @@ impl Replicator {
             .into_iter()
             .enumerate()
             .map(|(index, v)| {
-                (v.name, Arc::new(Tap::new(v.device, ledger.clone(), log.clone(), spill.clone(), index)) as Arc<dyn BlockDevice>)
+                let tap = Tap::new(v.device, ledger.clone(), log.clone(), spill.clone(), index);
+                (v.name, Arc::new(tap.with_durability(tuning.durability)) as Arc<dyn BlockDevice>)
             })
             .collect();
         let config = CoreConfig {
@@ -256,6 +258,15 @@ impl Replicator {
         self.shared.status()
     }
 
+    /// The node is about to stop: flushes that still wait for the receiver fail after `within`, so that their guests hear of it.
+    pub fn end_flushes(&self, within: Duration) {
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(within).await;
+            shared.ledger.refuse_flushes(FlushRefused::Stopping);
+        });
+    }
+
     /// Stops. While connected, everything written so far is sent and committed first, for at most `within`. The exports must
     /// have stopped before. Returns whether everything is committed. The dirty log then says exactly what is not.
     pub async fn shutdown(mut self, within: Duration) -> bool {
@@ -271,5 +282,6 @@ impl Drop for Replicator {
     fn drop(&mut self) {
         self.driver.abort();
         self.sampler.abort();
+        self.shared.ledger.refuse_flushes(FlushRefused::Stopping);
     }
 }

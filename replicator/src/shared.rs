@@ -168,6 +168,7 @@ impl Shared {
 
     pub(crate) fn status(&self) -> GroupStatus {
         let summary = self.ledger.summary();
+        let flushes = self.ledger.flushes();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (data, sent) = (load(&self.counters.data_bytes), load(&self.counters.frame_bytes));
         let p = self.published.lock();
@@ -202,6 +203,10 @@ impl Shared {
             epochs_merged: load(&self.epochs_merged),
             epochs_in_flight: p.in_flight,
             interval_ms: millis(self.tuning.interval),
+            durability: self.tuning.durability,
+            flushes_waiting: flushes.waiting,
+            flush_wait_ms: flushes.oldest.map(|since| millis(since.elapsed())),
+            flushes_committed: flushes.answered,
             round_trip_ms: p.round_trip.map(|d| d.as_secs_f64() * 1000.0),
             pass: p.pass.map(|header| self.progress(header, p.pass_since.elapsed())),
             volumes: self

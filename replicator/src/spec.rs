@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use blockdev::BlockDevice;
 use proto::{Codec, Fingerprint, Name};
+use serde::{Deserialize, Serialize};
 
 /// Shortest epoch interval.
 pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
@@ -29,6 +30,18 @@ pub struct PeerSpec {
     pub key: Fingerprint,
 }
 
+/// When a guest's flush is answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Durability {
+    /// When the local disk has flushed.
+    #[default]
+    Async,
+    /// When, besides, the receiver has committed all that was acknowledged before the flush: what a database was told is durable
+    /// survives the site.
+    FlushSync,
+}
+
 /// What an administrator may tune. Every limit is shown in `status`.
 #[derive(Clone, Debug)]
 pub struct Tuning {
@@ -44,6 +57,8 @@ pub struct Tuning {
     pub epochs_in_flight: u16,
     /// How payloads are packed.
     pub codec: Codec,
+    /// When a guest's flush is answered.
+    pub durability: Durability,
 }
 
 impl Default for Tuning {
@@ -54,6 +69,7 @@ impl Default for Tuning {
             spill_limit_bytes: 4 << 30,
             epochs_in_flight: 8,
             codec: Codec::Lz4,
+            durability: Durability::Async,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The tap: the layer between an export and a disk that knows which blocks change.
 //!
-//! It never waits for the network. It waits for the local disk only: to copy a block that a capture still needs before the
-//! guest overwrites it.
+//! Reads and writes never wait for the network. They wait for the local disk only: to copy a block that a capture still needs before
+//! the guest overwrites it. A flush waits for the receiver's commit if the user asked for that (`flush-sync`).
 
 use std::io;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use proto::units::BLOCK_BYTES;
 
 use crate::dirtylog::DirtyLog;
 use crate::ledger::{CopiedRun, Copy, Ledger, Place, Range, Step, Ticket};
+use crate::spec::Durability;
 
 /// A disk whose changes are tracked.
 pub(crate) struct Tap {
@@ -22,6 +23,7 @@ pub(crate) struct Tap {
     /// Takes the copies that do not fit memory.
     spill: Arc<dyn BlockDevice>,
     volume: usize,
+    durability: Durability,
 }
 
 impl Tap {
@@ -32,7 +34,12 @@ impl Tap {
         spill: Arc<dyn BlockDevice>,
         volume: usize,
     ) -> Self {
-        Self { device, ledger, log, spill, volume }
+        Self { device, ledger, log, spill, volume, durability: Durability::Async }
+    }
+
+    /// The same tap, with flushes answered as `durability` says.
+    pub(crate) fn with_durability(self, durability: Durability) -> Self {
+        Self { durability, ..self }
     }
 
     /// Admission of a change of `length` bytes at `offset`: marks it, makes sure that the dirty log has it, then copies what a capture
@@ -100,6 +107,14 @@ fn sabotaged() -> bool {
     false
 }
 
+/// Whether the simulator wants to see that it notices when flushes do not wait for the receiver.
+fn answers_early() -> bool {
+    #[cfg(feature = "simulation")]
+    return crate::sim::is_sabotaged(crate::sim::Sabotage::AnswerFlushEarly);
+    #[cfg(not(feature = "simulation"))]
+    false
+}
+
 /// Ends a claim also when the write that made it is dropped half way: others wait for it.
 struct ClaimGuard<'a> {
     ledger: &'a Ledger,
@@ -160,8 +175,19 @@ impl BlockDevice for Tap {
         })
     }
 
+    /// In `flush-sync` the cut is asked for first, so that the epoch travels while the local disk flushes.
     fn flush<'a>(&'a self) -> IoFuture<'a, ()> {
-        self.device.flush()
+        match self.durability {
+            Durability::Async => self.device.flush(),
+            Durability::FlushSync => Box::pin(async move {
+                let ticket = self.ledger.begin_flush(Instant::now());
+                self.device.flush().await?;
+                if answers_early() {
+                    return Ok(());
+                }
+                Ok(ticket.committed().await?)
+            }),
+        }
     }
 
     fn write_zeroes<'a>(&'a self, offset: u64, length: u64, mode: ZeroMode) -> IoFuture<'a, ()> {

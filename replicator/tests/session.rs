@@ -18,7 +18,7 @@ use proto::{
     transport,
 };
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
-use replicator::{GroupSpec, GroupStatus, LinkState, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
+use replicator::{Durability, GroupSpec, GroupStatus, LinkState, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
 
 const SIZE: u64 = 20 * 1024 * 1024 + 512;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -277,6 +277,11 @@ impl Primary {
         self.io.call(move || async move { tap.write(offset, Buf::copy_of(&data)).await.map(drop) }).await.unwrap().unwrap();
     }
 
+    async fn flush(&self, disk: usize) -> std::io::Result<()> {
+        let tap = self.replicator.volume(&format!("disk{disk}").parse().unwrap()).unwrap();
+        self.io.call(move || async move { tap.flush().await }).await.unwrap()
+    }
+
     async fn zero(&self, disk: usize, offset: u64, length: u64) {
         let tap = self.replicator.volume(&format!("disk{disk}").parse().unwrap()).unwrap();
         self.io.call(move || async move { tap.write_zeroes(offset, length, ZeroMode::default()).await }).await.unwrap().unwrap();
@@ -483,4 +488,81 @@ async fn a_clone_in_between_is_noticed() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert!(receiver.store.lock().committed > committed);
+}
+
+fn flush_sync() -> Tuning {
+    Tuning { interval: Duration::from_secs(3600), durability: Durability::FlushSync, ..Tuning::default() }
+}
+
+/// Catches a flush that waits for the interval, one that is answered before its epoch is committed, and one that is forgotten with its
+/// session.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_is_answered_when_the_receiver_has_what_it_covers() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let primary = Arc::new(Primary::start(&identity, &receiver, flush_sync()));
+    for round in 0..20_u8 {
+        primary.write(0, u64::from(round) * 50_000, pattern(round, 9000)).await;
+        primary.write(1, u64::from(round) * 30_000, pattern(round, 2000)).await;
+        primary.flush(1).await.unwrap();
+        assert!(receiver.store.lock().image == primary.images(), "round {round}: both disks are committed");
+    }
+    let status = primary.replicator.status();
+    assert_eq!((status.flushes_waiting, status.flushes_committed), (0, 20), "{status:?}");
+    let committed = status.epochs_committed;
+    primary.flush(0).await.unwrap();
+    assert_eq!(primary.replicator.status().epochs_committed, committed, "without a change there is no cut");
+
+    let newest = receiver.store.lock().committed.unwrap().epoch.0;
+    receiver.behaviour.lock().drop_at = Some(newest + 1);
+    primary.write(0, 77, pattern(99, 60_000)).await;
+    primary.flush(0).await.unwrap();
+    assert!(receiver.store.lock().image == primary.images(), "its epoch was lost with its session, and made again");
+    assert_eq!(receiver.store.lock().hellos.len(), 2);
+
+    let before = primary.replicator.status().epochs_committed;
+    let clients: Vec<_> = (0..32_u64)
+        .map(|client| {
+            let primary = primary.clone();
+            tokio::spawn(async move {
+                for round in 0..10_u64 {
+                    primary.write((client % 2) as usize, (client * 10 + round) * 50_000, pattern(round as u8, 4096)).await;
+                    primary.flush(((client + round) % 2) as usize).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for client in clients {
+        client.await.unwrap();
+    }
+    assert!(receiver.store.lock().image == primary.images());
+    let cuts = primary.replicator.status().epochs_committed - before;
+    println!("320 flushes in {cuts} epochs");
+    assert!(cuts < 320, "flushes that wait together share a cut");
+}
+
+/// Nothing that cannot be committed is answered well: not by a fenced primary, and not by a node that stops.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_that_cannot_be_kept_fails() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    receiver.behaviour.lock().answer = Some(Message::Fenced { generation: Generation(5) });
+    let fenced = Primary::start(&identity, &receiver, flush_sync());
+    fenced.write(0, 0, pattern(1, 10)).await;
+    let error = fenced.flush(0).await.unwrap_err();
+    assert!(error.to_string().contains("another side may write now"), "{error}");
+
+    receiver.behaviour.lock().answer = Some(Message::close(CloseCode::Stopping, "away"));
+    let alone = Arc::new(Primary::start(&identity, &receiver, flush_sync()));
+    alone.write(0, 0, pattern(1, 10)).await;
+    let flushing = tokio::spawn({
+        let alone = alone.clone();
+        async move { alone.flush(0).await }
+    });
+    let status = alone.until("a flush waits", |s| s.flushes_waiting == 1 && s.flush_wait_ms > Some(50)).await;
+    assert_eq!((status.flushes_committed, flushing.is_finished()), (0, false), "{status:?}");
+    alone.replicator.end_flushes(Duration::from_millis(10));
+    let error = flushing.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("the node stops"), "{error}");
+    assert_eq!(alone.replicator.status().flushes_waiting, 0);
 }

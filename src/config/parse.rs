@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use proto::{Codec, Name};
-use replicator::{INTERVAL_MAX, INTERVAL_MIN, Tuning};
+use replicator::{Durability, INTERVAL_MAX, INTERVAL_MIN, Tuning};
 use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigErrors, Problem};
@@ -23,6 +23,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 const IO_THREADS_DEFAULT_MAX: usize = 4;
 const LOG_LEVELS: &[&str] = &["error", "warn", "info", "debug", "trace"];
 const CODECS: &[&str] = &["lz4", "raw"];
+const DURABILITIES: &[&str] = &["async", "flush-sync"];
 
 /// What was seen where, to find things said twice.
 #[derive(Default)]
@@ -203,6 +204,7 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
     }
     let in_flight = reader.get(s, "epochs_in_flight", number((1, 64), ("1", "64")));
     let codec = reader.get(s, "codec", text("\"lz4\"", |t| choice(t, CODECS)));
+    let durability = reader.get(s, "durability", text("\"async\"", |t| choice(t, DURABILITIES)));
     let disks = reader.sections(s, "disk", "[[group.disk]]");
     let title = section.title.clone();
     if disks.is_empty() {
@@ -224,6 +226,11 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
             Some("raw") => Codec::Raw,
             Some(_) => Codec::Lz4,
             None => defaults.codec,
+        },
+        durability: match durability.map(|found| found.value) {
+            Some("flush-sync") => Durability::FlushSync,
+            Some(_) => Durability::Async,
+            None => defaults.durability,
         },
         disks: disks.into_iter().collect::<Option<_>>()?,
     })
