@@ -35,7 +35,7 @@ fn a_full_file_is_valid() {
             "[[receiver.client]]\nname = \"beta\"\nkey = \"{KEY_B}\"\ngroups = [\"web\"]\nspace_max = \"500GiB\"\n"
         )),
         group(
-            "interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"\ndurability = \"flush-sync\""
+            "interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"\ndurability = \"flush-sync\"\nmax_lag = \"5s\""
         )
     );
     assert_eq!(check(&text), (0, "t.toml: valid: 1 group, 1 disk, receiver on 0.0.0.0:7447 with 1 client\n".to_owned()));
@@ -55,7 +55,7 @@ fn every_mistake_is_one_line() {
         ),
         (
             group("colour = 1"),
-            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, disk",
+            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, max_lag, disk",
         ),
         (
             group("interval = \"5 parsecs\""),
@@ -72,6 +72,10 @@ fn every_mistake_is_one_line() {
         ),
         (group("epochs_in_flight = 0"), "t.toml:5: epochs_in_flight = 0: is outside of its limits: choose a value from 1 to 64"),
         (group("durability = \"sync\""), "t.toml:5: durability = \"sync\": is not known here: choose one of async, flush-sync"),
+        (
+            group("max_lag = \"50ms\""),
+            "t.toml:5: max_lag = \"50ms\": is outside of its limits: choose a value from \"100ms\" to \"1d\"",
+        ),
         (group("codec = \"zip\""), "t.toml:5: codec = \"zip\": is not known here: choose one of lz4, raw"),
         (
             "[[group]]\nname = \"db\"\npeer = \"nowhere\"\n".to_owned(),

@@ -137,6 +137,8 @@ struct State {
     /// Bytes of the spill file in use. Reused from the start once no claim is open: a late copy must not hit a newer one.
     spilled_bytes: u64,
     copied_before_write: u64,
+    /// Of all maps that were released, since start.
+    committed_bytes: u64,
     flushes: Flushes,
 }
 
@@ -177,6 +179,10 @@ pub(crate) enum Step {
 pub(crate) struct Summary {
     pub(crate) open_bytes: Vec<u64>,
     pub(crate) uncommitted_bytes: u64,
+    /// Bytes of them that are in an epoch.
+    pub(crate) held_bytes: u64,
+    /// Bytes committed since start.
+    pub(crate) committed_bytes: u64,
     pub(crate) suspect_bytes: u64,
     pub(crate) oldest_write: Option<Instant>,
     pub(crate) copied_before_write: u64,
@@ -202,6 +208,7 @@ impl Ledger {
             claims_open: 0,
             spilled_bytes: 0,
             copied_before_write: 0,
+            committed_bytes: 0,
             flushes: Flushes::default(),
         };
         Self { state: Mutex::new(state), sizes, limits, changed: Notify::new(), signals: Signals::default() }
@@ -451,6 +458,7 @@ impl Ledger {
             state.flushes.covers(newest.tag);
         }
         state.flushes.copy_is_known();
+        state.committed_bytes += released.iter().flat_map(|c| &c.maps).map(DirtyMap::bytes).sum::<u64>();
         // Freeing the maps of a large disk takes milliseconds, which no guest write is to wait for.
         drop(state);
         self.flushes_changed();
@@ -570,6 +578,8 @@ impl Ledger {
         let held: u64 = state.sealed.iter().chain(&state.building).flat_map(|c| &c.maps).map(DirtyMap::bytes).sum();
         Summary {
             uncommitted_bytes: open_bytes.iter().sum::<u64>() + held,
+            held_bytes: held,
+            committed_bytes: state.committed_bytes,
             suspect_bytes: state.suspect.iter().map(DirtyMap::bytes).sum(),
             open_bytes,
             oldest_write: state.oldest_write(),

@@ -15,6 +15,7 @@ mod ledger;
 mod link;
 #[cfg(test)]
 mod oracle_tests;
+mod pace;
 mod record;
 mod session;
 mod shared;
@@ -40,11 +41,14 @@ use crate::core::{Core, CoreConfig};
 use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::link::Link;
+use crate::pace::{CUTS_PER_MAX_LAG, Pace};
 use crate::record::Record;
 pub use crate::record::RecordError;
 use crate::session::Driver;
 use crate::shared::{LAG_SAMPLE, Shared};
-pub use crate::spec::{Durability, GroupSpec, INTERVAL_MAX, INTERVAL_MIN, PeerSpec, Tuning, VolumeSpec};
+pub use crate::spec::{
+    Durability, GroupSpec, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, PeerSpec, Tuning, VolumeSpec,
+};
 pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
 use crate::tap::Tap;
 
@@ -78,6 +82,14 @@ pub enum ReplicatorError {
     /// An interval outside the limits.
     #[error("group {group}: epoch interval of {given:?}, allowed are 10 ms to 24 h")]
     Interval {
+        /// The group.
+        group: Name,
+        /// What was asked for.
+        given: Duration,
+    },
+    /// A `max_lag` outside the limits.
+    #[error("group {group}: max_lag of {given:?}, allowed are 100 ms to 24 h")]
+    MaxLag {
         /// The group.
         group: Name,
         /// What was asked for.
@@ -184,7 +196,7 @@ impl Replicator {
     /// # Errors
     /// [`ReplicatorError`].
     pub fn start(spec: GroupSpec, identity: Identity) -> Result<Self, ReplicatorError> {
-        let GroupSpec { group, volumes, peer, state_dir, tuning } = spec;
+        let GroupSpec { group, volumes, peer, state_dir, mut tuning } = spec;
         if volumes.is_empty() || volumes.len() > GROUP_VOLUMES_MAX {
             return Err(ReplicatorError::VolumeCount { group, count: volumes.len() });
         }
@@ -196,6 +208,12 @@ impl Replicator {
         }
         if !(INTERVAL_MIN..=INTERVAL_MAX).contains(&tuning.interval) {
             return Err(ReplicatorError::Interval { group, given: tuning.interval });
+        }
+        if let Some(given) = tuning.max_lag {
+            if !(MAX_LAG_MIN..=MAX_LAG_MAX).contains(&given) {
+                return Err(ReplicatorError::MaxLag { group, given });
+            }
+            tuning.interval = tuning.interval.min(given / CUTS_PER_MAX_LAG);
         }
         let record = Arc::new(Record::open(&state_dir)?);
         let recorded = record.get();
@@ -215,12 +233,14 @@ impl Replicator {
         let devices: Arc<[Arc<dyn BlockDevice>]> = volumes.iter().map(|v| v.device.clone()).collect();
         let names: Vec<(Name, u64)> =
             volumes.iter().map(|v| v.name.clone()).zip(volumes.iter().map(|v| v.device.size())).collect();
+        let pace = tuning.max_lag.map(|_| Arc::new(Pace::new(Instant::now())));
         let taps = volumes
             .into_iter()
             .enumerate()
             .map(|(index, v)| {
                 let tap = Tap::new(v.device, ledger.clone(), log.clone(), spill.clone(), index);
-                (v.name, Arc::new(tap.with_durability(tuning.durability)) as Arc<dyn BlockDevice>)
+                let tap = tap.with_durability(tuning.durability).with_pace(pace.clone());
+                (v.name, Arc::new(tap) as Arc<dyn BlockDevice>)
             })
             .collect();
         let config = CoreConfig {
@@ -231,7 +251,7 @@ impl Replicator {
             epochs_in_flight: tuning.epochs_in_flight,
         };
         let core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
-        let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation));
+        let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation, pace));
         let (stop, stopping) = watch::channel(None);
         let driver =
             Driver::new(shared.clone(), core, Link { peer, identity }, record, capture.clone(), devices, spill, stopping);
@@ -241,6 +261,7 @@ impl Replicator {
             loop {
                 tick.tick().await;
                 sampled.sample_lag();
+                sampled.steer();
             }
         });
         Ok(Self { shared, taps, stop, driver: tokio::spawn(driver.run()), sampler, _capture: capture })

@@ -13,6 +13,11 @@ pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// Longest epoch interval: a day.
 pub const INTERVAL_MAX: Duration = Duration::from_secs(86_400);
 
+/// Shortest `max_lag`.
+pub const MAX_LAG_MIN: Duration = Duration::from_millis(100);
+/// Longest `max_lag`.
+pub const MAX_LAG_MAX: Duration = Duration::from_secs(86_400);
+
 /// A disk to be replicated.
 pub struct VolumeSpec {
     /// Its name.
@@ -59,6 +64,9 @@ pub struct Tuning {
     pub codec: Codec,
     /// When a guest's flush is answered.
     pub durability: Durability,
+    /// The guest's writes are slowed so that the oldest one that is not committed is not much older. Cuts are then at most a quarter of it
+    /// apart.
+    pub max_lag: Option<Duration>,
 }
 
 impl Default for Tuning {
@@ -70,6 +78,7 @@ impl Default for Tuning {
             epochs_in_flight: 8,
             codec: Codec::Lz4,
             durability: Durability::Async,
+            max_lag: None,
         }
     }
 }

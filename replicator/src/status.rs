@@ -145,6 +145,18 @@ pub struct GroupStatus {
     /// Flushes answered since start because the receiver had committed what they cover.
     #[serde(default)]
     pub flushes_committed: u64,
+    /// The lag that the guest's writes are held to, in ms, if any.
+    #[serde(default)]
+    pub max_lag_ms: Option<u64>,
+    /// Bytes a second that writes get because of it; `None` while they are not slowed.
+    #[serde(default)]
+    pub write_rate_bytes_per_s: Option<u64>,
+    /// How long a write would wait that came now, in ms.
+    #[serde(default)]
+    pub write_pause_ms: f64,
+    /// What writes have waited since start, all together, in ms.
+    #[serde(default)]
+    pub write_paused_ms: u64,
     /// Smoothed round trip in ms, while connected.
     pub round_trip_ms: Option<f64>,
     /// The pass being sent.

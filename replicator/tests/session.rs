@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use blockdev::{BlockDevice, Buf, IoThreads, MemoryDevice, ZeroMode};
@@ -32,6 +33,8 @@ struct Behaviour {
     drop_after: Option<u64>,
     /// Answer the hello with this.
     answer: Option<Message>,
+    /// Take no more than so many bytes of content a second.
+    bytes_per_s: Option<f64>,
 }
 
 #[derive(Default)]
@@ -146,7 +149,8 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
             let header = PassHeader::decode(&head).map_err(text)?;
             assert_eq!((header.epoch, header.pass), (EpochId(epoch), pass));
             store.lock().passes.push(header);
-            frames(&mut stream, &mut staged, &mut tally, &store).await?;
+            let pause = behaviour.lock().bytes_per_s.map(|rate| Duration::from_secs_f64(BLOCK_BYTES as f64 / rate));
+            frames(&mut stream, &mut staged, &mut tally, &store, pause.unwrap_or_default()).await?;
             if header.kind == PassKind::Frozen {
                 break;
             }
@@ -183,7 +187,13 @@ fn hashes(store: &mut Store, query: HashQuery) -> Hashes {
     Hashes { id: query.id, hashes: proto::hashes::hash_chunks(range, query.chunk_blocks).collect() }
 }
 
-async fn frames(stream: &mut RecvStream, image: &mut [Vec<u8>], tally: &mut Tally, store: &Mutex<Store>) -> Result<(), String> {
+async fn frames(
+    stream: &mut RecvStream,
+    image: &mut [Vec<u8>],
+    tally: &mut Tally,
+    store: &Mutex<Store>,
+    pause_a_block: Duration,
+) -> Result<(), String> {
     loop {
         let mut head = [0; FRAME_HEADER_BYTES];
         match stream.read_exact(&mut head).await {
@@ -198,6 +208,7 @@ async fn frames(stream: &mut RecvStream, image: &mut [Vec<u8>], tally: &mut Tall
         let frame = Frame::decode_body(header, &body, (volume.len() as u64).div_ceil(BLOCK_BYTES)).map_err(text)?;
         let blocks: u64 = frame.extents.iter().map(|e| u64::from(e.blocks)).sum();
         let data = header.kind == FrameKind::Data;
+        tokio::time::sleep(pause_a_block.mul_f64(blocks as f64)).await;
         tally.add(&head, header.frame_bytes(), if data { blocks } else { 0 }, if data { 0 } else { blocks });
         let content = frame.content().map_err(text)?;
         let mut at = 0;
@@ -358,7 +369,7 @@ async fn a_large_epoch_is_sent_in_passes() {
 async fn a_lost_session_loses_nothing() {
     let identity = identity();
     let receiver = SmallReceiver::start(&identity);
-    *receiver.behaviour.lock() = Behaviour { drop_at: Some(4), drop_after: Some(7), answer: None };
+    *receiver.behaviour.lock() = Behaviour { drop_at: Some(4), drop_after: Some(7), answer: None, bytes_per_s: None };
     let primary = Primary::start(&identity, &receiver, fast());
     primary.settled().await;
     let mut round = 0;
@@ -565,4 +576,62 @@ async fn a_flush_that_cannot_be_kept_fails() {
     let error = flushing.await.unwrap().unwrap_err();
     assert!(error.to_string().contains("the node stops"), "{error}");
     assert_eq!(alone.replicator.status().flushes_waiting, 0);
+}
+
+/// A guest that writes without end, and a receiver that takes 2 MB/s: the guest is slowed to what it takes, and the lag held.
+///
+/// Catches a write that goes past the pace (this disk takes every write at once), a pace that starves, and a lag that grows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_is_slowed_to_what_the_receiver_takes() {
+    const RATE: f64 = 2e6;
+    const MAX_LAG_MS: u64 = 2000;
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let tuning = Tuning {
+        interval: Duration::from_millis(200),
+        max_lag: Some(Duration::from_millis(MAX_LAG_MS)),
+        codec: proto::Codec::Raw,
+        ..Tuning::default()
+    };
+    let primary = Primary::start(&identity, &receiver, tuning);
+    primary.settled().await;
+    assert_eq!(primary.replicator.status().write_rate_bytes_per_s, None);
+    receiver.behaviour.lock().bytes_per_s = Some(RATE);
+    let tap = primary.replicator.volume(&"disk0".parse().unwrap()).unwrap();
+    let (begun, written) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+    let (counted, tapped) = (written.clone(), tap.clone());
+    let (mut lag_max, mut waited_max) = (0, Duration::ZERO);
+    primary.io.spawn(move || async move {
+        for at in (0..).map(|i: u64| i * 16_384 % (SIZE / 16_384 * 16_384)) {
+            let content = pattern(at as u8, 16_384);
+            // As an export does: at once if that is possible.
+            match tapped.try_write(at, &content) {
+                Some(result) => result.unwrap(),
+                None => drop(tapped.write(at, Buf::copy_of(&content)).await.unwrap()),
+            }
+            counted.fetch_add(16_384, Ordering::Relaxed);
+            tokio::task::yield_now().await;
+        }
+    });
+    let second = || written.load(Ordering::Relaxed);
+    let mut at_three = 0;
+    while begun.elapsed() < Duration::from_secs(15) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if begun.elapsed() < Duration::from_secs(5) {
+            at_three = second();
+            continue;
+        }
+        lag_max = lag_max.max(primary.replicator.status().lag_ms);
+        let reading = Instant::now();
+        let tap = tap.clone();
+        primary.io.call(move || async move { tap.read(0, Buf::zeroed(4096)).await.map(drop) }).await.unwrap().unwrap();
+        waited_max = waited_max.max(reading.elapsed());
+    }
+    let per_s = (second() - at_three) as f64 / 10.0;
+    let status = primary.replicator.status();
+    println!("{per_s:.0} B/s written, lag up to {lag_max} ms, a read took {waited_max:?} at most: {status:?}");
+    assert!(status.write_rate_bytes_per_s.is_some() && status.write_paused_ms > 1000, "{status:?}");
+    assert!(lag_max < MAX_LAG_MS * 3 / 2 && lag_max > MAX_LAG_MS / 2, "lag {lag_max} ms");
+    assert!((0.6 * RATE..1.5 * RATE).contains(&per_s), "{per_s} B/s");
+    assert!(waited_max < Duration::from_millis(300), "a read waited {waited_max:?}");
 }

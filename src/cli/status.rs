@@ -153,6 +153,9 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
     if group.durability == Durability::FlushSync {
         out.pair("flush-sync", &flushes(group, paint));
     }
+    if let Some(max_lag) = group.max_lag_ms {
+        out.pair("max lag", &format!("{}; {}", ms(max_lag), slowed(group, paint)));
+    }
     for volume in &group.volumes {
         disk(out, volume.name.as_str(), volume.size_bytes, group.group.as_str(), exports);
     }
@@ -172,6 +175,16 @@ fn flushes(group: &GroupStatus, paint: Paint) -> String {
             format!("{done}, {waiting}")
         }
         _ => done,
+    }
+}
+
+fn slowed(group: &GroupStatus, paint: Paint) -> String {
+    match group.write_rate_bytes_per_s {
+        None => "writes are not slowed".to_owned(),
+        Some(rate) => {
+            let pause = group.write_pause_ms;
+            paint.warn(&format!("writes are slowed to {}/s, one that comes now waits {pause:.1} ms", bytes(rate)))
+        }
     }
 }
 

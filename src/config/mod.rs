@@ -101,6 +101,8 @@ pub struct GroupConfig {
     pub codec: Codec,
     /// When a guest's flush is answered.
     pub durability: Durability,
+    /// See `replicator::Tuning`.
+    pub max_lag: Option<Duration>,
     /// Its disks, cut together.
     pub disks: Vec<DiskConfig>,
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use proto::{Codec, Name};
-use replicator::{Durability, INTERVAL_MAX, INTERVAL_MIN, Tuning};
+use replicator::{Durability, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, Tuning};
 use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigErrors, Problem};
@@ -205,6 +205,12 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
     let in_flight = reader.get(s, "epochs_in_flight", number((1, 64), ("1", "64")));
     let codec = reader.get(s, "codec", text("\"lz4\"", |t| choice(t, CODECS)));
     let durability = reader.get(s, "durability", text("\"async\"", |t| choice(t, DURABILITIES)));
+    let max_lag = reader.get(s, "max_lag", text("\"5s\"", units::duration));
+    if let Some(found) = &max_lag
+        && !(MAX_LAG_MIN..=MAX_LAG_MAX).contains(&found.value)
+    {
+        reader.wrong(found, Problem::Range { min: "\"100ms\"", max: "\"1d\"" });
+    }
     let disks = reader.sections(s, "disk", "[[group.disk]]");
     let title = section.title.clone();
     if disks.is_empty() {
@@ -232,6 +238,7 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
             Some(_) => Durability::Async,
             None => defaults.durability,
         },
+        max_lag: max_lag.map(|found| found.value),
         disks: disks.into_iter().collect::<Option<_>>()?,
     })
 }

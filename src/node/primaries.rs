@@ -112,6 +112,7 @@ async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, expo
             epochs_in_flight: config.epochs_in_flight,
             codec: config.codec,
             durability: config.durability,
+            max_lag: config.max_lag,
         },
     };
     let replicator = Replicator::start(spec, identity.clone())?;
