@@ -16,6 +16,7 @@ mod link;
 #[cfg(test)]
 mod oracle_tests;
 mod pace;
+mod rate;
 mod record;
 mod session;
 mod shared;
@@ -42,6 +43,7 @@ use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::link::Link;
 use crate::pace::{CUTS_PER_MAX_LAG, Pace};
+pub use crate::rate::{RateSchedule, RateWindow};
 use crate::record::Record;
 pub use crate::record::RecordError;
 use crate::session::Driver;

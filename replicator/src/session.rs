@@ -17,6 +17,7 @@ use crate::compare::Compare;
 use crate::core::{Action, Core, Event, Load, SessionError};
 use crate::ledger::FlushRefused;
 use crate::link::{self, ControlError, Link, LinkError, read_message};
+use crate::rate::Bucket;
 use crate::record::{Record, RecordError};
 use crate::shared::Shared;
 use crate::upkeep::Upkeep;
@@ -507,6 +508,7 @@ async fn send_items(
     shared: Arc<Shared>,
 ) {
     let mut stream: Option<SendStream> = None;
+    let mut bucket = Bucket::new(Instant::now());
     while let Some(item) = items.recv().await {
         let sent = match item {
             Item::Begin(header) => match connection.open_uni().await {
@@ -520,6 +522,9 @@ async fn send_items(
             Item::Frame(bytes, permit) => {
                 let Some(stream) = &mut stream else { return };
                 let length = bytes.len() as u64;
+                while let Err(wait) = bucket.take(Instant::now(), bytes.len(), shared.tuning.rate.limit_now()) {
+                    tokio::time::sleep(wait).await;
+                }
                 let written = stream.write_chunk(bytes).await.is_ok();
                 drop(permit);
                 shared.sent_bytes.fetch_add(length, Ordering::Relaxed);

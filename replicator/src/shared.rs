@@ -253,6 +253,8 @@ impl Shared {
             flushes_waiting: flushes.waiting,
             flush_wait_ms: flushes.oldest.map(|since| millis(since.elapsed())),
             flushes_committed: flushes.answered,
+            rate_limited: self.tuning.rate.is_limited(),
+            rate_limit_bits_per_s: self.tuning.rate.limit_now(),
             max_lag_ms: self.tuning.max_lag.map(millis),
             write_rate_bytes_per_s: pace.and_then(|pace| pace.rate_bytes_per_s),
             write_pause_ms: pace.map_or(0.0, |pace| pace.pause.as_secs_f64() * 1000.0),

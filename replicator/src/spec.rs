@@ -8,6 +8,8 @@ use blockdev::BlockDevice;
 use proto::{Codec, Fingerprint, Name};
 use serde::{Deserialize, Serialize};
 
+use crate::rate::RateSchedule;
+
 /// Shortest epoch interval.
 pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// Longest epoch interval: a day.
@@ -67,6 +69,8 @@ pub struct Tuning {
     /// The guest's writes are slowed so that the oldest one that is not committed is not much older. Cuts are then at most a quarter of it
     /// apart.
     pub max_lag: Option<Duration>,
+    /// How much may be sent, by the time of day. The sender waits, so the current epoch grows.
+    pub rate: RateSchedule,
 }
 
 impl Default for Tuning {
@@ -79,6 +83,7 @@ impl Default for Tuning {
             codec: Codec::Lz4,
             durability: Durability::Async,
             max_lag: None,
+            rate: RateSchedule::default(),
         }
     }
 }

@@ -145,6 +145,12 @@ pub struct GroupStatus {
     /// Flushes answered since start because the receiver had committed what they cover.
     #[serde(default)]
     pub flushes_committed: u64,
+    /// Whether there is a `rate_limit` at any time of the day.
+    #[serde(default)]
+    pub rate_limited: bool,
+    /// Bits a second that may be sent now; `None`: without a limit.
+    #[serde(default)]
+    pub rate_limit_bits_per_s: Option<u64>,
     /// The lag that the guest's writes are held to, in ms, if any.
     #[serde(default)]
     pub max_lag_ms: Option<u64>,

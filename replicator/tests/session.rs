@@ -19,7 +19,9 @@ use proto::{
     transport,
 };
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
-use replicator::{Durability, GroupSpec, GroupStatus, LinkState, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
+use replicator::{
+    Durability, GroupSpec, GroupStatus, LinkState, PeerSpec, RateSchedule, Replicator, ReplicatorError, Tuning, VolumeSpec,
+};
 
 const SIZE: u64 = 20 * 1024 * 1024 + 512;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -634,4 +636,23 @@ async fn a_guest_is_slowed_to_what_the_receiver_takes() {
     assert!(lag_max < MAX_LAG_MS * 3 / 2 && lag_max > MAX_LAG_MS / 2, "lag {lag_max} ms");
     assert!((0.6 * RATE..1.5 * RATE).contains(&per_s), "{per_s} B/s");
     assert!(waited_max < Duration::from_millis(300), "a read waited {waited_max:?}");
+}
+
+/// 5 MB at 8 Mbit/s take 5 s; without the limit they take none of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limited_transfer_takes_the_time_that_it_must() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let rate = RateSchedule { limit_bits_per_s: Some(8_000_000), windows: Vec::new() };
+    let tuning = Tuning { codec: proto::Codec::Raw, rate, ..fast() };
+    let primary = Primary::start(&identity, &receiver, tuning);
+    let status = primary.settled().await;
+    assert!(status.rate_limited && status.rate_limit_bits_per_s == Some(8_000_000), "{status:?}");
+    let begun = Instant::now();
+    primary.write(0, 0, pattern(1, 5_000_000)).await;
+    primary.settled().await;
+    let took = begun.elapsed().as_secs_f64();
+    println!("5 MB at 8 Mbit/s took {took:.2} s");
+    assert!(receiver.store.lock().image == primary.images());
+    assert!((4.0..6.0).contains(&took), "5 MB at 8 Mbit/s took {took} s");
 }

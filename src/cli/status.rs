@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::bail;
 use replicator::{Durability, GroupStatus, LinkState, QueueStatus};
 
-use super::human::{self, Paint, bytes, ms};
+use super::human::{self, Paint, bit_rate, bytes, ms};
 use super::{client, failover};
 use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
 
@@ -152,6 +152,9 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
     );
     if group.durability == Durability::FlushSync {
         out.pair("flush-sync", &flushes(group, paint));
+    }
+    if group.rate_limited {
+        out.pair("limit", &group.rate_limit_bits_per_s.map_or_else(|| "none at this time".to_owned(), bit_rate));
     }
     if let Some(max_lag) = group.max_lag_ms {
         out.pair("max lag", &format!("{}; {}", ms(max_lag), slowed(group, paint)));

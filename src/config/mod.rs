@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use proto::{Codec, Fingerprint, Name};
-use replicator::Durability;
+use replicator::{Durability, RateSchedule};
 
 pub use error::{ConfigError, ConfigErrors, Problem};
 pub use parse::export_address;
@@ -103,6 +103,8 @@ pub struct GroupConfig {
     pub durability: Durability,
     /// See `replicator::Tuning`.
     pub max_lag: Option<Duration>,
+    /// `rate_limit` and `[[group.rate_schedule]]`.
+    pub rate: RateSchedule,
     /// Its disks, cut together.
     pub disks: Vec<DiskConfig>,
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use proto::{Codec, Name};
-use replicator::{Durability, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, Tuning};
+use replicator::{Durability, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, RateSchedule, RateWindow, Tuning};
 use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigErrors, Problem};
@@ -211,6 +211,9 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
     {
         reader.wrong(found, Problem::Range { min: "\"100ms\"", max: "\"1d\"" });
     }
+    let limit = reader.get(s, "rate_limit", text("\"20 Mbit/s\"", units::rate));
+    let windows = reader.sections(s, "rate_schedule", "[[group.rate_schedule]]");
+    let windows: Vec<_> = windows.into_iter().map(|section| window(reader, section)).collect();
     let disks = reader.sections(s, "disk", "[[group.disk]]");
     let title = section.title.clone();
     if disks.is_empty() {
@@ -239,8 +242,26 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
             None => defaults.durability,
         },
         max_lag: max_lag.map(|found| found.value),
+        rate: RateSchedule {
+            limit_bits_per_s: limit.and_then(|found| found.value),
+            windows: windows.into_iter().collect::<Option<_>>()?,
+        },
         disks: disks.into_iter().collect::<Option<_>>()?,
     })
+}
+
+fn window<'d>(reader: &mut Reader<'d>, mut section: Section<'d>) -> Option<RateWindow> {
+    let s = &mut section;
+    let from = reader.need(s, "from", "\"22:00\"", text("\"22:00\"", units::time_of_day));
+    let to = reader.need(s, "to", "\"06:00\"", text("\"06:00\"", units::time_of_day));
+    let limit = reader.need(s, "limit", "\"none\"", text("\"20 Mbit/s\"", units::rate));
+    if let (Some(from), Some(to)) = (&from, &to)
+        && from.value == to.value
+    {
+        reader.wrong(to, Problem::EmptyWindow);
+    }
+    reader.finish(section);
+    Some(RateWindow { from: from?.value, to: to?.value, limit_bits_per_s: limit?.value })
 }
 
 fn disk<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Context, owner: usize) -> Option<DiskConfig> {

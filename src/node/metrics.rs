@@ -51,6 +51,11 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_primary_flushes_waiting", "gauge", "Flushes that wait for the receiver's commit (flush-sync)"),
     ("twinsite_primary_flush_wait_seconds", "gauge", "How long the oldest of them has waited"),
     ("twinsite_primary_flushes_committed_total", "counter", "Flushes answered after the receiver's commit (flush-sync)"),
+    (
+        "twinsite_primary_rate_limit_bits_per_second",
+        "gauge",
+        "Bits a second that may be sent now (rate_limit); absent while there is no limit",
+    ),
     ("twinsite_primary_write_slowed", "gauge", "1 while writes are slowed (max_lag)"),
     ("twinsite_primary_write_pause_seconds", "gauge", "How long a write would wait that came now (max_lag)"),
     ("twinsite_primary_write_paused_seconds_total", "counter", "What writes have waited, all together (max_lag)"),
@@ -209,6 +214,9 @@ fn primary(samples: &mut Samples, group: &GroupStatus) {
         add("twinsite_primary_flushes_waiting", group.flushes_waiting as f64);
         add("twinsite_primary_flush_wait_seconds", seconds(group.flush_wait_ms.unwrap_or(0)));
         add("twinsite_primary_flushes_committed_total", group.flushes_committed as f64);
+    }
+    if let Some(limit) = group.rate_limit_bits_per_s {
+        add("twinsite_primary_rate_limit_bits_per_second", limit as f64);
     }
     if group.max_lag_ms.is_some() {
         add("twinsite_primary_write_slowed", f64::from(u8::from(group.write_rate_bytes_per_s.is_some())));

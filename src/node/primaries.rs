@@ -113,6 +113,7 @@ async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, expo
             codec: config.codec,
             durability: config.durability,
             max_lag: config.max_lag,
+            rate: config.rate.clone(),
         },
     };
     let replicator = Replicator::start(spec, identity.clone())?;
