@@ -34,7 +34,9 @@ fn a_full_file_is_valid() {
         receiver(&format!(
             "[[receiver.client]]\nname = \"beta\"\nkey = \"{KEY_B}\"\ngroups = [\"web\"]\nspace_max = \"500GiB\"\n"
         )),
-        group("interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"")
+        group(
+            "interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"\ndurability = \"flush-sync\"\nmax_lag = \"5s\"\nrate_limit = \"20 Mbit/s\"\n[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"06:00\"\nlimit = \"none\""
+        )
     );
     assert_eq!(check(&text), (0, "t.toml: valid: 1 group, 1 disk, receiver on 0.0.0.0:7447 with 1 client\n".to_owned()));
 }
@@ -53,7 +55,7 @@ fn every_mistake_is_one_line() {
         ),
         (
             group("colour = 1"),
-            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, disk",
+            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, max_lag, rate_limit, rate_schedule, disk",
         ),
         (
             group("interval = \"5 parsecs\""),
@@ -69,6 +71,27 @@ fn every_mistake_is_one_line() {
             "t.toml:5: freeze_budget = \"64\": is not a size: write a number and a unit, for example \"64MiB\" or \"500GB\"",
         ),
         (group("epochs_in_flight = 0"), "t.toml:5: epochs_in_flight = 0: is outside of its limits: choose a value from 1 to 64"),
+        (group("durability = \"sync\""), "t.toml:5: durability = \"sync\": is not known here: choose one of async, flush-sync"),
+        (
+            group("max_lag = \"50ms\""),
+            "t.toml:5: max_lag = \"50ms\": is outside of its limits: choose a value from \"100ms\" to \"1d\"",
+        ),
+        (
+            group("rate_limit = \"20 MB/s\""),
+            "t.toml:5: rate_limit = \"20 MB/s\": is not a rate: write bits a second from \"64 kbit/s\" to \"1000 Gbit/s\", for example \"20 Mbit/s\", or \"none\"",
+        ),
+        (
+            group("[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"6am\"\nlimit = \"none\""),
+            "t.toml:7: to = \"6am\": is not a time of day: write hours and minutes, for example \"22:00\"",
+        ),
+        (
+            group("[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"22:00\"\nlimit = \"none\""),
+            "t.toml:7: to = \"22:00\": is the same time as from: give the window a length; what holds all day is rate_limit",
+        ),
+        (
+            group("[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"06:00\""),
+            "t.toml:5: [[group.rate_schedule]] has no key 'limit': add a line such as limit = \"none\"",
+        ),
         (group("codec = \"zip\""), "t.toml:5: codec = \"zip\": is not known here: choose one of lz4, raw"),
         (
             "[[group]]\nname = \"db\"\npeer = \"nowhere\"\n".to_owned(),

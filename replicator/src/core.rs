@@ -53,6 +53,8 @@ pub(crate) struct Load {
     pub(crate) open_bytes: u64,
     /// Bytes of frames captured and not yet handed to the network.
     pub(crate) queued_bytes: u64,
+    /// A flush waits that no epoch under way will answer: cut at once rather than at the end of the interval.
+    pub(crate) flush_waits: bool,
 }
 
 /// What to do, in order.
@@ -80,6 +82,8 @@ pub(crate) enum Action {
     BeginPass { epoch: EpochId, pass: u16, kind: PassKind },
     /// The epoch's passes are queued: queue its seal.
     Seal { epoch: EpochId, generation: Generation, passes: u32 },
+    /// Nothing is committed from here any more: refuse the flushes that wait for it, and all that come.
+    RefuseFlushes,
     /// Drop the connection.
     Disconnect,
 }
@@ -124,6 +128,8 @@ pub(crate) struct Streaming {
     building: Option<Building>,
     next_epoch: EpochId,
     next_cut: Instant,
+    /// From here on a flush that waits makes a cut due. Flushes that come while the pipe is full share the next cut.
+    flush_cut: Instant,
     /// Everything known to be needed for a first complete copy has been committed once.
     complete: bool,
     /// Nothing is cut while blocks are suspect: a point without them might never have been.
@@ -235,13 +241,16 @@ impl Core {
         matches!(&self.phase, Phase::Streaming(s) if s.comparing)
     }
 
-    /// When a tick is due at the latest.
-    pub(crate) fn deadline(&self, now: Instant) -> Instant {
+    /// When a tick is due at the latest; `flush_waits` as in [`Load`].
+    pub(crate) fn deadline(&self, now: Instant, flush_waits: bool) -> Instant {
         match &self.phase {
             Phase::Waiting { until, .. } => *until,
             Phase::Greeting { deadline, .. } => *deadline,
             // A cut that has to wait is looked at again soon; one that is being captured ends with an event of its own.
-            Phase::Streaming(s) if s.building.is_none() && !s.comparing => s.next_cut.max(now + Duration::from_millis(1)),
+            Phase::Streaming(s) if s.building.is_none() && !s.comparing => {
+                let next = s.next_cut.max(now + Duration::from_millis(1));
+                if flush_waits { next.min(s.flush_cut) } else { next }
+            }
             Phase::Connecting | Phase::Streaming(_) | Phase::Fenced => now + Duration::from_secs(3600),
         }
     }
@@ -271,7 +280,7 @@ impl Core {
             }
             (phase @ Phase::Greeting { deadline, .. }, Event::Tick(_)) if now >= deadline => (phase, Err(SessionError::Silent)),
             (phase, Event::Message(Message::Fenced { generation })) => {
-                out.extend([Action::Merge, Action::Disconnect]);
+                out.extend([Action::Merge, Action::RefuseFlushes, Action::Disconnect]);
                 drop(phase);
                 (Phase::Fenced, Err(SessionError::Fenced { generation }))
             }
@@ -354,6 +363,7 @@ impl Core {
             building: None,
             next_epoch: theirs.map_or(EpochId(1), |p| p.epoch.next()),
             next_cut: now,
+            flush_cut: now,
             complete: theirs.is_some(),
             comparing: true,
             session,
@@ -363,7 +373,8 @@ impl Core {
     fn stream(&mut self, s: &mut Streaming, now: Instant, event: Event, out: &mut Vec<Action>) -> Result<(), SessionError> {
         match event {
             Event::Tick(load) => {
-                if s.building.is_none() && !s.comparing && now >= s.next_cut {
+                let due = now >= s.next_cut || load.flush_waits && now >= s.flush_cut;
+                if s.building.is_none() && !s.comparing && due {
                     self.cut_if_due(s, now, load, out);
                 }
                 Ok(())
@@ -376,7 +387,7 @@ impl Core {
             }
             Event::Compared => {
                 s.comparing = false;
-                s.next_cut = now;
+                (s.next_cut, s.flush_cut) = (now, now);
                 Ok(())
             }
             Event::Message(Message::Hashes(hashes)) if s.comparing => {
@@ -393,6 +404,8 @@ impl Core {
                     return Err(SessionError::WrongCommit { got: point, expected });
                 }
                 s.in_flight.pop_front();
+                // The pipe has room again.
+                s.flush_cut = now;
                 s.complete = true;
                 self.attempt = 0;
                 self.committed = Some(point);
@@ -405,16 +418,17 @@ impl Core {
     }
 
     fn cut_if_due(&self, s: &mut Streaming, now: Instant, load: Load, out: &mut Vec<Action>) {
+        s.flush_cut = now + RETRY_CUT;
         if load.open_bytes == 0 {
             s.next_cut = now + self.config.interval;
             return;
         }
         if s.in_flight.len() >= s.in_flight_max || load.queued_bytes > QUEUE_LOW_BYTES {
-            s.next_cut = now + RETRY_CUT;
+            s.next_cut = s.next_cut.max(now + RETRY_CUT);
             return;
         }
-        // The grid of cuts is kept while we keep up with it, and restarted when we do not.
-        s.next_cut = (s.next_cut + self.config.interval).max(now);
+        // The grid of cuts is kept while we keep up with it, and restarted when we do not, or when a flush did not wait for it.
+        s.next_cut = if now >= s.next_cut { (s.next_cut + self.config.interval).max(now) } else { now + self.config.interval };
         let kind = if load.open_bytes <= self.config.freeze_budget_bytes { PassKind::Frozen } else { PassKind::Fuzzy };
         let epoch = s.next_epoch;
         s.building = Some(Building { epoch, pass: 0, kind, bytes: load.open_bytes });
@@ -427,6 +441,7 @@ impl Core {
             s.in_flight.push_back(done.epoch);
             s.next_epoch = done.epoch.next();
             s.next_cut = s.next_cut.max(now);
+            s.flush_cut = now;
             self.sealed = Some(done.epoch);
             out.push(Action::Seal { epoch: done.epoch, generation: s.generation, passes: u32::from(done.pass) + 1 });
             return;

@@ -22,6 +22,11 @@ use tokio::sync::Notify;
 
 use crate::dirtylog::Known;
 
+mod flushes;
+
+pub(crate) use self::flushes::FlushRefused;
+use self::flushes::{Flushes, Signals};
+
 /// Most bytes that one copy-before-write step reads at once.
 const COPY_STEP_BLOCKS: u64 = 256;
 
@@ -108,6 +113,8 @@ pub(crate) enum FreezeFailure {
 /// The changes of an epoch that is not committed.
 struct Changes {
     epoch: EpochId,
+    /// The tag that its newest cut ended.
+    tag: u64,
     maps: Vec<DirtyMap>,
     first_write: Option<Instant>,
 }
@@ -130,6 +137,9 @@ struct State {
     /// Bytes of the spill file in use. Reused from the start once no claim is open: a late copy must not hit a newer one.
     spilled_bytes: u64,
     copied_before_write: u64,
+    /// Of all maps that were released, since start.
+    committed_bytes: u64,
+    flushes: Flushes,
 }
 
 /// See the module.
@@ -139,6 +149,7 @@ pub(crate) struct Ledger {
     limits: CopyLimits,
     /// Signalled when writes of an old tag have drained, a copy is done, or a freeze ends.
     changed: Notify,
+    signals: Signals,
 }
 
 /// A write that was admitted; dropping it says that the write has ended, well or not.
@@ -168,6 +179,10 @@ pub(crate) enum Step {
 pub(crate) struct Summary {
     pub(crate) open_bytes: Vec<u64>,
     pub(crate) uncommitted_bytes: u64,
+    /// Bytes of them that are in an epoch.
+    pub(crate) held_bytes: u64,
+    /// Bytes committed since start.
+    pub(crate) committed_bytes: u64,
     pub(crate) suspect_bytes: u64,
     pub(crate) oldest_write: Option<Instant>,
     pub(crate) copied_before_write: u64,
@@ -193,8 +208,10 @@ impl Ledger {
             claims_open: 0,
             spilled_bytes: 0,
             copied_before_write: 0,
+            committed_bytes: 0,
+            flushes: Flushes::default(),
         };
-        Self { state: Mutex::new(state), sizes, limits, changed: Notify::new() }
+        Self { state: Mutex::new(state), sizes, limits, changed: Notify::new(), signals: Signals::default() }
     }
 
     /// Signalled whenever a [`Step::Wait`] may have become something else.
@@ -437,8 +454,14 @@ impl Ledger {
         state.committed = Some(point);
         let done = state.sealed.iter().take_while(|c| c.epoch <= point.epoch).count();
         let released: Vec<Changes> = state.sealed.drain(..done).collect();
+        if let Some(newest) = released.last() {
+            state.flushes.covers(newest.tag);
+        }
+        state.flushes.copy_is_known();
+        state.committed_bytes += released.iter().flat_map(|c| &c.maps).map(DirtyMap::bytes).sum::<u64>();
         // Freeing the maps of a large disk takes milliseconds, which no guest write is to wait for.
         drop(state);
+        self.flushes_changed();
         drop(released);
     }
 
@@ -474,6 +497,7 @@ impl Ledger {
         let suspect = self.sizes.iter().map(|s| DirtyMap::new(*s)).collect();
         let mut state = self.state.lock();
         state.sealed.clear();
+        state.flushes.copy_is_known();
         let old = (std::mem::replace(&mut state.open, open), std::mem::replace(&mut state.suspect, suspect));
         // Freed outside: large maps take a while.
         drop(state);
@@ -485,6 +509,7 @@ impl Ledger {
         let suspect = self.sizes.iter().map(|s| DirtyMap::full(*s)).collect();
         let mut state = self.state.lock();
         state.committed = None;
+        state.flushes.copy_is_known();
         let old = std::mem::replace(&mut state.suspect, suspect);
         drop(state);
         drop(old);
@@ -509,6 +534,8 @@ impl Ledger {
                 state.open[volume].mark(run.start.0, run.blocks.into());
             }
         }
+        drop(state);
+        self.flushes_changed();
     }
 
     /// Calls `clean` for those of `regions` in which every block is as it is in the newest commit, while no write can be admitted. Returns
@@ -551,6 +578,8 @@ impl Ledger {
         let held: u64 = state.sealed.iter().chain(&state.building).flat_map(|c| &c.maps).map(DirtyMap::bytes).sum();
         Summary {
             uncommitted_bytes: open_bytes.iter().sum::<u64>() + held,
+            held_bytes: held,
+            committed_bytes: state.committed_bytes,
             suspect_bytes: state.suspect.iter().map(DirtyMap::bytes).sum(),
             open_bytes,
             oldest_write: state.oldest_write(),
@@ -591,17 +620,18 @@ impl State {
         let empty = sizes.iter().map(|s| DirtyMap::new(*s)).collect();
         let maps = std::mem::replace(&mut self.open, empty);
         let first_write = self.open_first_write.take();
+        let tag = self.tag;
         match &mut self.building {
             Some(changes) => {
+                changes.tag = tag;
                 assert!(changes.epoch == epoch, "one epoch is built at a time");
                 for (held, map) in changes.maps.iter_mut().zip(&maps) {
                     held.merge(map);
                 }
                 changes.first_write = changes.first_write.into_iter().chain(first_write).min();
             }
-            none => *none = Some(Changes { epoch, maps: maps.clone(), first_write }),
+            none => *none = Some(Changes { epoch, tag, maps: maps.clone(), first_write }),
         }
-        let tag = self.tag;
         self.tag += 1;
         self.in_flight.retain(|w| w.writes > 0);
         (tag, maps)

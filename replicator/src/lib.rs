@@ -1,7 +1,8 @@
 //! The primary's half of Twinsite: a tap on every guest disk, dirty maps, cuts, capture, and the sender.
 //!
-//! It knows nothing of the receiver's store; the two meet in `proto` only. A guest request never waits for the network: the
-//! tap waits for the local disk at most, and a full queue makes the current epoch grow.
+//! It knows nothing of the receiver's store; the two meet in `proto` only. A guest request never waits for the network, unless the
+//! user asked for that (`flush-sync`, `max_lag`): the tap waits for the local disk at most, and a full queue makes the current
+//! epoch grow.
 
 #![forbid(unsafe_code)]
 #![allow(missing_debug_implementations, reason = "devices and sockets have nothing to show")]
@@ -15,6 +16,8 @@ mod ledger;
 mod link;
 #[cfg(test)]
 mod oracle_tests;
+mod pace;
+mod rate;
 mod record;
 mod session;
 mod shared;
@@ -38,13 +41,17 @@ use tokio::task::JoinHandle;
 
 use crate::core::{Core, CoreConfig};
 use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
-use crate::ledger::{CopyLimits, Ledger};
+use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::link::Link;
+use crate::pace::{CUTS_PER_MAX_LAG, Pace};
+pub use crate::rate::{RateSchedule, RateWindow};
 use crate::record::Record;
 pub use crate::record::RecordError;
 use crate::session::Driver;
 use crate::shared::{LAG_SAMPLE, Shared};
-pub use crate::spec::{GroupSpec, INTERVAL_MAX, INTERVAL_MIN, PeerSpec, Tuning, VolumeSpec};
+pub use crate::spec::{
+    Durability, GroupSpec, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, PeerSpec, Tuning, VolumeSpec,
+};
 pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
 use crate::tap::Tap;
 use crate::upkeep::Upkeep;
@@ -79,6 +86,14 @@ pub enum ReplicatorError {
     /// An interval outside the limits.
     #[error("group {group}: epoch interval of {given:?}, allowed are 10 ms to 24 h")]
     Interval {
+        /// The group.
+        group: Name,
+        /// What was asked for.
+        given: Duration,
+    },
+    /// A `max_lag` outside the limits.
+    #[error("group {group}: max_lag of {given:?}, allowed are 100 ms to 24 h")]
+    MaxLag {
         /// The group.
         group: Name,
         /// What was asked for.
@@ -199,7 +214,7 @@ impl Replicator {
     /// # Errors
     /// [`ReplicatorError`].
     pub fn start(spec: GroupSpec, identity: Identity) -> Result<Self, ReplicatorError> {
-        let GroupSpec { group, volumes, peer, state_dir, tuning } = spec;
+        let GroupSpec { group, volumes, peer, state_dir, mut tuning } = spec;
         if volumes.is_empty() || volumes.len() > GROUP_VOLUMES_MAX {
             return Err(ReplicatorError::VolumeCount { group, count: volumes.len() });
         }
@@ -211,6 +226,12 @@ impl Replicator {
         }
         if !(INTERVAL_MIN..=INTERVAL_MAX).contains(&tuning.interval) {
             return Err(ReplicatorError::Interval { group, given: tuning.interval });
+        }
+        if let Some(given) = tuning.max_lag {
+            if !(MAX_LAG_MIN..=MAX_LAG_MAX).contains(&given) {
+                return Err(ReplicatorError::MaxLag { group, given });
+            }
+            tuning.interval = tuning.interval.min(given / CUTS_PER_MAX_LAG);
         }
         let record = Arc::new(Record::open(&state_dir)?);
         let recorded = record.get();
@@ -231,11 +252,14 @@ impl Replicator {
         let scanners = volumes.iter().map(scanner).collect::<Result<Arc<[_]>, _>>()?;
         let names: Vec<(Name, u64)> =
             volumes.iter().map(|v| v.name.clone()).zip(volumes.iter().map(|v| v.device.size())).collect();
+        let pace = tuning.max_lag.map(|_| Arc::new(Pace::new(Instant::now())));
         let taps = volumes
             .into_iter()
             .enumerate()
             .map(|(index, v)| {
-                (v.name, Arc::new(Tap::new(v.device, ledger.clone(), log.clone(), spill.clone(), index)) as Arc<dyn BlockDevice>)
+                let tap = Tap::new(v.device, ledger.clone(), log.clone(), spill.clone(), index);
+                let tap = tap.with_durability(tuning.durability).with_pace(pace.clone());
+                (v.name, Arc::new(tap) as Arc<dyn BlockDevice>)
             })
             .collect();
         let config = CoreConfig {
@@ -246,7 +270,7 @@ impl Replicator {
             epochs_in_flight: tuning.epochs_in_flight,
         };
         let core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
-        let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation));
+        let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation, pace));
         let (stop, stopping) = watch::channel(None);
         let upkeep = Upkeep::new(shared.clone(), record.clone(), devices);
         let link = Link { peer, identity };
@@ -257,6 +281,7 @@ impl Replicator {
             loop {
                 tick.tick().await;
                 sampled.sample_lag();
+                sampled.steer();
             }
         });
         Ok(Self { shared, taps, stop, driver: tokio::spawn(driver.run()), sampler, _capture: capture })
@@ -274,6 +299,15 @@ impl Replicator {
         self.shared.status()
     }
 
+    /// The node is about to stop: flushes that still wait for the receiver fail after `within`, so that their guests hear of it.
+    pub fn end_flushes(&self, within: Duration) {
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(within).await;
+            shared.ledger.refuse_flushes(FlushRefused::Stopping);
+        });
+    }
+
     /// Stops. While connected, everything written so far is sent and committed first, for at most `within`. The exports must
     /// have stopped before. Returns whether everything is committed. The dirty log then says exactly what is not.
     pub async fn shutdown(mut self, within: Duration) -> bool {
@@ -289,5 +323,6 @@ impl Drop for Replicator {
     fn drop(&mut self) {
         self.driver.abort();
         self.sampler.abort();
+        self.shared.ledger.refuse_flushes(FlushRefused::Stopping);
     }
 }

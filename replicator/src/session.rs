@@ -16,7 +16,9 @@ use crate::capture::{CaptureError, FrameQueue, Item, Pass};
 use crate::compare::Compare;
 use crate::compress::Compressor;
 use crate::core::{Action, Core, Event, Load, SessionError};
+use crate::ledger::FlushRefused;
 use crate::link::{self, ControlError, Link, LinkError, read_message};
+use crate::rate::Bucket;
 use crate::record::{Record, RecordError};
 use crate::shared::Shared;
 use crate::upkeep::Upkeep;
@@ -169,13 +171,15 @@ impl Driver {
             self.shared.publish(&self.core, self.live.as_ref().map(|l| (&l.connection, &l.queue)), self.pass);
         }
         self.end("this node is stopping").await;
+        self.shared.ledger.refuse_flushes(FlushRefused::Stopping);
         self.upkeep.finish(&self.capture).await;
         self.shared.stopped();
     }
 
     async fn next_event(&mut self) -> Result<Option<Event>, EndError> {
         let now = Instant::now();
-        let mut deadline = self.core.deadline(now);
+        let load = self.load();
+        let mut deadline = self.core.deadline(now, load.flush_waits);
         let stop_at = *self.stop.borrow();
         if let Some(stop_at) = stop_at {
             let idle = self.shared.ledger.summary().uncommitted_bytes == 0;
@@ -184,7 +188,10 @@ impl Driver {
             }
             deadline = deadline.min(now + STOP_LOOK);
         }
-        let load = self.load();
+        // A timer would round up to the next millisecond. The core moves its deadline on with every tick, so this is no loop.
+        if load.flush_waits && deadline <= now {
+            return Ok(Some(Event::Tick(load)));
+        }
         let (messages, connection) = match &mut self.live {
             Some(live) => (Some(&mut live.messages), Some(live.connection.clone())),
             None => (None, None),
@@ -233,6 +240,8 @@ impl Driver {
                 if changed.is_err() { return Ok(None) }
                 Ok(Some(Event::Tick(load)))
             }
+            // The next turn sees that a flush waits.
+            () = self.shared.ledger.flush_wanted() => Ok(Some(Event::Tick(load))),
             () = tokio::time::sleep_until(deadline.into()) => {
                 let load = self.load();
                 Ok(Some(if stop_at.is_some() { Event::Hurry(load) } else { Event::Tick(load) }))
@@ -269,7 +278,11 @@ impl Driver {
     }
 
     fn load(&self) -> Load {
-        Load { open_bytes: self.shared.ledger.open_bytes(), queued_bytes: self.live.as_ref().map_or(0, |l| l.queue.used_bytes()) }
+        Load {
+            open_bytes: self.shared.ledger.open_bytes(),
+            queued_bytes: self.live.as_ref().map_or(0, |l| l.queue.used_bytes()),
+            flush_waits: self.shared.ledger.flush_wants_cut(),
+        }
     }
 
     async fn perform(&mut self, action: Action) -> Result<(), EndError> {
@@ -314,6 +327,7 @@ impl Driver {
             }
             Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes)?,
+            Action::RefuseFlushes => self.shared.ledger.refuse_flushes(FlushRefused::Fenced),
             Action::Disconnect => self.end("the session is over").await,
         }
         Ok(())
@@ -495,6 +509,7 @@ async fn send_items(
     shared: Arc<Shared>,
 ) {
     let mut stream: Option<SendStream> = None;
+    let mut bucket = Bucket::new(Instant::now());
     while let Some(item) = items.recv().await {
         let sent = match item {
             Item::Begin(header) => match connection.open_uni().await {
@@ -508,6 +523,9 @@ async fn send_items(
             Item::Frame(bytes, permit) => {
                 let Some(stream) = &mut stream else { return };
                 let length = bytes.len() as u64;
+                while let Err(wait) = bucket.take(Instant::now(), bytes.len(), shared.tuning.rate.limit_now()) {
+                    tokio::time::sleep(wait).await;
+                }
                 let written = stream.write_chunk(bytes).await.is_ok();
                 drop(permit);
                 shared.sent_bytes.fetch_add(length, Ordering::Relaxed);

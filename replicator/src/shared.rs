@@ -14,6 +14,7 @@ use crate::compare::CompareCounters;
 use crate::core::{Core, Phase};
 use crate::dirtylog::DirtyLog;
 use crate::ledger::Ledger;
+use crate::pace::{Governor, LinkSeen, Pace, Seen};
 use crate::spec::{PeerSpec, Tuning};
 use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
 
@@ -34,10 +35,20 @@ struct Published {
     /// UDP bytes of connections that are gone, and of the one that stands.
     wire_bytes_before: u64,
     wire_bytes_now: u64,
-    connection: Option<usize>,
+    connection: Option<Connection>,
     queue: Option<FrameQueue>,
     pass: Option<PassHeader>,
     pass_since: Instant,
+}
+
+impl Published {
+    /// Bytes on the wire since start.
+    fn count_wire(&mut self) -> u64 {
+        if let Some(connection) = &self.connection {
+            self.wire_bytes_now = connection.stats().udp_tx.bytes;
+        }
+        self.wire_bytes_before + self.wire_bytes_now
+    }
 }
 
 /// See the module.
@@ -53,12 +64,14 @@ pub(crate) struct Shared {
     pub(crate) epochs_merged: AtomicU64,
     volumes: Vec<(Name, u64)>,
     epochs_committed: AtomicU64,
+    pace: Option<(std::sync::Arc<Pace>, Mutex<Governor>)>,
     sampling: AtomicBool,
     lag_ms: Mutex<Histogram<u64>>,
     published: Mutex<Published>,
 }
 
 impl Shared {
+    #[expect(clippy::too_many_arguments, reason = "one caller hands over what is shared from then on")]
     pub(crate) fn new(
         group: Name,
         peer: PeerSpec,
@@ -67,7 +80,10 @@ impl Shared {
         ledger: std::sync::Arc<Ledger>,
         log: std::sync::Arc<DirtyLog>,
         generation: Generation,
+        pace: Option<std::sync::Arc<Pace>>,
     ) -> Self {
+        let governed = |pace| Some((pace, Mutex::new(Governor::new(tuning.max_lag?, Instant::now()))));
+        let pace = pace.and_then(governed);
         let histogram = Histogram::new_with_bounds(1, LAG_MS_MAX, 3).expect("the bounds are constants that fit");
         Self {
             group,
@@ -81,6 +97,7 @@ impl Shared {
             epochs_merged: AtomicU64::new(0),
             volumes,
             epochs_committed: AtomicU64::new(0),
+            pace,
             sampling: AtomicBool::new(false),
             lag_ms: Mutex::new(histogram),
             published: Mutex::new(Published {
@@ -126,14 +143,12 @@ impl Shared {
         p.pass = pass;
         p.round_trip = live.map(|(c, _)| c.rtt());
         p.queue = live.map(|(_, q)| q.clone());
-        let id = live.map(|(c, _)| c.stable_id());
-        if id != p.connection {
+        let id = |c: &Connection| c.stable_id();
+        if live.map(|(c, _)| id(c)) != p.connection.as_ref().map(id) {
             p.wire_bytes_before += std::mem::take(&mut p.wire_bytes_now);
-            p.connection = id;
+            p.connection = live.map(|(c, _)| c.clone());
         }
-        if let Some((connection, _)) = live {
-            p.wire_bytes_now = connection.stats().udp_tx.bytes;
-        }
+        p.count_wire();
     }
 
     pub(crate) fn report(&self, error: &str) {
@@ -166,11 +181,43 @@ impl Shared {
         }
     }
 
+    /// Sets the pace of the guest's writes, if the user wants one.
+    pub(crate) fn steer(&self) {
+        let Some((pace, governor)) = &self.pace else { return };
+        let (now, summary) = (Instant::now(), self.ledger.summary());
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (link, wire_bytes) = {
+            let mut p = self.published.lock();
+            let link = match p.state {
+                LinkState::Streaming => LinkSeen::Following,
+                LinkState::Connecting | LinkState::Comparing | LinkState::Refused if p.committed.is_some() => LinkSeen::Stuck,
+                _ => LinkSeen::NoCopy,
+            };
+            (link, p.count_wire())
+        };
+        let seen = Seen {
+            lag: summary.oldest_write.map_or(Duration::ZERO, |since| now.saturating_duration_since(since)),
+            uncommitted_bytes: summary.uncommitted_bytes,
+            held_bytes: summary.held_bytes,
+            committed_bytes: summary.committed_bytes,
+            handed_bytes: load(&self.sent_bytes),
+            wire_bytes,
+            captured_bytes: load(&self.counters.data_bytes),
+            frame_bytes: load(&self.counters.frame_bytes),
+            link,
+        };
+        pace.set(governor.lock().allow(now, seen));
+    }
+
     pub(crate) fn status(&self) -> GroupStatus {
         let summary = self.ledger.summary();
+        let flushes = self.ledger.flushes();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (data, sent) = (load(&self.counters.data_bytes), load(&self.counters.frame_bytes));
-        let p = self.published.lock();
+        let pace = self.pace.as_ref().map(|(pace, _)| pace.summary(Instant::now()));
+        let mut p = self.published.lock();
+        let wire_bytes = p.count_wire();
+        let p = &*p;
         let lag = self.lag_ms.lock();
         GroupStatus {
             group: self.group.clone(),
@@ -195,13 +242,23 @@ impl Shared {
             captured_bytes: data,
             zero_bytes: load(&self.counters.zero_bytes),
             sent_bytes: load(&self.sent_bytes),
-            wire_bytes: p.wire_bytes_before + p.wire_bytes_now,
+            wire_bytes,
             saved_percent: if data == 0 { 0.0 } else { 100.0 * (1.0 - sent as f64 / data as f64) },
             copied_before_write: summary.copied_before_write,
             epochs_committed: load(&self.epochs_committed),
             epochs_merged: load(&self.epochs_merged),
             epochs_in_flight: p.in_flight,
             interval_ms: millis(self.tuning.interval),
+            durability: self.tuning.durability,
+            flushes_waiting: flushes.waiting,
+            flush_wait_ms: flushes.oldest.map(|since| millis(since.elapsed())),
+            flushes_committed: flushes.answered,
+            rate_limited: self.tuning.rate.is_limited(),
+            rate_limit_bits_per_s: self.tuning.rate.limit_now(),
+            max_lag_ms: self.tuning.max_lag.map(millis),
+            write_rate_bytes_per_s: pace.and_then(|pace| pace.rate_bytes_per_s),
+            write_pause_ms: pace.map_or(0.0, |pace| pace.pause.as_secs_f64() * 1000.0),
+            write_paused_ms: pace.map_or(0, |pace| millis(pace.paused)),
             round_trip_ms: p.round_trip.map(|d| d.as_secs_f64() * 1000.0),
             pass: p.pass.map(|header| self.progress(header, p.pass_since.elapsed())),
             volumes: self
@@ -215,7 +272,7 @@ impl Shared {
                 })
                 .collect(),
             queues: vec![
-                queue("frames-to-send", "bytes", p.queue.as_ref().map_or(0, FrameQueue::used_bytes), self.frames_limit(&p)),
+                queue("frames-to-send", "bytes", p.queue.as_ref().map_or(0, FrameQueue::used_bytes), self.frames_limit(p)),
                 queue("copied-before-write", "bytes", summary.copied_bytes, self.ledger.copy_limits().memory_bytes),
                 queue("spilled-before-write", "bytes", summary.spilled_bytes, self.ledger.copy_limits().spill_bytes),
                 queue("epochs-in-flight", "epochs", p.in_flight, self.tuning.epochs_in_flight.into()),

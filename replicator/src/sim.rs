@@ -24,8 +24,9 @@ use crate::compare::{Compare, CompareCounters};
 use crate::compress::Compressor;
 use crate::core::{Action, Core, CoreConfig, Event, Load, Phase};
 use crate::dirtylog::{DirtyLog, LogFile};
-use crate::ledger::{CopyLimits, Ledger};
+use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::record::Recorded;
+use crate::spec::Durability;
 use crate::tap::Tap;
 use crate::upkeep;
 
@@ -44,6 +45,8 @@ pub enum Sabotage {
     SkipCopyBeforeWrite,
     /// A write is issued although its region is not in the dirty log.
     SkipDirtyLog,
+    /// A flush that is to wait for the receiver is answered by the local disk alone.
+    AnswerFlushEarly,
 }
 
 thread_local! {
@@ -78,6 +81,8 @@ pub struct PrimaryConfig {
     pub spill_limit_bytes: u64,
     /// See `Tuning`.
     pub epochs_in_flight: u16,
+    /// See `Tuning`.
+    pub durability: Durability,
 }
 
 /// The disks of a group.
@@ -192,7 +197,8 @@ impl Primary {
         let limits = CopyLimits { memory_bytes: config.freeze_budget_bytes, spill_bytes: config.spill_limit_bytes };
         let ledger = Arc::new(Ledger::new(sizes.clone(), limits, known));
         let taps = disks.volumes.iter().enumerate().map(|(i, d)| {
-            Arc::new(Tap::new(d.clone(), ledger.clone(), log.clone(), disks.spill.clone(), i)) as Arc<dyn BlockDevice>
+            let tap = Tap::new(d.clone(), ledger.clone(), log.clone(), disks.spill.clone(), i);
+            Arc::new(tap.with_durability(config.durability)) as Arc<dyn BlockDevice>
         });
         let core_config = CoreConfig {
             group: config.group,
@@ -276,7 +282,7 @@ impl Primary {
     /// When the core wants to be told the time at the latest.
     #[must_use]
     pub fn deadline(&self, now: Instant) -> Instant {
-        self.core.deadline(now)
+        self.core.deadline(now, self.ledger.flush_wants_cut())
     }
 
     /// What it did since this was asked last.
@@ -379,7 +385,8 @@ impl Primary {
     }
 
     fn load(&self) -> Load {
-        Load { open_bytes: self.ledger.open_bytes(), queued_bytes: self.queue().0 }
+        let flush_waits = self.ledger.flush_wants_cut();
+        Load { open_bytes: self.ledger.open_bytes(), queued_bytes: self.queue().0, flush_waits }
     }
 
     fn handle(&mut self, now: Instant, event: Event) {
@@ -435,6 +442,7 @@ impl Primary {
             }
             Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes),
+            Action::RefuseFlushes => self.ledger.refuse_flushes(FlushRefused::Fenced),
             Action::Disconnect => {
                 self.end();
                 self.outputs.push_back(Output::Disconnect);

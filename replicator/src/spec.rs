@@ -6,11 +6,19 @@ use std::time::Duration;
 
 use blockdev::BlockDevice;
 use proto::{Codec, Fingerprint, Name};
+use serde::{Deserialize, Serialize};
+
+use crate::rate::RateSchedule;
 
 /// Shortest epoch interval.
 pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
 /// Longest epoch interval: a day.
 pub const INTERVAL_MAX: Duration = Duration::from_secs(86_400);
+
+/// Shortest `max_lag`.
+pub const MAX_LAG_MIN: Duration = Duration::from_millis(100);
+/// Longest `max_lag`.
+pub const MAX_LAG_MAX: Duration = Duration::from_secs(86_400);
 
 /// A disk to be replicated.
 pub struct VolumeSpec {
@@ -29,6 +37,18 @@ pub struct PeerSpec {
     pub key: Fingerprint,
 }
 
+/// When a guest's flush is answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Durability {
+    /// When the local disk has flushed.
+    #[default]
+    Async,
+    /// When, besides, the receiver has committed all that was acknowledged before the flush: what a database was told is durable
+    /// survives the site.
+    FlushSync,
+}
+
 /// What an administrator may tune. Every limit is shown in `status`.
 #[derive(Clone, Debug)]
 pub struct Tuning {
@@ -44,6 +64,13 @@ pub struct Tuning {
     pub epochs_in_flight: u16,
     /// How payloads are packed.
     pub codec: Codec,
+    /// When a guest's flush is answered.
+    pub durability: Durability,
+    /// The guest's writes are slowed so that the oldest one that is not committed is not much older. Cuts are then at most a quarter of it
+    /// apart.
+    pub max_lag: Option<Duration>,
+    /// How much may be sent, by the time of day. The sender waits, so the current epoch grows.
+    pub rate: RateSchedule,
 }
 
 impl Default for Tuning {
@@ -54,6 +81,9 @@ impl Default for Tuning {
             spill_limit_bytes: 4 << 30,
             epochs_in_flight: 8,
             codec: Codec::Lz4,
+            durability: Durability::Async,
+            max_lag: None,
+            rate: RateSchedule::default(),
         }
     }
 }

@@ -3,6 +3,8 @@
 use proto::{Fingerprint, Generation, Name, Point};
 use serde::{Deserialize, Serialize};
 
+use crate::spec::Durability;
+
 /// A queue, how full it is, and its limit.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct QueueStatus {
@@ -131,6 +133,36 @@ pub struct GroupStatus {
     pub epochs_in_flight: u64,
     /// Epoch interval in ms.
     pub interval_ms: u64,
+    /// When a guest's flush is answered.
+    #[serde(default)]
+    pub durability: Durability,
+    /// Flushes that wait for the receiver; always 0 unless `durability` is `flush-sync`.
+    #[serde(default)]
+    pub flushes_waiting: u64,
+    /// Milliseconds since the oldest of them came.
+    #[serde(default)]
+    pub flush_wait_ms: Option<u64>,
+    /// Flushes answered since start because the receiver had committed what they cover.
+    #[serde(default)]
+    pub flushes_committed: u64,
+    /// Whether there is a `rate_limit` at any time of the day.
+    #[serde(default)]
+    pub rate_limited: bool,
+    /// Bits a second that may be sent now; `None`: without a limit.
+    #[serde(default)]
+    pub rate_limit_bits_per_s: Option<u64>,
+    /// The lag that the guest's writes are held to, in ms, if any.
+    #[serde(default)]
+    pub max_lag_ms: Option<u64>,
+    /// Bytes a second that writes get because of it; `None` while they are not slowed.
+    #[serde(default)]
+    pub write_rate_bytes_per_s: Option<u64>,
+    /// How long a write would wait that came now, in ms.
+    #[serde(default)]
+    pub write_pause_ms: f64,
+    /// What writes have waited since start, all together, in ms.
+    #[serde(default)]
+    pub write_paused_ms: u64,
     /// Smoothed round trip in ms, while connected.
     pub round_trip_ms: Option<f64>,
     /// The pass being sent.

@@ -1,7 +1,8 @@
 //! The tap: the layer between an export and a disk that knows which blocks change.
 //!
-//! It never waits for the network. It waits for the local disk only: to copy a block that a capture still needs before the
-//! guest overwrites it.
+//! Reads never wait for anything but the disk. Writes wait besides to copy a block that a capture still needs before it is overwritten,
+//! and, if the user asked for it (`max_lag`), for their share of what the link carries. A flush waits for the receiver's commit if the
+//! user asked for that (`flush-sync`).
 
 use std::io;
 use std::sync::Arc;
@@ -13,6 +14,8 @@ use proto::units::BLOCK_BYTES;
 
 use crate::dirtylog::DirtyLog;
 use crate::ledger::{CopiedRun, Copy, Ledger, Place, Range, Step, Ticket};
+use crate::pace::Pace;
+use crate::spec::Durability;
 
 /// A disk whose changes are tracked.
 pub(crate) struct Tap {
@@ -22,6 +25,8 @@ pub(crate) struct Tap {
     /// Takes the copies that do not fit memory.
     spill: Arc<dyn BlockDevice>,
     volume: usize,
+    durability: Durability,
+    pace: Option<Arc<Pace>>,
 }
 
 impl Tap {
@@ -32,7 +37,24 @@ impl Tap {
         spill: Arc<dyn BlockDevice>,
         volume: usize,
     ) -> Self {
-        Self { device, ledger, log, spill, volume }
+        Self { device, ledger, log, spill, volume, durability: Durability::Async, pace: None }
+    }
+
+    /// The same tap, with flushes answered as `durability` says.
+    pub(crate) fn with_durability(self, durability: Durability) -> Self {
+        Self { durability, ..self }
+    }
+
+    /// The same tap, with writes that keep to `pace`.
+    pub(crate) fn with_pace(self, pace: Option<Arc<Pace>>) -> Self {
+        Self { pace, ..self }
+    }
+
+    /// Waits until a change of `bytes` may be admitted. Nothing waits for a write that waits here.
+    async fn keep_pace(&self, bytes: u64) {
+        if let Some(pace) = &self.pace {
+            pace.wait(bytes).await;
+        }
     }
 
     /// Admission of a change of `length` bytes at `offset`: marks it, makes sure that the dirty log has it, then copies what a capture
@@ -100,6 +122,14 @@ fn sabotaged() -> bool {
     false
 }
 
+/// Whether the simulator wants to see that it notices when flushes do not wait for the receiver.
+fn answers_early() -> bool {
+    #[cfg(feature = "simulation")]
+    return crate::sim::is_sabotaged(crate::sim::Sabotage::AnswerFlushEarly);
+    #[cfg(not(feature = "simulation"))]
+    false
+}
+
 /// Ends a claim also when the write that made it is dropped half way: others wait for it.
 struct ClaimGuard<'a> {
     ledger: &'a Ledger,
@@ -155,13 +185,25 @@ impl BlockDevice for Tap {
             if data.is_empty() {
                 return Ok(data);
             }
+            self.keep_pace(data.len() as u64).await;
             let _ticket = self.admit(offset, data.len() as u64).await?;
             self.device.write(offset, data).await
         })
     }
 
+    /// In `flush-sync` the cut is asked for first, so that the epoch travels while the local disk flushes.
     fn flush<'a>(&'a self) -> IoFuture<'a, ()> {
-        self.device.flush()
+        match self.durability {
+            Durability::Async => self.device.flush(),
+            Durability::FlushSync => Box::pin(async move {
+                let ticket = self.ledger.begin_flush(Instant::now());
+                self.device.flush().await?;
+                if answers_early() {
+                    return Ok(());
+                }
+                Ok(ticket.committed().await?)
+            }),
+        }
     }
 
     fn write_zeroes<'a>(&'a self, offset: u64, length: u64, mode: ZeroMode) -> IoFuture<'a, ()> {
@@ -169,6 +211,8 @@ impl BlockDevice for Tap {
             if length == 0 {
                 return Ok(());
             }
+            // However long: zeroes travel as an extent.
+            self.keep_pace(BLOCK_BYTES).await;
             let _ticket = self.admit(offset, length).await?;
             self.device.write_zeroes(offset, length, mode).await
         })
@@ -195,6 +239,9 @@ impl BlockDevice for Tap {
     fn try_write(&self, offset: u64, data: &[u8]) -> Option<io::Result<()>> {
         if data.is_empty() {
             return Some(Ok(()));
+        }
+        if self.pace.as_ref().is_some_and(|pace| !pace.passes(data.len() as u64, Instant::now)) {
+            return None;
         }
         let range = Range::of_bytes(self.volume, offset, data.len() as u64);
         let _ticket = self.ledger.try_admit(range, Instant::now)?;

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use blockdev::{BlockDevice, Buf, IoThreads, MemoryDevice, ZeroMode};
@@ -18,7 +19,9 @@ use proto::{
     transport,
 };
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
-use replicator::{GroupSpec, GroupStatus, LinkState, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
+use replicator::{
+    Durability, GroupSpec, GroupStatus, LinkState, PeerSpec, RateSchedule, Replicator, ReplicatorError, Tuning, VolumeSpec,
+};
 
 const SIZE: u64 = 20 * 1024 * 1024 + 512;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -32,6 +35,8 @@ struct Behaviour {
     drop_after: Option<u64>,
     /// Answer the hello with this.
     answer: Option<Message>,
+    /// Take no more than so many bytes of content a second.
+    bytes_per_s: Option<f64>,
 }
 
 #[derive(Default)]
@@ -146,7 +151,8 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
             let header = PassHeader::decode(&head).map_err(text)?;
             assert_eq!((header.epoch, header.pass), (EpochId(epoch), pass));
             store.lock().passes.push(header);
-            frames(&mut stream, &mut staged, &mut tally, &store).await?;
+            let pause = behaviour.lock().bytes_per_s.map(|rate| Duration::from_secs_f64(BLOCK_BYTES as f64 / rate));
+            frames(&mut stream, &mut staged, &mut tally, &store, pause.unwrap_or_default()).await?;
             if header.kind == PassKind::Frozen {
                 break;
             }
@@ -183,7 +189,13 @@ fn hashes(store: &mut Store, query: HashQuery) -> Hashes {
     Hashes { id: query.id, hashes: proto::hashes::hash_chunks(range, query.chunk_blocks).collect() }
 }
 
-async fn frames(stream: &mut RecvStream, image: &mut [Vec<u8>], tally: &mut Tally, store: &Mutex<Store>) -> Result<(), String> {
+async fn frames(
+    stream: &mut RecvStream,
+    image: &mut [Vec<u8>],
+    tally: &mut Tally,
+    store: &Mutex<Store>,
+    pause_a_block: Duration,
+) -> Result<(), String> {
     loop {
         let mut head = [0; FRAME_HEADER_BYTES];
         match stream.read_exact(&mut head).await {
@@ -198,6 +210,7 @@ async fn frames(stream: &mut RecvStream, image: &mut [Vec<u8>], tally: &mut Tall
         let frame = Frame::decode_body(header, &body, (volume.len() as u64).div_ceil(BLOCK_BYTES)).map_err(text)?;
         let blocks: u64 = frame.extents.iter().map(|e| u64::from(e.blocks)).sum();
         let data = header.kind == FrameKind::Data;
+        tokio::time::sleep(pause_a_block.mul_f64(blocks as f64)).await;
         tally.add(&head, header.frame_bytes(), if data { blocks } else { 0 }, if data { 0 } else { blocks });
         let content = frame.content().map_err(text)?;
         let mut at = 0;
@@ -277,6 +290,11 @@ impl Primary {
         self.io.call(move || async move { tap.write(offset, Buf::copy_of(&data)).await.map(drop) }).await.unwrap().unwrap();
     }
 
+    async fn flush(&self, disk: usize) -> std::io::Result<()> {
+        let tap = self.replicator.volume(&format!("disk{disk}").parse().unwrap()).unwrap();
+        self.io.call(move || async move { tap.flush().await }).await.unwrap()
+    }
+
     async fn zero(&self, disk: usize, offset: u64, length: u64) {
         let tap = self.replicator.volume(&format!("disk{disk}").parse().unwrap()).unwrap();
         self.io.call(move || async move { tap.write_zeroes(offset, length, ZeroMode::default()).await }).await.unwrap().unwrap();
@@ -353,7 +371,7 @@ async fn a_large_epoch_is_sent_in_passes() {
 async fn a_lost_session_loses_nothing() {
     let identity = identity();
     let receiver = SmallReceiver::start(&identity);
-    *receiver.behaviour.lock() = Behaviour { drop_at: Some(4), drop_after: Some(7), answer: None };
+    *receiver.behaviour.lock() = Behaviour { drop_at: Some(4), drop_after: Some(7), answer: None, bytes_per_s: None };
     let primary = Primary::start(&identity, &receiver, fast());
     primary.settled().await;
     let mut round = 0;
@@ -483,4 +501,158 @@ async fn a_clone_in_between_is_noticed() {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert!(receiver.store.lock().committed > committed);
+}
+
+fn flush_sync() -> Tuning {
+    Tuning { interval: Duration::from_secs(3600), durability: Durability::FlushSync, ..Tuning::default() }
+}
+
+/// Catches a flush that waits for the interval, one that is answered before its epoch is committed, and one that is forgotten with its
+/// session.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_is_answered_when_the_receiver_has_what_it_covers() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let primary = Arc::new(Primary::start(&identity, &receiver, flush_sync()));
+    for round in 0..20_u8 {
+        primary.write(0, u64::from(round) * 50_000, pattern(round, 9000)).await;
+        primary.write(1, u64::from(round) * 30_000, pattern(round, 2000)).await;
+        primary.flush(1).await.unwrap();
+        assert!(receiver.store.lock().image == primary.images(), "round {round}: both disks are committed");
+    }
+    let status = primary.replicator.status();
+    assert_eq!((status.flushes_waiting, status.flushes_committed), (0, 20), "{status:?}");
+    let committed = status.epochs_committed;
+    primary.flush(0).await.unwrap();
+    assert_eq!(primary.replicator.status().epochs_committed, committed, "without a change there is no cut");
+
+    let newest = receiver.store.lock().committed.unwrap().epoch.0;
+    receiver.behaviour.lock().drop_at = Some(newest + 1);
+    primary.write(0, 77, pattern(99, 60_000)).await;
+    primary.flush(0).await.unwrap();
+    assert!(receiver.store.lock().image == primary.images(), "its epoch was lost with its session, and made again");
+    assert_eq!(receiver.store.lock().hellos.len(), 2);
+
+    let before = primary.replicator.status().epochs_committed;
+    let clients: Vec<_> = (0..32_u64)
+        .map(|client| {
+            let primary = primary.clone();
+            tokio::spawn(async move {
+                for round in 0..10_u64 {
+                    primary.write((client % 2) as usize, (client * 10 + round) * 50_000, pattern(round as u8, 4096)).await;
+                    primary.flush(((client + round) % 2) as usize).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for client in clients {
+        client.await.unwrap();
+    }
+    assert!(receiver.store.lock().image == primary.images());
+    let cuts = primary.replicator.status().epochs_committed - before;
+    println!("320 flushes in {cuts} epochs");
+    assert!(cuts < 320, "flushes that wait together share a cut");
+}
+
+/// Nothing that cannot be committed is answered well: not by a fenced primary, and not by a node that stops.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flush_that_cannot_be_kept_fails() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    receiver.behaviour.lock().answer = Some(Message::Fenced { generation: Generation(5) });
+    let fenced = Primary::start(&identity, &receiver, flush_sync());
+    fenced.write(0, 0, pattern(1, 10)).await;
+    let error = fenced.flush(0).await.unwrap_err();
+    assert!(error.to_string().contains("another side may write now"), "{error}");
+
+    receiver.behaviour.lock().answer = Some(Message::close(CloseCode::Stopping, "away"));
+    let alone = Arc::new(Primary::start(&identity, &receiver, flush_sync()));
+    alone.write(0, 0, pattern(1, 10)).await;
+    let flushing = tokio::spawn({
+        let alone = alone.clone();
+        async move { alone.flush(0).await }
+    });
+    let status = alone.until("a flush waits", |s| s.flushes_waiting == 1 && s.flush_wait_ms > Some(50)).await;
+    assert_eq!((status.flushes_committed, flushing.is_finished()), (0, false), "{status:?}");
+    alone.replicator.end_flushes(Duration::from_millis(10));
+    let error = flushing.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("the node stops"), "{error}");
+    assert_eq!(alone.replicator.status().flushes_waiting, 0);
+}
+
+/// A guest that writes without end, and a receiver that takes 2 MB/s: the guest is slowed to what it takes, and the lag held.
+///
+/// Catches a write that goes past the pace (this disk takes every write at once), a pace that starves, and a lag that grows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_is_slowed_to_what_the_receiver_takes() {
+    const RATE: f64 = 2e6;
+    const MAX_LAG_MS: u64 = 2000;
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let tuning = Tuning {
+        interval: Duration::from_millis(200),
+        max_lag: Some(Duration::from_millis(MAX_LAG_MS)),
+        codec: proto::Codec::Raw,
+        ..Tuning::default()
+    };
+    let primary = Primary::start(&identity, &receiver, tuning);
+    primary.settled().await;
+    assert_eq!(primary.replicator.status().write_rate_bytes_per_s, None);
+    receiver.behaviour.lock().bytes_per_s = Some(RATE);
+    let tap = primary.replicator.volume(&"disk0".parse().unwrap()).unwrap();
+    let (begun, written) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+    let (counted, tapped) = (written.clone(), tap.clone());
+    let (mut lag_max, mut waited_max) = (0, Duration::ZERO);
+    primary.io.spawn(move || async move {
+        for at in (0..).map(|i: u64| i * 16_384 % (SIZE / 16_384 * 16_384)) {
+            let content = pattern(at as u8, 16_384);
+            // As an export does: at once if that is possible.
+            match tapped.try_write(at, &content) {
+                Some(result) => result.unwrap(),
+                None => drop(tapped.write(at, Buf::copy_of(&content)).await.unwrap()),
+            }
+            counted.fetch_add(16_384, Ordering::Relaxed);
+            tokio::task::yield_now().await;
+        }
+    });
+    let second = || written.load(Ordering::Relaxed);
+    let mut at_three = 0;
+    while begun.elapsed() < Duration::from_secs(15) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if begun.elapsed() < Duration::from_secs(5) {
+            at_three = second();
+            continue;
+        }
+        lag_max = lag_max.max(primary.replicator.status().lag_ms);
+        let reading = Instant::now();
+        let tap = tap.clone();
+        primary.io.call(move || async move { tap.read(0, Buf::zeroed(4096)).await.map(drop) }).await.unwrap().unwrap();
+        waited_max = waited_max.max(reading.elapsed());
+    }
+    let per_s = (second() - at_three) as f64 / 10.0;
+    let status = primary.replicator.status();
+    println!("{per_s:.0} B/s written, lag up to {lag_max} ms, a read took {waited_max:?} at most: {status:?}");
+    assert!(status.write_rate_bytes_per_s.is_some() && status.write_paused_ms > 1000, "{status:?}");
+    assert!(lag_max < MAX_LAG_MS * 3 / 2 && lag_max > MAX_LAG_MS / 2, "lag {lag_max} ms");
+    assert!((0.6 * RATE..1.5 * RATE).contains(&per_s), "{per_s} B/s");
+    assert!(waited_max < Duration::from_millis(300), "a read waited {waited_max:?}");
+}
+
+/// 5 MB at 8 Mbit/s take 5 s; without the limit they take none of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limited_transfer_takes_the_time_that_it_must() {
+    let identity = identity();
+    let receiver = SmallReceiver::start(&identity);
+    let rate = RateSchedule { limit_bits_per_s: Some(8_000_000), windows: Vec::new() };
+    let tuning = Tuning { codec: proto::Codec::Raw, rate, ..fast() };
+    let primary = Primary::start(&identity, &receiver, tuning);
+    let status = primary.settled().await;
+    assert!(status.rate_limited && status.rate_limit_bits_per_s == Some(8_000_000), "{status:?}");
+    let begun = Instant::now();
+    primary.write(0, 0, pattern(1, 5_000_000)).await;
+    primary.settled().await;
+    let took = begun.elapsed().as_secs_f64();
+    println!("5 MB at 8 Mbit/s took {took:.2} s");
+    assert!(receiver.store.lock().image == primary.images());
+    assert!((4.0..6.0).contains(&took), "5 MB at 8 Mbit/s took {took} s");
 }

@@ -21,6 +21,17 @@ pub(crate) fn bytes(n: u64) -> String {
     format!("{value:.1} {unit}")
 }
 
+/// `20 Mbit/s`.
+pub(crate) fn bit_rate(bits_per_s: u64) -> String {
+    let (unit, scale) = match bits_per_s {
+        0..1_000_000 => ("kbit/s", 1e3),
+        1_000_000..1_000_000_000 => ("Mbit/s", 1e6),
+        _ => ("Gbit/s", 1e9),
+    };
+    let text = format!("{:.3}", bits_per_s as f64 / scale);
+    format!("{} {unit}", text.trim_end_matches('0').trim_end_matches('.'))
+}
+
 /// `230 ms`, `1.4 s`, `3 min 5 s`, `2 h 10 min`, `3 d 4 h`.
 pub(crate) fn ms(ms: u64) -> String {
     let s = ms / 1000;
@@ -150,6 +161,10 @@ mod tests {
         assert_eq!(bytes(1 << 20), "1.0 MiB");
         assert_eq!(bytes((1 << 20) - 1), "1.0 MiB");
         assert_eq!(bytes(u64::MAX), "16384.0 PiB");
+        assert_eq!(bit_rate(64_000), "64 kbit/s");
+        assert_eq!(bit_rate(20_000_000), "20 Mbit/s");
+        assert_eq!(bit_rate(1_500_000_000), "1.5 Gbit/s");
+        assert_eq!(bit_rate(100_000_000_000), "100 Gbit/s");
         assert_eq!(ms(999), "999 ms");
         assert_eq!(ms(1450), "1.4 s");
         assert_eq!(ms(185_000), "3 min 5 s");

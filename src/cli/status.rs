@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::bail;
-use replicator::{GroupStatus, LinkState, QueueStatus};
+use replicator::{Durability, GroupStatus, LinkState, QueueStatus};
 
-use super::human::{self, Paint, bytes, ms};
+use super::human::{self, Paint, bit_rate, bytes, ms};
 use super::{client, failover};
 use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
 
@@ -150,11 +150,45 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
         "epochs",
         &format!("{done} committed, {} in flight, {merged} merged, one every {interval}{round_trip}", group.epochs_in_flight),
     );
+    if group.durability == Durability::FlushSync {
+        out.pair("flush-sync", &flushes(group, paint));
+    }
+    if group.rate_limited {
+        out.pair("limit", &group.rate_limit_bits_per_s.map_or_else(|| "none at this time".to_owned(), bit_rate));
+    }
+    if let Some(max_lag) = group.max_lag_ms {
+        out.pair("max lag", &format!("{}; {}", ms(max_lag), slowed(group, paint)));
+    }
     for volume in &group.volumes {
         disk(out, volume.name.as_str(), volume.size_bytes, group.group.as_str(), exports);
     }
     queues(out, &group.queues);
     client_queues(out, group.group.as_str(), exports);
+}
+
+/// A flush that waits for longer than this is worth a colour.
+const FLUSH_WAIT_LONG_MS: u64 = 2000;
+
+fn flushes(group: &GroupStatus, paint: Paint) -> String {
+    let done = format!("{} flushes committed", group.flushes_committed);
+    match (group.flushes_waiting, group.flush_wait_ms) {
+        (1.., Some(since)) => {
+            let waiting = format!("{} waiting, the oldest for {}", group.flushes_waiting, ms(since));
+            let waiting = if since < FLUSH_WAIT_LONG_MS { waiting } else { paint.bad(&waiting) };
+            format!("{done}, {waiting}")
+        }
+        _ => done,
+    }
+}
+
+fn slowed(group: &GroupStatus, paint: Paint) -> String {
+    match group.write_rate_bytes_per_s {
+        None => "writes are not slowed".to_owned(),
+        Some(rate) => {
+            let pause = group.write_pause_ms;
+            paint.warn(&format!("writes are slowed to {}/s, one that comes now waits {pause:.1} ms", bytes(rate)))
+        }
+    }
 }
 
 fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Paint) {

@@ -40,6 +40,15 @@ pub enum Problem {
     /// No duration.
     #[error("is not a duration: write a number and a unit, for example \"250ms\", \"1s\" or \"5m\"")]
     Duration,
+    /// No rate.
+    #[error("is not a rate: write bits a second from \"64 kbit/s\" to \"1000 Gbit/s\", for example \"20 Mbit/s\", or \"none\"")]
+    Rate,
+    /// No time of day.
+    #[error("is not a time of day: write hours and minutes, for example \"22:00\"")]
+    TimeOfDay,
+    /// A window without length.
+    #[error("is the same time as from: give the window a length; what holds all day is rate_limit")]
+    EmptyWindow,
     /// Outside its limits.
     #[error("is outside of its limits: choose a value from {min} to {max}")]
     Range {

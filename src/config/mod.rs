@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use proto::{Codec, Fingerprint, Name};
+use replicator::{Durability, RateSchedule};
 
 pub use error::{ConfigError, ConfigErrors, Problem};
 pub use parse::export_address;
@@ -98,6 +99,12 @@ pub struct GroupConfig {
     pub epochs_in_flight: u16,
     /// How payloads are packed.
     pub codec: Codec,
+    /// When a guest's flush is answered.
+    pub durability: Durability,
+    /// See `replicator::Tuning`.
+    pub max_lag: Option<Duration>,
+    /// `rate_limit` and `[[group.rate_schedule]]`.
+    pub rate: RateSchedule,
     /// Its disks, cut together.
     pub disks: Vec<DiskConfig>,
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use proto::{Codec, Name};
-use replicator::{INTERVAL_MAX, INTERVAL_MIN, Tuning};
+use replicator::{Durability, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, RateSchedule, RateWindow, Tuning};
 use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigErrors, Problem};
@@ -23,6 +23,7 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 const IO_THREADS_DEFAULT_MAX: usize = 4;
 const LOG_LEVELS: &[&str] = &["error", "warn", "info", "debug", "trace"];
 const CODECS: &[&str] = &["lz4", "raw"];
+const DURABILITIES: &[&str] = &["async", "flush-sync"];
 
 /// What was seen where, to find things said twice.
 #[derive(Default)]
@@ -203,6 +204,16 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
     }
     let in_flight = reader.get(s, "epochs_in_flight", number((1, 64), ("1", "64")));
     let codec = reader.get(s, "codec", text("\"lz4\"", |t| choice(t, CODECS)));
+    let durability = reader.get(s, "durability", text("\"async\"", |t| choice(t, DURABILITIES)));
+    let max_lag = reader.get(s, "max_lag", text("\"5s\"", units::duration));
+    if let Some(found) = &max_lag
+        && !(MAX_LAG_MIN..=MAX_LAG_MAX).contains(&found.value)
+    {
+        reader.wrong(found, Problem::Range { min: "\"100ms\"", max: "\"1d\"" });
+    }
+    let limit = reader.get(s, "rate_limit", text("\"20 Mbit/s\"", units::rate));
+    let windows = reader.sections(s, "rate_schedule", "[[group.rate_schedule]]");
+    let windows: Vec<_> = windows.into_iter().map(|section| window(reader, section)).collect();
     let disks = reader.sections(s, "disk", "[[group.disk]]");
     let title = section.title.clone();
     if disks.is_empty() {
@@ -225,8 +236,32 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
             Some(_) => Codec::Lz4,
             None => defaults.codec,
         },
+        durability: match durability.map(|found| found.value) {
+            Some("flush-sync") => Durability::FlushSync,
+            Some(_) => Durability::Async,
+            None => defaults.durability,
+        },
+        max_lag: max_lag.map(|found| found.value),
+        rate: RateSchedule {
+            limit_bits_per_s: limit.and_then(|found| found.value),
+            windows: windows.into_iter().collect::<Option<_>>()?,
+        },
         disks: disks.into_iter().collect::<Option<_>>()?,
     })
+}
+
+fn window<'d>(reader: &mut Reader<'d>, mut section: Section<'d>) -> Option<RateWindow> {
+    let s = &mut section;
+    let from = reader.need(s, "from", "\"22:00\"", text("\"22:00\"", units::time_of_day));
+    let to = reader.need(s, "to", "\"06:00\"", text("\"06:00\"", units::time_of_day));
+    let limit = reader.need(s, "limit", "\"none\"", text("\"20 Mbit/s\"", units::rate));
+    if let (Some(from), Some(to)) = (&from, &to)
+        && from.value == to.value
+    {
+        reader.wrong(to, Problem::EmptyWindow);
+    }
+    reader.finish(section);
+    Some(RateWindow { from: from?.value, to: to?.value, limit_bits_per_s: limit?.value })
 }
 
 fn disk<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Context, owner: usize) -> Option<DiskConfig> {

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use jiff::civil::Time;
+
 use super::error::Problem;
 
 const SIZES: &[(&str, u64)] = &[
@@ -19,6 +21,11 @@ const SIZES: &[(&str, u64)] = &[
 const DURATIONS_MS: &[(&str, u64)] =
     &[("ms", 1), ("s", 1_000), ("min", 60_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
 
+const RATES: &[(&str, u64)] = &[("bit/s", 1), ("kbit/s", 1_000), ("Mbit/s", 1_000_000), ("Gbit/s", 1_000_000_000)];
+/// Below, one frame takes over 16 s.
+const RATE_MIN: u64 = 64_000;
+const RATE_MAX: u64 = 1_000_000_000_000;
+
 /// Bytes of a text such as `64MiB`.
 ///
 /// # Errors
@@ -33,6 +40,31 @@ pub(crate) fn size(text: &str) -> Result<u64, Problem> {
 /// [`Problem::Duration`].
 pub(crate) fn duration(text: &str) -> Result<Duration, Problem> {
     scaled(text, DURATIONS_MS).map(Duration::from_millis).ok_or(Problem::Duration)
+}
+
+/// Bits a second of a text such as `20 Mbit/s`; `None` for `none`.
+///
+/// Bits only: "MB/s" and "Mb/s" differ by eight, and by the reader's habit.
+///
+/// # Errors
+/// [`Problem::Rate`].
+pub(crate) fn rate(text: &str) -> Result<Option<u64>, Problem> {
+    if text.trim() == "none" {
+        return Ok(None);
+    }
+    let bits = scaled(text, RATES).filter(|bits| (RATE_MIN..=RATE_MAX).contains(bits));
+    bits.map(Some).ok_or(Problem::Rate)
+}
+
+/// A text such as `22:00`.
+///
+/// # Errors
+/// [`Problem::TimeOfDay`].
+pub(crate) fn time_of_day(text: &str) -> Result<Time, Problem> {
+    let digits = |t: &str| t.len() == 2 && t.bytes().all(|b| b.is_ascii_digit());
+    let (hours, minutes) = text.split_once(':').filter(|(h, m)| digits(h) && digits(m)).ok_or(Problem::TimeOfDay)?;
+    let number = |t: &str| t.parse::<i8>().map_err(|_| Problem::TimeOfDay);
+    Time::new(number(hours)?, number(minutes)?, 0, 0).map_err(|_| Problem::TimeOfDay)
 }
 
 /// For clap.
@@ -70,6 +102,16 @@ mod tests {
         assert_eq!(duration("250ms").unwrap(), Duration::from_millis(250));
         assert_eq!(duration("1.5s").unwrap(), Duration::from_millis(1500));
         assert_eq!(duration("2m").unwrap(), Duration::from_secs(120));
+        assert_eq!(rate("20 Mbit/s").unwrap(), Some(20_000_000));
+        assert_eq!(rate("1.5gbit/s").unwrap(), Some(1_500_000_000));
+        assert_eq!(rate("none").unwrap(), None);
+        for bad in ["", "20", "20 MB/s", "20 Mb/s", "0 Mbit/s", "63 kbit/s", "1001 Gbit/s", "unlimited"] {
+            assert!(rate(bad).is_err(), "{bad}");
+        }
+        assert_eq!(time_of_day("06:30").unwrap(), Time::constant(6, 30, 0, 0));
+        for bad in ["", "6:30", "24:00", "12:60", "12", "12:00:00", "-1:00", "+1:00", "noon"] {
+            assert!(time_of_day(bad).is_err(), "{bad}");
+        }
         for bad in ["", "5", "MiB", "1.MiB", ".5MiB", "1..2s", "-1s", "9999999999999TiB", "1 parsec", "1.1234567s"] {
             assert!(size(bad).is_err(), "{bad}");
             assert!(duration(bad).is_err(), "{bad}");

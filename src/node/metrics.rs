@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replicator::{GroupStatus, LinkState, QueueStatus};
+use replicator::{Durability, GroupStatus, LinkState, QueueStatus};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -48,6 +48,17 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_primary_epochs_committed_total", "counter", "Epochs committed"),
     ("twinsite_primary_epochs_merged_total", "counter", "Epochs given up and merged into the current one"),
     ("twinsite_primary_epochs_in_flight", "gauge", "Epochs sealed and not yet committed"),
+    ("twinsite_primary_flushes_waiting", "gauge", "Flushes that wait for the receiver's commit (flush-sync)"),
+    ("twinsite_primary_flush_wait_seconds", "gauge", "How long the oldest of them has waited"),
+    ("twinsite_primary_flushes_committed_total", "counter", "Flushes answered after the receiver's commit (flush-sync)"),
+    (
+        "twinsite_primary_rate_limit_bits_per_second",
+        "gauge",
+        "Bits a second that may be sent now (rate_limit); absent while there is no limit",
+    ),
+    ("twinsite_primary_write_slowed", "gauge", "1 while writes are slowed (max_lag)"),
+    ("twinsite_primary_write_pause_seconds", "gauge", "How long a write would wait that came now (max_lag)"),
+    ("twinsite_primary_write_paused_seconds_total", "counter", "What writes have waited, all together (max_lag)"),
     ("twinsite_receiver_up", "gauge", "1 if the receiver runs, 0 if it could not be started"),
     ("twinsite_receiver_connected", "gauge", "1 while the group's primary is connected"),
     ("twinsite_receiver_active", "gauge", "1 if the copy was activated"),
@@ -199,6 +210,19 @@ fn primary(samples: &mut Samples, group: &GroupStatus) {
     add("twinsite_primary_epochs_committed_total", group.epochs_committed as f64);
     add("twinsite_primary_epochs_merged_total", group.epochs_merged as f64);
     add("twinsite_primary_epochs_in_flight", group.epochs_in_flight as f64);
+    if group.durability == Durability::FlushSync {
+        add("twinsite_primary_flushes_waiting", group.flushes_waiting as f64);
+        add("twinsite_primary_flush_wait_seconds", seconds(group.flush_wait_ms.unwrap_or(0)));
+        add("twinsite_primary_flushes_committed_total", group.flushes_committed as f64);
+    }
+    if let Some(limit) = group.rate_limit_bits_per_s {
+        add("twinsite_primary_rate_limit_bits_per_second", limit as f64);
+    }
+    if group.max_lag_ms.is_some() {
+        add("twinsite_primary_write_slowed", f64::from(u8::from(group.write_rate_bytes_per_s.is_some())));
+        add("twinsite_primary_write_pause_seconds", group.write_pause_ms / 1000.0);
+        add("twinsite_primary_write_paused_seconds_total", seconds(group.write_paused_ms));
+    }
     for queue in &group.queues {
         let labels =
             [("role", "primary"), ("group", group.group.as_str()), ("queue", queue.name.as_str()), ("unit", &queue.unit)];

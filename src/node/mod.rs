@@ -183,6 +183,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     notify::notify("STOPPING=1");
     tracing::info!("stopping; a second signal stops at once");
     let orderly = async {
+        node.primaries.read().await.end_flushes();
         // Guests first, so that the last epoch holds all that they wrote.
         node.exports.shutdown().await;
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;

@@ -14,6 +14,10 @@ use super::exports::{ExportError, Exports};
 use crate::api::PrimaryStatus;
 use crate::config::GroupConfig;
 
+/// How long flushes may wait for a receiver once the node is told to stop: less than clients have to finish their requests, so that
+/// they hear of it.
+const FLUSH_DRAIN: Duration = Duration::from_secs(4);
+
 /// Why a group does not run. One line each.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
@@ -65,6 +69,11 @@ impl Primaries {
         self.groups.iter().map(one).collect()
     }
 
+    /// The node is about to stop: flushes that wait for a receiver fail before their clients are cut off.
+    pub(crate) fn end_flushes(&self) {
+        self.groups.iter().filter_map(|g| g.run.as_ref().ok()).for_each(|replicator| replicator.end_flushes(FLUSH_DRAIN));
+    }
+
     /// Commits what is left, all groups at once. The exports must have stopped before.
     pub(crate) async fn shutdown(&mut self, within: Duration) {
         let all = self.groups.drain(..).filter_map(|g| Some((g.name, g.run.ok()?))).map(|(name, replicator)| async move {
@@ -102,6 +111,9 @@ async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, expo
             spill_limit_bytes: config.spill_limit_bytes,
             epochs_in_flight: config.epochs_in_flight,
             codec: config.codec,
+            durability: config.durability,
+            max_lag: config.max_lag,
+            rate: config.rate.clone(),
         },
     };
     let replicator = Replicator::start(spec, identity.clone())?;

@@ -52,7 +52,8 @@ pub(crate) fn each_point(
     for info in points.iter().filter(|info| wanted(info)) {
         let (point, views) = runtime.block_on(receiver.view(group, Some(info.point))).expect("a view");
         assert_eq!(point, info.point);
-        let disks = views.into_iter().map(|(name, view)| Disk { name: name.to_string(), view: Arc::new(view), threads: &threads });
+        let disks =
+            views.into_iter().map(|(name, view)| Disk { name: name.to_string(), view: Arc::new(view), threads: &threads });
         each(info, &disks.collect::<Vec<_>>());
     }
     runtime.block_on(receiver.shutdown());

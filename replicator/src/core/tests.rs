@@ -39,7 +39,7 @@ impl Fixture {
 
     fn tick(&mut self, open_bytes: u64) -> Vec<Action> {
         self.now += Duration::from_secs(1);
-        self.on(Event::Tick(Load { open_bytes, queued_bytes: 0 }))
+        self.on(Event::Tick(Load { open_bytes, ..Load::default() }))
     }
 
     /// A session, up to the end of its comparison, with a receiver whose newest commit is of our last session.
@@ -99,7 +99,7 @@ fn a_first_sync_goes_in_passes_until_it_fits_the_budget() {
     assert_eq!(f.greet(None), [Action::Merge, Action::MarkAll]);
     assert!(f.core.syncing());
     assert_eq!(f.tick(100 * BUDGET), [begin(1, 0, PassKind::Fuzzy)]);
-    let load = |open_bytes| Load { open_bytes, queued_bytes: 0 };
+    let load = |open_bytes| Load { open_bytes, ..Load::default() };
     assert_eq!(f.on(Event::PassDone(load(10 * BUDGET))), [begin(1, 1, PassKind::Fuzzy)]);
     assert_eq!(f.on(Event::PassDone(load(BUDGET))), [begin(1, 2, PassKind::Frozen)]);
     assert!(matches!(f.on(Event::PassDone(load(0)))[..], [Action::Seal { passes: 3, .. }]));
@@ -112,7 +112,7 @@ fn passes_that_do_not_converge_end_in_a_frozen_one() {
     let mut f = Fixture::new();
     f.greet(None);
     f.tick(100 * BUDGET);
-    let load = Load { open_bytes: 99 * BUDGET, queued_bytes: 0 };
+    let load = Load { open_bytes: 99 * BUDGET, ..Load::default() };
     assert_eq!(f.on(Event::PassDone(load)), [begin(1, 1, PassKind::Frozen)]);
 }
 
@@ -125,10 +125,53 @@ fn the_current_epoch_grows_while_the_pipe_is_full() {
     assert_eq!(f.tick(10), [], "two epochs are in flight");
     assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(point(1, 1))]);
     f.epoch(3);
-    let queued = Load { open_bytes: 10, queued_bytes: QUEUE_LOW_BYTES + 1 };
+    let queued = Load { open_bytes: 10, queued_bytes: QUEUE_LOW_BYTES + 1, ..Load::default() };
     f.on(Event::Message(Message::Committed { point: point(1, 2) }));
     f.now += Duration::from_secs(1);
     assert_eq!(f.on(Event::Tick(queued)), [], "frames wait for the network");
+}
+
+/// Flushes make cuts due at once; those that come while the pipe is full share one, as soon as there is room.
+#[test]
+fn a_flush_does_not_wait_for_the_interval() {
+    let mut f = Fixture::new();
+    f.greet(None);
+    f.epoch(1);
+    assert_eq!(f.tick(0), []);
+    f.now += RETRY_CUT;
+    let waits = Load { open_bytes: 10, flush_waits: true, ..Load::default() };
+    assert!(f.core.deadline(f.now, false) > f.now + Duration::from_millis(900), "the interval has just begun");
+    assert!(f.core.deadline(f.now, true) <= f.now);
+    assert_eq!(f.on(Event::Tick(waits)), [begin(2, 0, PassKind::Frozen)]);
+    assert_eq!(f.on(Event::Tick(waits)), [], "one is captured");
+    f.on(Event::PassDone(waits));
+    assert_eq!(f.on(Event::Tick(waits)), [], "two are in flight");
+    assert!(f.core.deadline(f.now, true) > f.now, "a full pipe is not asked in a loop");
+    f.on(Event::Message(Message::Committed { point: point(1, 1) }));
+    assert!(f.core.deadline(f.now, true) <= f.now);
+    assert_eq!(f.on(Event::Tick(waits)), [begin(3, 0, PassKind::Frozen)]);
+    f.on(Event::PassDone(Load::default()));
+    f.on(Event::Message(Message::Committed { point: point(1, 2) }));
+    assert_eq!(f.on(Event::Tick(Load { open_bytes: 10, ..Load::default() })), [], "without a flush the interval counts");
+    assert!(f.core.deadline(f.now, false) <= f.now + Duration::from_secs(1));
+    // A flush with nothing to send (its epoch was lost and empty) is no reason to spin.
+    assert_eq!(f.on(Event::Tick(Load { flush_waits: true, ..Load::default() })), []);
+    assert!(f.core.deadline(f.now, true) > f.now);
+}
+
+/// Nothing is cut for a flush while blocks are suspect.
+#[test]
+fn a_flush_waits_for_the_comparison() {
+    let mut f = Fixture::new();
+    f.now += Duration::from_secs(60);
+    f.on(Event::Tick(Load::default()));
+    f.on(Event::Connected { session: token(1), cleared: None });
+    f.on(Event::Message(welcome(1, None, 0)));
+    let waits = Load { open_bytes: 10, flush_waits: true, ..Load::default() };
+    assert_eq!(f.on(Event::Tick(waits)), []);
+    assert!(f.core.deadline(f.now, true) > f.now + Duration::from_secs(1));
+    f.on(Event::Compared);
+    assert_eq!(f.on(Event::Tick(waits)), [begin(1, 0, PassKind::Frozen)]);
 }
 
 #[test]
@@ -224,8 +267,11 @@ fn a_session_is_recorded_before_it_counts() {
 fn a_fenced_primary_never_connects_again() {
     let mut f = Fixture::new();
     f.greet(None);
-    let error = f.try_on(Event::Message(Message::Fenced { generation: Generation(2) })).unwrap_err();
+    let mut out = Vec::new();
+    let fenced = Event::Message(Message::Fenced { generation: Generation(2) });
+    let error = f.core.handle(f.now, fenced, &mut out).unwrap_err();
     assert!(error.is_refusal());
+    assert_eq!(out, [Action::Merge, Action::RefuseFlushes, Action::Disconnect]);
     f.on(lost());
     f.now += Duration::from_secs(1000);
     assert_eq!(f.on(Event::Tick(Load::default())), []);

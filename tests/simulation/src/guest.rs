@@ -115,11 +115,47 @@ pub(crate) struct Operation {
     future: Pin<Box<dyn Future<Output = std::io::Result<()>>>>,
     /// Set when it is polled first: that is when it is admitted.
     tag: Option<u64>,
+    volume: usize,
+    /// What it changes; `None` for a flush.
+    change: Option<std::ops::Range<usize>>,
+    /// Of a flush that began.
+    covers: Option<Covered>,
+}
+
+/// What was acknowledged when a flush began.
+#[derive(Debug)]
+pub(crate) struct Covered {
+    /// So many changes had reached a disk.
+    applied: usize,
+    /// Where changes were under way: nothing is said about these.
+    open: Vec<(usize, std::ops::Range<usize>)>,
+}
+
+impl Covered {
+    /// Checks that `image` holds all that is covered. `applied` are the changes until now: where a later one went, nothing is said either.
+    pub(crate) fn check(&self, applied: &[Applied], image: &[Vec<u8>]) -> Result<(), String> {
+        let mut wanted: Vec<Vec<Option<u8>>> = image.iter().map(|v| vec![None; v.len()]).collect();
+        for (index, change) in applied.iter().enumerate() {
+            for (at, byte) in change.data.iter().enumerate() {
+                wanted[change.volume][change.offset + at] = (index < self.applied).then_some(*byte);
+            }
+        }
+        for (volume, range) in &self.open {
+            wanted[*volume][range.clone()].fill(None);
+        }
+        for (volume, (wanted, image)) in wanted.iter().zip(image).enumerate() {
+            let differs = wanted.iter().zip(image).position(|(w, i)| w.is_some_and(|w| w != *i));
+            if let Some(at) = differs {
+                return Err(format!("byte {at} of volume {volume} was acknowledged before the flush and is not there"));
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Operation {
     /// An operation of random shape on a volume of the primary.
-    pub(crate) fn random(tap: Arc<dyn BlockDevice>, rng: &mut SmallRng) -> Self {
+    pub(crate) fn random(tap: Arc<dyn BlockDevice>, volume: usize, rng: &mut SmallRng) -> Self {
         let size = tap.size();
         let offset = match rng.random_range(0..3) {
             0 => rng.random_range(0..size / BLOCK_BYTES) * BLOCK_BYTES,
@@ -142,7 +178,34 @@ impl Operation {
                 }
             }
         });
-        Self { future, tag: None }
+        let change = (kind > 0).then_some(offset as usize..(offset + length) as usize);
+        Self { future, tag: None, volume, change, covers: None }
+    }
+
+    /// Whether it is a flush.
+    pub(crate) fn is_flush(&self) -> bool {
+        self.change.is_none()
+    }
+
+    /// Whether it is a flush that has yet to be polled.
+    pub(crate) fn begins(&self) -> bool {
+        self.is_flush() && self.tag.is_none()
+    }
+
+    /// What a flush that begins now covers.
+    pub(crate) fn covered(operations: &[Self], applied: usize) -> Covered {
+        let open = operations.iter().filter_map(|o| Some((o.volume, o.change.clone()?)));
+        Covered { applied, open: open.collect() }
+    }
+
+    /// See [`Covered`].
+    pub(crate) fn set_covers(&mut self, covers: Covered) {
+        self.covers = Some(covers);
+    }
+
+    /// What it covered when it began, if it is a flush.
+    pub(crate) fn take_covers(&mut self) -> Option<Covered> {
+        self.covers.take()
     }
 
     /// Polls it once. `tag` is what a write gets that is admitted now.

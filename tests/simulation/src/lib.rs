@@ -29,6 +29,8 @@ pub enum Broken {
     SkipCopyBeforeWrite,
     /// A write is issued although its region is not in the dirty log.
     SkipDirtyLog,
+    /// A flush that is to wait for the receiver is answered by the local disk alone.
+    AnswerFlushEarly,
     /// A primary of an old generation is let in.
     AcceptOldGeneration,
 }
@@ -39,6 +41,7 @@ pub fn break_rule(rule: Option<Broken>) {
         Some(Broken::ClearOnSend) => Some(primary::Sabotage::ClearOnSend),
         Some(Broken::SkipCopyBeforeWrite) => Some(primary::Sabotage::SkipCopyBeforeWrite),
         Some(Broken::SkipDirtyLog) => Some(primary::Sabotage::SkipDirtyLog),
+        Some(Broken::AnswerFlushEarly) => Some(primary::Sabotage::AnswerFlushEarly),
         _ => None,
     });
     recovery::sabotage(match rule {

@@ -58,6 +58,7 @@ fn main() -> ExitCode {
                             total.points += outcome.points;
                             total.crashes += outcome.crashes;
                             total.broken += outcome.broken;
+                            total.flushes += outcome.flushes;
                             total.compared_bytes += outcome.compared_bytes;
                             promotions.fetch_add(outcome.promoted.into(), Ordering::Relaxed);
                         }
@@ -79,14 +80,16 @@ fn main() -> ExitCode {
     }
     let total = total.into_inner();
     println!(
-        "{} seeds without a violation in {:.0} s: {} points, {} crashes, {} broken connections, {} promotions, {} MiB compared",
+        "{} seeds without a violation in {:.0} s: {} points, {} crashes, {} broken connections, {} promotions, {} MiB compared, {} flushes \
+         that waited for the receiver",
         cli.seeds,
         started.elapsed().as_secs_f64(),
         total.points,
         total.crashes,
         total.broken,
         promotions.into_inner(),
-        total.compared_bytes >> 20
+        total.compared_bytes >> 20,
+        total.flushes
     );
     ExitCode::SUCCESS
 }

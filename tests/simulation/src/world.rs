@@ -11,9 +11,10 @@ use proto::{BLOCK_BYTES, Name, Point, SessionToken};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use receiver::{ClientConfig, Limits};
+use replicator::Durability;
 
 use crate::check::Oracle;
-use crate::guest::{Applied, Operation, SlowDisk, image};
+use crate::guest::{Applied, Covered, Operation, SlowDisk, image};
 use crate::link::Link;
 use crate::primary::{Disks, DurableRecord, Output, Primary, PrimaryConfig, dirty_log_bytes};
 use crate::recovery::{self, Replica, SimDisk};
@@ -28,6 +29,8 @@ const STEPS: usize = 6000;
 const STEPS_A_FAULT: u32 = 400;
 /// Steps within which everything must arrive once the faults have ended.
 const STEPS_TO_SETTLE: usize = 60_000;
+/// One seed in so many has flushes that wait for the receiver.
+const SEEDS_A_FLUSH_SYNC: u64 = 3;
 /// Guest operations at once.
 const OPERATIONS_MAX: usize = 6;
 const SPILL_BYTES: u64 = 1 << 20;
@@ -43,6 +46,8 @@ pub struct Outcome {
     pub broken: usize,
     /// Bytes compared by hash.
     pub compared_bytes: u64,
+    /// Flushes answered because the receiver had what they cover.
+    pub flushes: usize,
     /// Whether it ended with a promotion.
     pub promoted: bool,
 }
@@ -138,6 +143,7 @@ impl World {
             freeze_budget_bytes: rng.random_range(1..30) * BLOCK_BYTES,
             spill_limit_bytes: rng.random_range(0..3) * 16 * BLOCK_BYTES,
             epochs_in_flight: rng.random_range(1..5),
+            durability: if seed.is_multiple_of(SEEDS_A_FLUSH_SYNC) { Durability::FlushSync } else { Durability::Async },
         };
         let disk = |bytes: u64, rng: &mut SmallRng| {
             let mut content = vec![0; bytes as usize];
@@ -283,19 +289,38 @@ impl World {
 
     fn operate(&mut self) {
         let Some(primary) = &self.primary else { return };
-        let tap = primary.volume(self.rng.random_range(0..self.volumes.len()));
-        let operation = Operation::random(tap, &mut self.rng);
+        let volume = self.rng.random_range(0..self.volumes.len());
+        let operation = Operation::random(primary.volume(volume), volume, &mut self.rng);
         self.operations.push(operation);
     }
 
     fn poll_guest(&mut self) -> Result<(), String> {
         let (Some(primary), false) = (&self.primary, self.operations.is_empty()) else { return Ok(()) };
         let index = self.rng.random_range(0..self.operations.len());
+        if self.operations[index].begins() {
+            let covers = Operation::covered(&self.operations, self.applied.lock().len());
+            self.operations[index].set_covers(covers);
+        }
         if let Poll::Ready(result) = self.operations[index].poll(primary.tag()) {
-            drop(self.operations.swap_remove(index));
-            result.map_err(|e| format!("a guest operation failed: {e}"))?;
+            let fenced = primary.is_fenced();
+            let mut ended = self.operations.swap_remove(index);
+            match (result, ended.take_covers()) {
+                (Ok(()), Some(covers)) if self.config.durability == Durability::FlushSync => self.flushed(&covers)?,
+                // Nothing that it flushes can be committed any more, and it is told.
+                (Err(_), Some(_)) if fenced => {}
+                (result, _) => result.map_err(|e| format!("a guest operation failed: {e}"))?,
+            }
         }
         Ok(())
+    }
+
+    /// A flush was answered: the newest point must hold what it covers.
+    fn flushed(&mut self, covers: &Covered) -> Result<(), String> {
+        self.outcome.flushes += 1;
+        let Some((point, image)) = self.oracle.newest() else {
+            return Err("a flush was answered and there is no point".to_owned());
+        };
+        covers.check(&self.applied.lock(), image).map_err(|what| format!("a flush was answered, but at {point} {what}"))
     }
 
     fn poll_primary(&mut self) -> Result<(), String> {
@@ -499,7 +524,8 @@ impl World {
     fn primary_stops(&mut self) -> Result<(), String> {
         self.say(|| "the primary stops".to_owned());
         for _ in 0..10_000 {
-            if self.operations.is_empty() {
+            // Flushes that wait for the receiver end with the process.
+            if self.operations.iter().all(Operation::is_flush) {
                 break;
             }
             self.poll_guest()?;

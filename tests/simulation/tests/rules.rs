@@ -11,13 +11,15 @@ const FOUND_WITHIN: u64 = 200;
 
 #[test]
 fn no_violation() {
-    let (mut points, mut crashes) = (0, 0);
+    let (mut points, mut crashes, mut flushes) = (0, 0, 0);
     for seed in 0..SEEDS {
         let outcome = run(seed).unwrap();
         points += outcome.points;
         crashes += outcome.crashes;
+        flushes += outcome.flushes;
     }
-    println!("{SEEDS} seeds: {points} points, {crashes} crashes");
+    println!("{SEEDS} seeds: {points} points, {crashes} crashes, {flushes} flushes that waited for the receiver");
+    assert!(flushes > SEEDS as usize, "{flushes} flushes: it tests nothing");
     assert!(points > 5 * SEEDS as usize && crashes > 3 * SEEDS as usize, "{points} points, {crashes} crashes: it tests nothing");
 }
 
@@ -47,6 +49,11 @@ fn overtaking_a_capture_is_noticed() {
 #[test]
 fn writing_past_the_dirty_log_is_noticed() {
     found(Broken::SkipDirtyLog);
+}
+
+#[test]
+fn answering_a_flush_early_is_noticed() {
+    found(Broken::AnswerFlushEarly);
 }
 
 #[test]
