@@ -116,7 +116,7 @@ fn a_rate_is_kept_and_changes_while_it_runs() {
     };
     let took = pass(100, &|| ());
     assert!((100 * MS..1000 * MS).contains(&took), "100 of 1 ms each: {took:?}");
-    ends.relay.set(Direction::ToServer, Path { rate_bits_per_s: Some(1_600_000), ..Path::default() });
+    ends.relay.set(Direction::ToServer, Path { rate_bits_per_s: Some(1_600_000), queue_bytes: Some(1 << 20), ..Path::default() });
     let took = pass(40, &|| ());
     assert!((200 * MS..1500 * MS).contains(&took), "40 of 5 ms each: {took:?}");
     let took = pass(100, &|| ends.relay.set(Direction::ToServer, Path::default()));
