@@ -10,17 +10,15 @@ mod support;
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::Path as File;
 use std::time::{Duration, Instant};
 
-use blockdev::{BlockDevice, Buf, IoThreads};
-use proto::Identity;
-use receiver::{Limits, PointInfo, Receiver, ReceiverConfig, View};
+use receiver::PointInfo;
 use relay::Path;
 use relayed::{ETHERNET_PAYLOAD_BYTES, Relayed};
 use serde_json::Value;
 use support::nbd::Nbd;
 use support::node::COMMIT_WITHIN;
+use support::views::each_point;
 use support::writers::{Target, Writers};
 use support::{eventually, noise, one_at_a_time, scratch, seed};
 
@@ -130,7 +128,9 @@ fn a_session_follows_its_primary_to_another_address() {
     site.pair.receiver.stop();
     let history = writers.history();
     let mut checked = 0;
-    each_point(&site.pair.store, |info, images| {
+    let all = |_: &PointInfo| true;
+    each_point(&site.pair.store, GROUP, all, |info, disks| {
+        let images: Vec<_> = disks.iter().map(|disk| disk.read(0, disk.size() as usize)).collect();
         let own = history.check(info.cut_unix_us, &images[..OWN.len()]);
         let written = own.unwrap_or_else(|error| panic!("point {}: {error}", info.point));
         checked += 1;
@@ -143,25 +143,4 @@ fn a_session_follows_its_primary_to_another_address() {
     });
     println!("{checked} points from {} on are right", numbers[0]);
     assert_eq!(checked, points.len());
-}
-
-/// Opens a store that no node has open and hands over the disks at every point, oldest first.
-fn each_point(store: &File, mut each: impl FnMut(&PointInfo, &[Vec<u8>])) {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
-    // What is not in the page cache any more can only be read on such a thread.
-    let threads = IoThreads::new(1).expect("a thread");
-    let identity = Identity::from_pem(&Identity::generate_pem().expect("a key")).expect("a key");
-    let listen = "127.0.0.1:0".parse().expect("an address");
-    let config = ReceiverConfig { listen, store: store.to_path_buf(), clients: Vec::new(), limits: Limits::default() };
-    let receiver = runtime.block_on(Receiver::start(config, identity)).expect("a store that no node has open");
-    for info in receiver.points(GROUP).expect("its points") {
-        let (_, views) = runtime.block_on(receiver.view(GROUP, Some(info.point))).expect("a view");
-        let read = |view: View| threads.block_on(move || async move { view.read(0, Buf::zeroed(view.size() as usize)).await });
-        let images = views.into_iter().map(|(name, view)| match read(view) {
-            Ok(Ok(image)) => image.to_vec(),
-            failed => panic!("{name} at point {}: {failed:?}", info.point),
-        });
-        each(&info, &images.collect::<Vec<_>>());
-    }
-    runtime.block_on(receiver.shutdown());
 }
