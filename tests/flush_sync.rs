@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rustix::process::Signal;
-use support::block::{self, Disk};
+use support::block::Disk;
 use support::nbd::Nbd;
 use support::node::{Node, free_address, group_config, receiver_config};
-use support::postgres::{self, Server, programs, record};
-use support::{Process, eventually, need, need_root, one_at_a_time, run, scratch, seed, sparse};
+use support::postgres::{self, Server, record};
+use support::{Process, eventually, one_at_a_time, run, scratch, seed, sparse};
 
 const KILLS: u32 = 3;
 const GROUP: &str = "db";
@@ -90,10 +90,7 @@ fn template(folder: &Path) -> PathBuf {
 
 #[test]
 fn every_acknowledged_commit_survives_the_site() {
-    need_root();
-    need(block::TOOLS);
-    need(&[("mkfs.ext4", "e2fsprogs"), ("setpriv", "util-linux")]);
-    programs();
+    postgres::needed();
     let _alone = one_at_a_time();
     let mut random = SmallRng::seed_from_u64(seed());
     let folder = scratch();

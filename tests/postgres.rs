@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use support::block::{self, Disk};
+use support::block::Disk;
 use support::node::Pair;
-use support::postgres::{self, Server, programs, record};
-use support::{Process, eventually, need, need_root, one_at_a_time, scratch, seed, unix_us};
+use support::postgres::{self, Server, record};
+use support::{Process, eventually, one_at_a_time, scratch, seed, unix_us};
 
 const DISK_BYTES: u64 = 2 << 30;
 /// pgbench's scale and clients: enough to keep WAL, heap and checkpoints busy on a small machine.
@@ -27,10 +27,7 @@ const COMMITS_MIN: u64 = 20;
 
 #[test]
 fn every_commit_acknowledged_before_the_cut_is_on_the_copy() {
-    need_root();
-    need(block::TOOLS);
-    need(&[("mkfs.ext4", "e2fsprogs"), ("setpriv", "util-linux")]);
-    programs();
+    postgres::needed();
     let _alone = one_at_a_time();
     let seed = seed();
     let kill_after = Duration::from_millis(SmallRng::seed_from_u64(seed).random_range(KILL_AFTER_MS));

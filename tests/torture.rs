@@ -31,14 +31,14 @@ use rand::seq::{IndexedRandom, IteratorRandom, SliceRandom};
 use rand::{Rng, SeedableRng};
 use receiver::PointInfo;
 use rustix::process::Signal;
-use support::block::{self, Disk};
+use support::block::Disk;
 use support::history::{BLOCK_BYTES, History};
 use support::nbd::Nbd;
 use support::node::{COMMIT_WITHIN, Pair};
-use support::postgres::{self, Server, programs, record};
+use support::postgres::{self, Server, record};
 use support::qemu::{self, Reconnecting};
 use support::writers::{Target, Writers};
-use support::{Process, eventually, need, need_root, one_at_a_time, scratch, seed, views};
+use support::{Process, eventually, need, one_at_a_time, scratch, seed, views};
 
 const MIB: u64 = 1 << 20;
 const GROUP: &str = "all";
@@ -487,11 +487,9 @@ fn whole(point: &str, disks: &[views::Disk<'_>], images: Option<&[File]>) -> u32
 
 #[test]
 fn kills_of_either_side_under_load() {
-    need_root();
-    need(block::TOOLS);
+    postgres::needed();
     need(qemu::TOOLS);
-    need(&[("mkfs.ext4", "e2fsprogs"), ("setpriv", "util-linux"), ("fio", "fio")]);
-    programs();
+    need(&[("fio", "fio")]);
     let _alone = one_at_a_time();
     let seed = seed();
     let cycles = std::env::var("TWINSITE_TORTURE_CYCLES").ok().map_or(CYCLES, |given| given.parse().expect("a number of cycles"));

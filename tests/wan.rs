@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use relay::{Direction, Path};
 use relayed::{ETHERNET_PAYLOAD_BYTES, Relayed, quantile};
-use support::block::{self, Disk};
+use support::block::Disk;
 use support::nbd::Nbd;
 use support::node::COMMIT_WITHIN;
-use support::postgres::{Server, programs};
-use support::{Process, eventually, need, need_root, noise, one_at_a_time, scratch, seed};
+use support::postgres::{self, Server};
+use support::{Process, eventually, noise, one_at_a_time, scratch, seed};
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 384 * MIB;
@@ -47,10 +47,7 @@ fn path() -> Path {
 
 #[test]
 fn a_database_is_followed_over_a_lossy_long_path() {
-    need_root();
-    need(block::TOOLS);
-    need(&[("mkfs.ext4", "e2fsprogs"), ("setpriv", "util-linux")]);
-    programs();
+    postgres::needed();
     let _alone = one_at_a_time();
     let folder = scratch();
     let mut site = Relayed::new(folder.path(), "db", "1s", &[("data", DISK_BYTES)], seed());

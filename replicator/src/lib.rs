@@ -122,7 +122,7 @@ pub enum ReplicatorError {
         reason: String,
     },
     /// A disk cannot be opened a second time.
-    #[error("disk {volume}: cannot open it again to read it: {source}")]
+    #[error("disk {volume}: cannot open it again to read it: {source}: is /proc mounted?")]
     Scanner {
         /// Which.
         volume: Name,

@@ -9,19 +9,27 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::block::Disk;
-use super::{Process, eventually, run, text, unix_us};
+use super::block::{self, Disk};
+use super::{Process, eventually, need, need_root, run, text, unix_us};
 
 /// A commit that takes longer is a failure, not a hang: the disk of a guest is held while its server is started again.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 /// Programs of the newest PostgreSQL that is installed, where Debian keeps them.
-pub(crate) fn programs() -> PathBuf {
+fn programs() -> PathBuf {
     let found = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     let newest = found.filter_map(|e| Some((e.file_name().to_str()?.parse::<u32>().ok()?, e.path().join("bin")))).max();
     let (_, folder) = newest.expect("this test needs a PostgreSQL server: install the Debian package postgresql");
     assert!(folder.join("pg_amcheck").is_file(), "this test needs pg_amcheck: install the Debian package postgresql");
     folder
+}
+
+/// Says what a test of a database on a mounted disk is missing, before anything of it is started.
+pub(crate) fn needed() {
+    need_root();
+    need(block::TOOLS);
+    need(&[("mkfs.ext4", "e2fsprogs"), ("setpriv", "util-linux")]);
+    programs();
 }
 
 /// A PostgreSQL server on a mounted disk, run as the user postgres.
