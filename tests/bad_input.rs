@@ -243,7 +243,14 @@ fn sides_of_other_builds_are_told_at_both_ends() {
 
     // One that answers a hello of version 1 with a version that we do not speak.
     let writer = proto::SessionToken::default();
-    let welcome = Message::Welcome { version: 2, generation: Generation(1), committed: None, writer, epochs_in_flight_max: 8 };
+    let welcome = Message::Welcome {
+        version: 2,
+        generation: Generation(1),
+        committed: None,
+        writer,
+        epochs_in_flight_max: 8,
+        staged: None,
+    };
     let image = site.image("welcome.raw", 8 * MIB);
     let double = FalseReceiver::start(&site.primary.key(), welcome);
     groups += &site.group_to("welcome", &image, &double.address.to_string(), &double.key);

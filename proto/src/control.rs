@@ -23,6 +23,9 @@ pub const GENERATION_MAX: u64 = 1 << 48;
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024;
 /// Longest reason in a close message, in bytes.
 pub const REASON_BYTES_MAX: usize = 512;
+/// A receiver tells what it has staged of an epoch each time that so many bytes of frames were appended since it told last. What a primary
+/// keeps for sending again is bounded by more than that.
+pub const STAGED_EVERY_BYTES: u64 = 256 << 10;
 /// First bytes of a pass stream.
 pub const PASS_MAGIC: [u8; 4] = *b"TWP1";
 /// Bytes of a pass stream's header.
@@ -32,7 +35,7 @@ pub const PASS_HEADER_BYTES: usize = 16;
 pub mod layout {
     /// `(offset, bytes, field)` of the header of a pass stream.
     pub const PASS: &[(usize, usize, &str)] =
-        &[(0, 4, "magic"), (4, 8, "epoch"), (12, 2, "pass"), (14, 1, "kind"), (15, 1, "reserved")];
+        &[(0, 4, "magic"), (4, 8, "epoch"), (12, 2, "pass"), (14, 1, "kind"), (15, 1, "continued")];
 }
 
 /// A volume as the primary describes it.
@@ -63,6 +66,22 @@ pub struct Hello {
     pub committed: EpochId,
     /// Its volumes in order.
     pub volumes: Vec<VolumeHello>,
+}
+
+/// What a receiver has of an epoch that is not sealed: the first frames, from a connection that broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Staged {
+    /// The epoch: the one after the newest commit.
+    pub epoch: EpochId,
+    /// Its frames; at least one.
+    pub frames: u64,
+    /// BLAKE3 of their fixed parts in order, as in a seal.
+    pub digest: [u8; 32],
+}
+
+impl Staged {
+    /// How "nothing" travels.
+    const NONE: Self = Self { epoch: EpochId(0), frames: 0, digest: [0; 32] };
 }
 
 /// Why a session ends. The numbers are the wire's and the QUIC close code's.
@@ -123,6 +142,15 @@ pub enum Message {
         writer: SessionToken,
         /// Epochs the receiver accepts in flight.
         epochs_in_flight_max: u16,
+        /// What it has of the next epoch. The primary goes on from there, or begins that epoch anew.
+        staged: Option<Staged>,
+    },
+    /// Receiver to primary: it has so many frames of the epoch that is arriving, and keeps them if the connection breaks.
+    Staged {
+        /// The epoch.
+        epoch: EpochId,
+        /// Frames from its beginning.
+        frames: u64,
     },
     /// Primary to receiver: the epoch's frames are all sent.
     Seal(Seal),
@@ -157,6 +185,7 @@ const FENCED: u8 = 5;
 const CLOSE: u8 = 6;
 const HASH_QUERY: u8 = 7;
 const HASHES: u8 = 8;
+const STAGED: u8 = 9;
 
 impl Message {
     /// A close message; the reason is cut to its limit.
@@ -172,6 +201,7 @@ impl Message {
         match self {
             Self::Hello(_) => "hello",
             Self::Welcome { .. } => "welcome",
+            Self::Staged { .. } => "staged",
             Self::Seal(_) => "seal",
             Self::Committed { .. } => "committed",
             Self::HashQuery(_) => "hash query",
@@ -202,7 +232,7 @@ impl Message {
                     body.extend_from_slice(&volume.size_bytes.to_le_bytes());
                 }
             }
-            Self::Welcome { version, generation, committed, writer, epochs_in_flight_max } => {
+            Self::Welcome { version, generation, committed, writer, epochs_in_flight_max, staged } => {
                 body.push(WELCOME);
                 body.extend_from_slice(&version.to_le_bytes());
                 body.extend_from_slice(&generation.0.to_le_bytes());
@@ -212,6 +242,15 @@ impl Message {
                 body.extend_from_slice(&point.epoch.0.to_le_bytes());
                 body.extend_from_slice(&writer.0);
                 body.extend_from_slice(&epochs_in_flight_max.to_le_bytes());
+                let staged = staged.unwrap_or(Staged::NONE);
+                body.extend_from_slice(&staged.epoch.0.to_le_bytes());
+                body.extend_from_slice(&staged.frames.to_le_bytes());
+                body.extend_from_slice(&staged.digest);
+            }
+            Self::Staged { epoch, frames } => {
+                body.push(STAGED);
+                body.extend_from_slice(&epoch.0.to_le_bytes());
+                body.extend_from_slice(&frames.to_le_bytes());
             }
             Self::Seal(seal) => {
                 body.push(SEAL);
@@ -270,9 +309,15 @@ impl Message {
                     1 => Some(point),
                     value => return Err(DecodeError::Unknown { what: "welcome committed", value: value.into() }),
                 };
-                let writer = SessionToken(r.array()?);
-                Self::Welcome { version, generation, committed, writer, epochs_in_flight_max: r.u16()? }
+                let (writer, epochs_in_flight_max) = (SessionToken(r.array()?), r.u16()?);
+                let staged = Staged { epoch: EpochId(r.u64()?), frames: r.u64()?, digest: r.array()? };
+                if staged.frames == 0 && staged != Staged::NONE {
+                    return Err(DecodeError::Rule { what: "welcome staged", rule: "no frames have neither epoch nor digest" });
+                }
+                let staged = (staged.frames > 0).then_some(staged);
+                Self::Welcome { version, generation, committed, writer, epochs_in_flight_max, staged }
             }
+            STAGED => Self::Staged { epoch: EpochId(r.u64()?), frames: r.u64()? },
             SEAL => Self::Seal(Seal::decode(r.bytes(crate::seal::SEAL_BYTES)?)?),
             COMMITTED => Self::Committed { point: Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) } },
             HASH_QUERY => Self::HashQuery(HashQuery::decode(&mut r)?),
@@ -350,6 +395,8 @@ pub struct PassHeader {
     pub pass: u16,
     /// How it was read.
     pub kind: PassKind,
+    /// The frames follow those that the welcome said were staged. Without this the epoch begins anew.
+    pub continued: bool,
 }
 
 impl PassHeader {
@@ -364,6 +411,7 @@ impl PassHeader {
             PassKind::Fuzzy => 1,
             PassKind::Frozen => 2,
         };
+        out[15] = u8::from(self.continued);
         out
     }
 
@@ -380,9 +428,13 @@ impl PassHeader {
             2 => PassKind::Frozen,
             value => return Err(DecodeError::Unknown { what: "pass kind", value: value.into() }),
         };
-        r.u8()?;
+        let continued = match r.u8()? {
+            0 => false,
+            1 => true,
+            value => return Err(DecodeError::Unknown { what: "pass continued", value: value.into() }),
+        };
         r.expect_end()?;
-        Ok(Self { epoch, pass, kind })
+        Ok(Self { epoch, pass, kind, continued })
     }
 }
 
@@ -454,6 +506,7 @@ mod tests {
                 committed: None,
                 writer: SessionToken::default(),
                 epochs_in_flight_max: 8,
+                staged: None,
             },
             Message::Welcome {
                 version: 1,
@@ -461,7 +514,9 @@ mod tests {
                 committed: Some(point),
                 writer: SessionToken([5; 16]),
                 epochs_in_flight_max: 8,
+                staged: Some(Staged { epoch: EpochId(6), frames: 12, digest: [4; 32] }),
             },
+            Message::Staged { epoch: EpochId(6), frames: 12 },
             Message::HashQuery(HashQuery { id: 7, volume: VolumeIndex(2), start: BlockIndex(160), blocks: 33, chunk_blocks: 16 }),
             Message::Hashes(Hashes { id: 7, hashes: vec![[1; 32], [2; 32], [3; 32]] }),
             Message::Seal(seal),
@@ -477,8 +532,10 @@ mod tests {
             }
         }
         assert!(Message::check_length([0xff; 4]).is_err());
-        let pass = PassHeader { epoch: EpochId(7), pass: 3, kind: PassKind::Frozen };
-        assert_eq!(PassHeader::decode(&pass.encode()).unwrap(), pass);
+        for continued in [false, true] {
+            let pass = PassHeader { epoch: EpochId(7), pass: 3, kind: PassKind::Frozen, continued };
+            assert_eq!(PassHeader::decode(&pass.encode()).unwrap(), pass);
+        }
     }
 
     #[test]

@@ -111,7 +111,8 @@ fn message(body: &[u8]) {
             assert!(query.end() > query.start.0);
         }
         Message::Hashes(hashes) => assert!(hashes.hashes.len() <= HASHES_MAX),
-        Message::Welcome { .. } | Message::Seal(_) | Message::Committed { .. } | Message::Fenced { .. } => {}
+        Message::Welcome { staged, .. } => assert!(staged.is_none_or(|s| s.frames > 0)),
+        Message::Staged { .. } | Message::Seal(_) | Message::Committed { .. } | Message::Fenced { .. } => {}
     }
     let encoded = message.encode();
     let (prefix, again) = encoded.split_first_chunk::<4>().expect("a length prefix");

@@ -35,12 +35,12 @@ fn the_byte_tables_are_the_codes() {
 /// Distinct field values land at the documented offsets.
 #[test]
 fn the_encoders_follow_the_tables() {
-    let pass =
-        control::PassHeader { epoch: proto::EpochId(0x0102_0304_0506_0708), pass: 0x0a0b, kind: control::PassKind::Frozen };
+    let (epoch, kind) = (proto::EpochId(0x0102_0304_0506_0708), control::PassKind::Frozen);
+    let pass = control::PassHeader { epoch, pass: 0x0a0b, kind, continued: true };
     let bytes = pass.encode();
     assert_eq!(bytes[4..12], 0x0102_0304_0506_0708_u64.to_le_bytes());
     assert_eq!(bytes[12..14], 0x0a0b_u16.to_le_bytes());
-    assert_eq!(bytes[14], 2);
+    assert_eq!(bytes[14..16], [2, 1]);
     let extent = proto::BlockExtent { start: proto::BlockIndex(0x11), blocks: 0x22 };
     let zero = frame::encode_zero(proto::VolumeIndex(0x33), proto::EpochId(0x44), 0x55, &[extent]);
     assert_eq!((zero[6], zero[8], zero[16], zero[18]), (0x33, 0x44, 0x55, 1));

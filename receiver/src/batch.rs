@@ -17,6 +17,7 @@ pub(crate) struct FrameRef {
     pub(crate) bytes: u32,
     pub(crate) volume: VolumeIndex,
     pub(crate) kind: FrameKind,
+    pub(crate) pass: u16,
     pub(crate) extents: u16,
 }
 
@@ -84,6 +85,7 @@ impl Assembler {
                 bytes: want as u32,
                 volume: header.volume,
                 kind: header.kind,
+                pass: header.pass,
                 extents: header.extents,
             });
             self.batch.extents.extend_from_slice(&extents);
@@ -96,6 +98,12 @@ impl Assembler {
     /// Whether the batch is large enough to be handed over.
     pub(crate) fn is_ready(&self) -> bool {
         self.whole >= BATCH_BYTES
+    }
+
+    /// Whether whole frames of so many bytes are collected.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn holds(&self, bytes: usize) -> bool {
+        self.whole >= bytes
     }
 
     /// The whole frames collected so far, if there are any; a frame in part stays.

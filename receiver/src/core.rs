@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use proto::control::{Hello, PassHeader, PassKind, VERSION_MAX, VERSION_MIN};
+use proto::control::{Hello, PassHeader, PassKind, Staged, VERSION_MAX, VERSION_MIN};
 use proto::fencing::{Admission, GroupRole, admit};
 use proto::frame::FRAME_HEADER_BYTES;
 use proto::hashes::{HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX};
@@ -76,6 +76,28 @@ pub struct StoredGroup {
 /// Why the store failed: an error of the store, shared between the log, the status and the peer.
 pub type Cause = Arc<dyn std::error::Error + Send + Sync>;
 
+/// What has arrived of an epoch and is in the journal, without its seal. It outlives the connection that brought it.
+#[derive(Clone, Debug)]
+pub struct Arrived {
+    /// The epoch.
+    pub epoch: EpochId,
+    /// The pass of its last frame.
+    pub pass: u16,
+    /// Its frames.
+    pub tally: Tally,
+}
+
+impl Arrived {
+    pub(crate) fn new(epoch: EpochId) -> Self {
+        Self { epoch, pass: 0, tally: Tally::default() }
+    }
+
+    /// As the primary is told.
+    pub(crate) fn told(&self) -> Staged {
+        Staged { epoch: self.epoch, frames: self.tally.frames, digest: self.tally.digest() }
+    }
+}
+
 /// What happens to a session.
 #[derive(Debug)]
 pub enum Event {
@@ -89,6 +111,15 @@ pub enum Event {
         committed: Option<Point>,
         /// The session that cut it.
         writer: SessionToken,
+        /// What is there of the next epoch, from a session that broke.
+        arrived: Option<Arrived>,
+    },
+    /// So many frames of this epoch are in the journal.
+    Staged {
+        /// The epoch.
+        epoch: EpochId,
+        /// Its frames.
+        frames: u64,
     },
     /// A pass stream was opened.
     Pass(PassHeader),
@@ -204,6 +235,8 @@ struct OpenEpoch {
     epoch: EpochId,
     passes: u32,
     complete: bool,
+    /// Of a session that broke; nothing of it has come in this one.
+    suspended: bool,
     tally: Tally,
 }
 
@@ -239,7 +272,8 @@ impl Core {
     }
 
     fn end(&mut self, error: &SessionError, begun: bool, out: &mut Vec<Action>) {
-        if begun {
+        // A node that stops keeps what has arrived, as one whose connection breaks does.
+        if begun && !matches!(error, SessionError::Stopping) {
             out.push(Action::Abandon);
         }
         let (code, reason) = (error.code(), error.to_string());
@@ -301,27 +335,32 @@ impl Core {
             (State::Looking(hello), Event::Stored(stored)) => self.stored(hello, stored, out),
             // Something changed between looking and claiming: decide again.
             (State::Claiming { hello, .. }, Event::Stored(stored)) => self.stored(hello, stored, out),
-            (State::Claiming { hello, generation, volumes }, Event::Claimed { committed, writer }) => {
+            (State::Claiming { hello, generation, volumes }, Event::Claimed { committed, writer, arrived }) => {
                 out.push(Action::Send(Message::Welcome {
                     version: hello.version_max.min(VERSION_MAX),
                     generation,
                     committed,
                     writer,
                     epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX,
+                    staged: arrived.as_ref().map(Arrived::told),
                 }));
                 Ok(State::Streaming(Streaming {
                     group: hello.group,
                     generation,
                     volume_blocks: volumes.iter().map(|v| blocks_of(v.size_bytes)).collect(),
                     sealed: committed.map_or(EpochId(0), |p| p.epoch),
-                    open: None,
+                    open: arrived.map(OpenEpoch::suspended),
                     pass: None,
                     seals: VecDeque::new(),
                     committing: VecDeque::new(),
                     hashing: 0,
                 }))
             }
-            (State::Streaming(s), Event::Pass(header)) => s.pass(header).map(State::Streaming),
+            (State::Streaming(s), Event::Staged { epoch, frames }) => {
+                out.push(Action::Send(Message::Staged { epoch, frames }));
+                Ok(State::Streaming(s))
+            }
+            (State::Streaming(s), Event::Pass(header)) => s.pass(header, out).map(State::Streaming),
             (State::Streaming(s), Event::PassEnd) => s.pass_end(out).map(State::Streaming),
             (State::Streaming(s), Event::PassReset) => Ok(State::Streaming(s.pass_reset(out))),
             (State::Streaming(s), Event::Message(Message::Seal(seal))) => s.seal(seal, out).map(State::Streaming),
@@ -414,14 +453,35 @@ fn same_volumes(group: &Name, stored: &[Volume], given: &[Volume]) -> Result<(),
     Ok(())
 }
 
+impl OpenEpoch {
+    fn new(epoch: EpochId) -> Self {
+        Self { epoch, passes: 0, complete: false, suspended: false, tally: Tally::default() }
+    }
+
+    fn suspended(arrived: Arrived) -> Self {
+        let Arrived { epoch, pass, tally } = arrived;
+        Self { epoch, passes: pass.into(), complete: false, suspended: true, tally }
+    }
+}
+
 impl Streaming {
-    fn pass(mut self, header: PassHeader) -> Result<Self, SessionError> {
+    fn pass(mut self, header: PassHeader, out: &mut Vec<Action>) -> Result<Self, SessionError> {
+        match &mut self.open {
+            Some(open) if open.suspended && header.continued => open.suspended = false,
+            // The primary has given it up.
+            Some(open) if open.suspended => {
+                self.open = None;
+                out.push(Action::Abandon);
+            }
+            _ if header.continued => return Err(SessionError::NotSuspended { epoch: header.epoch }),
+            _ => {}
+        }
         let due = self.open.as_ref().filter(|o| !o.complete).map_or((self.sealed.next(), 0), |o| (o.epoch, o.passes));
         if (header.epoch, u32::from(header.pass)) != due || self.pass.is_some() {
             let (due_epoch, due_pass) = due;
             return Err(SessionError::Order { epoch: header.epoch, pass: header.pass, due_epoch, due_pass });
         }
-        self.open.get_or_insert_with(|| OpenEpoch { epoch: header.epoch, passes: 0, complete: false, tally: Tally::default() });
+        self.open.get_or_insert_with(|| OpenEpoch::new(header.epoch));
         self.pass = Some(header);
         Ok(self)
     }
@@ -488,7 +548,7 @@ impl Streaming {
 
     /// Hashes are of the newest point, so none may be asked for while that is about to change.
     fn hash(mut self, query: HashQuery, out: &mut Vec<Action>) -> Result<Self, SessionError> {
-        if self.open.is_some() || !self.seals.is_empty() || !self.committing.is_empty() {
+        if self.open.as_ref().is_some_and(|o| !o.suspended) || !self.seals.is_empty() || !self.committing.is_empty() {
             return Err(SessionError::HashOrder);
         }
         if self.hashing >= QUERIES_IN_FLIGHT_MAX {

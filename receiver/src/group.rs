@@ -18,15 +18,15 @@ use parking_lot::{Mutex, RwLock};
 use proto::fencing::GroupRole;
 use proto::units::blocks_of;
 use proto::{BlockExtent, EpochId, Fingerprint, FrameHeader, FrameKind, Generation, Name, Point, Seal, SessionToken};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::batch::Batch;
-use crate::core::{Cause, StoredGroup};
+use crate::core::{Arrived, Cause, StoredGroup};
 use crate::disk::Disk;
 use crate::fork::OpenFork;
 use crate::frames::FrameStore;
 use crate::index::{FrameId, Index};
-use crate::journal::{self, Expected, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Walker};
+use crate::journal::{self, Expected, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Unsealed, Walker};
 use crate::store::GroupFolder;
 use crate::superblock::{ForkInUse, SuperblockError, SuperblockFile, Volume};
 use stage::Stage;
@@ -161,6 +161,10 @@ pub(crate) enum Claimed {
         committed: Option<Point>,
         /// The session that cut it.
         writer: SessionToken,
+        /// What is there of the next epoch.
+        arrived: Option<Arrived>,
+        /// Frames of the epoch that arrives, whenever some were appended.
+        staged: watch::Receiver<(EpochId, u64)>,
     },
     /// Generation or role are not what they were when the group was looked up.
     Changed,
@@ -257,6 +261,9 @@ struct Recovered<'a> {
     points: Vec<PointEntry>,
     frames: &'a FrameStore,
     next_committed: u32,
+    /// What is there of an epoch that was arriving is for the primary to go on with; a promoted group has none.
+    keeps: bool,
+    unsealed: Option<Unsealed>,
 }
 
 impl Sink for Recovered<'_> {
@@ -269,6 +276,11 @@ impl Sink for Recovered<'_> {
         self.stage.seal(&mut self.committed);
         self.points.push(PointEntry::new(seal, end));
         self.next_committed = next_frame(self.frames);
+    }
+
+    fn unsealed(&mut self, unsealed: &Unsealed) -> bool {
+        self.unsealed = Some(unsealed.clone()).filter(|_| self.keeps);
+        self.keeps
     }
 
     fn dropped(&mut self) {
@@ -320,13 +332,22 @@ impl Group {
         };
         let frames = FrameStore::new(&folder.journal(), volume_blocks);
         let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes), block.base.is_none());
-        let mut found =
-            Recovered { committed: empty, stage: Stage::default(), points: Vec::new(), frames: &frames, next_committed: 0 };
+        let mut found = Recovered {
+            committed: empty,
+            stage: Stage::default(),
+            points: Vec::new(),
+            frames: &frames,
+            next_committed: 0,
+            keeps: block.role == GroupRole::Replica,
+            unsealed: None,
+        };
         let disk = options.disk.clone();
         let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
-        let Recovered { committed, points, .. } = found;
+        let Recovered { committed, stage, points, next_committed, unsealed, .. } = found;
         let newest = points.last().map(|p| p.point).or(block.base);
-        journal.expect(newest.map_or(EpochId(1), |p| p.epoch.next()));
+        let epoch = newest.map_or(EpochId(1), |p| p.epoch.next());
+        journal.expect(epoch);
+        let arrived = unsealed.map_or_else(|| Arrived::new(epoch), |u| Arrived { epoch, pass: u.pass, tally: u.tally });
         usage.used.fetch_add(journal.bytes(), Ordering::Relaxed);
         let state = State {
             generation: block.generation,
@@ -351,11 +372,13 @@ impl Group {
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
         let worker = Worker {
             counted: journal.bytes(),
-            next_committed: next_frame(&shared.frames),
+            told_bytes: arrived.tally.frame_bytes,
+            arrived,
+            next_committed,
             shared: Arc::clone(&shared),
             journal,
             superblock,
-            stage: Stage::default(),
+            stage,
             session: None,
             usage,
         };

@@ -39,10 +39,11 @@ pub(crate) struct PassInput {
 }
 
 impl PassInput {
-    /// Takes bytes: the header to the core, frames to the assembler. Returns why the session ended, if it did.
+    /// Takes from `bytes`: the header to the core, frames to the assembler. Returns why the session ended, if it did. Stops behind the header if
+    /// that asks for something, which the caller has to do before it comes back with the rest.
     pub(crate) fn take(
         &mut self,
-        mut bytes: &[u8],
+        bytes: &mut &[u8],
         core: &mut Core,
         assembler: &mut Assembler,
         actions: &mut Vec<Action>,
@@ -50,23 +51,24 @@ impl PassInput {
         if !self.begun {
             let (now, later) = bytes.split_at(bytes.len().min(PASS_HEADER_BYTES - self.header.len()));
             self.header.extend_from_slice(now);
-            bytes = later;
+            *bytes = later;
             let header = self.header.first_chunk::<PASS_HEADER_BYTES>()?;
             self.begun = true;
             let ended = match PassHeader::decode(header) {
                 Ok(header) => core.handle(Event::Pass(header), actions),
                 Err(error) => Some(core.fail(error.into(), actions)),
             };
-            if ended.is_some() {
+            if ended.is_some() || !actions.is_empty() {
                 return ended;
             }
         }
         // Counted afterwards: the core cannot decide on a frame and count another at once.
         let mut arrived = Vec::new();
         let rules = &*core;
-        let pushed = assembler.push::<SessionError>(bytes, &mut |header| rules.frame_begins(header), &mut |frame| {
-            arrived.push((*frame.header, *frame.head, frame.blocks));
-        });
+        let pushed =
+            assembler.push::<SessionError>(std::mem::take(bytes), &mut |header| rules.frame_begins(header), &mut |frame| {
+                arrived.push((*frame.header, *frame.head, frame.blocks));
+            });
         for (header, head, blocks) in arrived {
             core.frame_arrived(&header, &head, blocks);
         }

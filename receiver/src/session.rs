@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::hashes::{HashQuery, Hashes};
-use proto::{CloseCode, DecodeError, Fingerprint, Message, Name};
+use proto::{CloseCode, DecodeError, EpochId, Fingerprint, Message, Name};
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
 use tokio::sync::{Semaphore, mpsc, watch};
 
@@ -70,6 +70,8 @@ struct Session {
     pass: Option<PassReader>,
     assembler: Assembler,
     group: Option<(Arc<Group>, mpsc::Receiver<GroupEvent>)>,
+    /// Frames of the epoch that arrives which are in the journal.
+    staged: Option<watch::Receiver<(EpochId, u64)>>,
     interval_ms: u32,
     /// Views of the newest point while the primary compares; none while it sends.
     compared: Option<Arc<Vec<View>>>,
@@ -111,11 +113,16 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
         pass: None,
         assembler: Assembler::default(),
         group: None,
+        staged: None,
         interval_ms: 0,
         compared: None,
         hashing: FuturesOrdered::new(),
     };
     let reason = session.run(stop).await;
+    if matches!(reason, End::Gone(_)) {
+        // Whole frames count, wherever the connection broke.
+        session.flush().await;
+    }
     let group = session.group.take();
     let label = group.as_ref().map_or_else(|| name.to_string(), |(g, _)| format!("{name}/{}", g.shared.folder.group));
     match &reason {
@@ -145,6 +152,7 @@ enum Input {
     DataEnd,
     DataReset,
     Group(GroupEvent),
+    Staged(EpochId, u64),
     Hashed(Result<Hashes, Cause>),
     Stop,
 }
@@ -183,13 +191,21 @@ impl Session {
         stop: &mut watch::Receiver<bool>,
         hello_by: tokio::time::Instant,
     ) -> Result<Input, InputError> {
-        let Self { connection, control, pass, group, core, hashing, .. } = self;
+        let Self { connection, control, pass, group, staged, core, hashing, .. } = self;
         let wants_pass = core.wants_pass() && pass.is_none();
         let greeted = group.is_some();
         let events = async {
             match group {
                 Some((_, events)) => events.recv().await,
                 None => pending().await,
+            }
+        };
+        let staged = async {
+            let Some(staged) = staged else { return pending().await };
+            match staged.changed().await {
+                Ok(()) => *staged.borrow_and_update(),
+                // Its end is told by an event.
+                Err(_) => pending().await,
             }
         };
         let data = async {
@@ -203,6 +219,7 @@ impl Session {
             _ = stop.wait_for(|stop| *stop) => Ok(Input::Stop),
             // The group's thread is gone: the node is stopping.
             event = events => Ok(event.map_or(Input::Stop, Input::Group)),
+            (epoch, frames) = staged => Ok(Input::Staged(epoch, frames)),
             Some(hashed) = hashing.next() => Ok(Input::Hashed(hashed)),
             message = control.next() => message.map(Input::Control),
             stream = connection.accept_uni(), if wants_pass => Ok(Input::Opened(stream.map_err(Gone::from)?)),
@@ -219,6 +236,7 @@ impl Session {
                 }
                 self.core.handle(Event::Message(message), actions)
             }
+            Input::Staged(epoch, frames) => self.core.handle(Event::Staged { epoch, frames }, actions),
             Input::Hashed(Ok(hashes)) => self.core.handle(Event::Hashed(hashes), actions),
             Input::Hashed(Err(cause)) => self.core.handle(Event::Storage(cause), actions),
             Input::Opened(stream) => {
@@ -254,13 +272,22 @@ impl Session {
 
     async fn data(&mut self, chunks: &[bytes::Bytes], actions: &mut Vec<Action>) -> Option<SessionError> {
         for chunk in chunks {
-            let Some(pass) = self.pass.as_mut() else { break };
-            let ended = pass.input.take(chunk, &mut self.core, &mut self.assembler, actions);
-            if ended.is_some() {
-                return ended;
-            }
-            if self.assembler.is_ready() {
-                self.flush().await;
+            let mut rest: &[u8] = chunk;
+            while !rest.is_empty() {
+                let Some(pass) = self.pass.as_mut() else { return None };
+                let ended = pass.input.take(&mut rest, &mut self.core, &mut self.assembler, actions);
+                if ended.is_some() {
+                    return ended;
+                }
+                // What a header asks for comes before the frames behind it.
+                let asked = std::mem::take(actions);
+                let ended = if asked.is_empty() { None } else { self.perform(asked).await };
+                if ended.is_some() {
+                    return ended;
+                }
+                if self.assembler.is_ready() {
+                    self.flush().await;
+                }
             }
         }
         None
@@ -356,14 +383,17 @@ impl Session {
         };
         let (claimed, events) = handle.claim(self.id, peer, generation).await;
         match claimed {
-            Claimed::Yes { committed, writer } => {
+            Claimed::Yes { committed, writer, arrived, staged } => {
                 tracing::info!(
                     "{client}/{group} from {}: session in generation {generation}, at {}",
                     peer.address,
                     committed.map_or_else(|| "no point yet".to_owned(), |p| format!("point {p}"))
                 );
-                self.group = Some((handle, events));
-                Event::Claimed { committed, writer }
+                if let Some(arrived) = &arrived {
+                    tracing::info!("{client}/{group}: {} frames of epoch {} are there", arrived.tally.frames, arrived.epoch);
+                }
+                (self.group, self.staged) = (Some((handle, events)), Some(staged));
+                Event::Claimed { committed, writer, arrived }
             }
             Claimed::Changed => Event::Stored(self.node.lookup(&client, &group, key)),
             Claimed::No(cause) => Event::Storage(cause),

@@ -76,7 +76,7 @@ impl Scene {
 }
 
 fn pass(epoch: u64, pass: u16, kind: PassKind) -> PassHeader {
-    PassHeader { epoch: EpochId(epoch), pass, kind }
+    PassHeader { epoch: EpochId(epoch), pass, kind, continued: false }
 }
 
 /// Ends a session by what `misbehave` does, and compares the line at both ends.

@@ -12,17 +12,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use blockdev::{BlockDevice, Buf, ExtentKind};
-use bytes::Bytes;
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::control::{PassHeader, PassKind};
 use proto::frame::{self, FRAME_CONTENT_BYTES_MAX, FRAME_EXTENTS_MAX, FRAME_HEADER_BYTES};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
 use proto::{BlockExtent, BlockIndex, DirtyMap, VolumeIndex};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::compress::Compressor;
 use crate::ledger::{Copy, FreezeFailure, Ledger, pick_runs};
+use crate::outbox::{Item, Outbox};
 use crate::tap::read_blocks;
 
 /// Blocks in a frame.
@@ -37,60 +36,6 @@ const HOLE_QUERY_BLOCKS: u32 = FRAME_BLOCKS;
 const THOROUGH_BYTES_PER_S: f64 = (32 << 20) as f64;
 /// Intervals count as this long at least, so that one burst does not switch.
 const THOROUGH_INTERVAL_MIN_S: f64 = 0.1;
-/// What the sender gets, in order.
-pub(crate) enum Item {
-    /// A pass begins.
-    Begin(PassHeader),
-    /// A frame of it; the permit is its share of the queue's bytes.
-    Frame(Bytes, OwnedSemaphorePermit),
-    /// The pass is complete.
-    End,
-    /// Every pass of the epoch is complete.
-    Seal(Box<proto::Seal>),
-    /// Hashes are wanted.
-    Query(proto::HashQuery),
-}
-
-/// The queue between capture and sender.
-#[derive(Clone)]
-pub(crate) struct FrameQueue {
-    items: mpsc::UnboundedSender<Item>,
-    budget: Arc<Semaphore>,
-    limit_bytes: usize,
-}
-
-impl FrameQueue {
-    /// A queue of at most `limit_bytes` of frames. When it is full, capture waits; guest writes do not.
-    pub(crate) fn new(limit_bytes: usize) -> (Self, mpsc::UnboundedReceiver<Item>) {
-        let limit_bytes = limit_bytes.clamp(frame::FRAME_BYTES_MAX, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
-        let (items, receiver) = mpsc::unbounded_channel();
-        (Self { items, budget: Arc::new(Semaphore::new(limit_bytes)), limit_bytes }, receiver)
-    }
-
-    pub(crate) fn used_bytes(&self) -> u64 {
-        (self.limit_bytes - self.budget.available_permits()) as u64
-    }
-
-    pub(crate) fn limit_bytes(&self) -> u64 {
-        self.limit_bytes as u64
-    }
-
-    /// Sends a mark between frames.
-    ///
-    /// # Errors
-    /// [`CaptureError::Stopped`] if the session is gone.
-    pub(crate) fn mark(&self, item: Item) -> Result<(), CaptureError> {
-        self.items.send(item).map_err(|_| CaptureError::Stopped)
-    }
-
-    async fn frame(&self, bytes: Vec<u8>) -> Result<(), CaptureError> {
-        let permit = tokio::select! {
-            permit = self.budget.clone().acquire_many_owned(bytes.len() as u32) => permit.map_err(|_| CaptureError::Stopped)?,
-            () = self.items.closed() => return Err(CaptureError::Stopped),
-        };
-        self.mark(Item::Frame(Bytes::from(bytes), permit))
-    }
-}
 
 /// Why a pass did not complete.
 #[derive(Debug, thiserror::Error)]
@@ -145,7 +90,7 @@ pub(crate) struct Pass<'a> {
     pub(crate) devices: &'a [Arc<dyn BlockDevice>],
     /// Where copies are that did not fit memory.
     pub(crate) spill: &'a dyn BlockDevice,
-    pub(crate) queue: &'a FrameQueue,
+    pub(crate) queue: &'a Outbox,
     pub(crate) counters: &'a CaptureCounters,
     pub(crate) header: PassHeader,
     pub(crate) compressor: Compressor,
@@ -384,7 +329,7 @@ impl Pass<'_> {
             self.tally.add(head, bytes.len(), data_blocks, zero_blocks);
         }
         self.counters.frame_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        self.queue.frame(bytes).await
+        self.queue.frame(bytes, (data_blocks, zero_blocks)).await
     }
 }
 

@@ -21,8 +21,9 @@ use proto::units::{BLOCK_BYTES, blocks_of};
 use proto::{BlockExtent, BlockIndex, VolumeIndex};
 use tokio::sync::mpsc;
 
-use crate::capture::{CaptureError, FrameQueue, Item};
+use crate::capture::CaptureError;
 use crate::ledger::Ledger;
+use crate::outbox::{Item, Outbox};
 use crate::tap::read_blocks;
 
 /// Granule of the first question.
@@ -46,7 +47,7 @@ pub(crate) struct Compare<'a> {
     pub(crate) ledger: &'a Ledger,
     pub(crate) devices: &'a [Arc<dyn BlockDevice>],
     /// Takes the questions.
-    pub(crate) queue: &'a FrameQueue,
+    pub(crate) queue: &'a Outbox,
     /// Gives the answers, in the order of the questions.
     pub(crate) answers: mpsc::Receiver<Hashes>,
     pub(crate) counters: &'a CompareCounters,

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use proto::control::{CloseCode, Hello, Message, PassKind, VERSION_MAX, VERSION_MIN, VolumeHello};
+use proto::control::{CloseCode, Hello, Message, PassKind, Staged, VERSION_MAX, VERSION_MIN, VolumeHello};
 use proto::{BLOCK_BYTES, EpochId, Generation, Hashes, Name, Point, SessionToken};
 
 /// Passes of one epoch at most. The last is frozen whatever its size, so an epoch always ends.
@@ -36,14 +36,17 @@ pub(crate) enum Event {
     Hurry(Load),
     /// The connection stands. With a token for the session, drawn at random, and the point up to which the dirty log was cleared.
     Connected { session: SessionToken, cleared: Option<Point> },
-    /// A message on the control stream.
+    /// A message on the control stream, other than a welcome.
     Message(Message),
+    /// The receiver's answer to the hello. `continues`: the outbox holds everything that the receiver does not have yet.
+    Welcome { welcome: Welcome, continues: bool },
     /// Nothing is suspect any more.
     Compared,
     /// The pass that was begun is captured; its frames are queued.
     PassDone(Load),
-    /// The connection is gone or could not be made. `jitter` is uniform in 0..1.
-    Lost { jitter: f64, refused: bool },
+    /// The connection is gone or could not be made. `jitter` is uniform in 0..1. `resumes`: the next connection may go on where this one
+    /// broke.
+    Lost { jitter: f64, refused: bool, resumes: bool },
 }
 
 /// How much waits at the primary.
@@ -68,7 +71,13 @@ pub(crate) enum Action {
     Record { generation: Generation, sessions: [SessionToken; 2], forget_cleared: bool },
     /// Everything up to this point is committed.
     Committed(Point),
-    /// Return all uncommitted marks to the open map.
+    /// The receiver has so many frames of this epoch.
+    Staged { epoch: EpochId, frames: u64 },
+    /// Go on sending behind so many frames of this epoch.
+    Resume { epoch: EpochId, frames: u64 },
+    /// Stop capturing and forget what waits to be sent: the marks of the epoch under way return to the open map.
+    GiveUp,
+    /// As `GiveUp`, and the marks of all epochs that are not committed return.
     Merge,
     /// Mark everything dirty: there is no copy.
     MarkAll,
@@ -116,6 +125,11 @@ impl SessionError {
             Self::Version { .. } | Self::Fenced { .. } => true,
             _ => false,
         }
+    }
+
+    /// Whether nothing is wrong with what was sent: the next connection may go on where this one ended.
+    pub(crate) fn resumes(&self) -> bool {
+        matches!(self, Self::Silent | Self::Closed { .. }) && !self.is_refusal()
     }
 }
 
@@ -167,11 +181,21 @@ impl Phase {
 }
 
 /// What a receiver answers to a hello.
-struct Welcome {
-    generation: Generation,
-    committed: Option<Point>,
-    writer: SessionToken,
-    in_flight_max: u16,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Welcome {
+    pub(crate) version: u16,
+    pub(crate) generation: Generation,
+    pub(crate) committed: Option<Point>,
+    pub(crate) writer: SessionToken,
+    pub(crate) in_flight_max: u16,
+    pub(crate) staged: Option<Staged>,
+}
+
+impl Welcome {
+    /// The epoch that the receiver expects next.
+    pub(crate) fn next_epoch(&self) -> EpochId {
+        self.committed.map_or(EpochId(1), |p| p.epoch.next())
+    }
 }
 
 /// Fixed facts of a group.
@@ -189,6 +213,8 @@ pub(crate) struct CoreConfig {
 pub(crate) struct Core {
     config: CoreConfig,
     phase: Phase,
+    /// What the last connection was in when it broke: the capture goes on, and so does the sending if the receiver still has its part.
+    suspended: Option<Box<Streaming>>,
     attempt: u32,
     generation: Generation,
     /// The sessions that are durably recorded: a commit of neither is not ours.
@@ -202,7 +228,7 @@ pub(crate) struct Core {
 impl Core {
     pub(crate) fn new(config: CoreConfig, generation: Generation, sessions: [SessionToken; 2], now: Instant) -> Self {
         let phase = Phase::Waiting { until: now, refused: false };
-        Self { config, phase, attempt: 0, generation, sessions, committed: None, sealed: None }
+        Self { config, phase, suspended: None, attempt: 0, generation, sessions, committed: None, sealed: None }
     }
 
     /// The record that an action asked for is durable.
@@ -210,9 +236,14 @@ impl Core {
         self.sessions = sessions;
     }
 
+    /// What is under way, connected or not.
+    fn streaming(&self) -> Option<&Streaming> {
+        if let Phase::Streaming(s) = &self.phase { Some(s) } else { self.suspended.as_deref() }
+    }
+
     /// The token of the session under way.
     pub(crate) fn session(&self) -> SessionToken {
-        if let Phase::Streaming(s) = &self.phase { s.session } else { SessionToken::default() }
+        self.streaming().map_or_else(SessionToken::default, |s| s.session)
     }
 
     pub(crate) fn generation(&self) -> Generation {
@@ -228,7 +259,7 @@ impl Core {
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        if let Phase::Streaming(s) = &self.phase { s.in_flight.len() } else { 0 }
+        self.streaming().map_or(0, |s| s.in_flight.len())
     }
 
     /// Whether the first copy is still being made.
@@ -269,7 +300,10 @@ impl Core {
     fn next(&mut self, phase: Phase, now: Instant, event: Event, out: &mut Vec<Action>) -> (Phase, Result<(), SessionError>) {
         match (phase, event) {
             (Phase::Fenced, _) => (Phase::Fenced, Ok(())),
-            (_, Event::Lost { jitter, refused }) => (self.lost(now, jitter, refused, out), Ok(())),
+            (phase, Event::Lost { jitter, refused, resumes }) => {
+                self.suspend(phase, resumes, out);
+                (self.lost(now, jitter, refused, out), Ok(()))
+            }
             (Phase::Waiting { until, .. }, Event::Tick(_)) if now >= until => {
                 out.push(Action::Connect);
                 (Phase::Connecting, Ok(()))
@@ -282,19 +316,19 @@ impl Core {
             (phase, Event::Message(Message::Fenced { generation })) => {
                 out.extend([Action::Merge, Action::RefuseFlushes, Action::Disconnect]);
                 drop(phase);
+                self.suspended = None;
                 (Phase::Fenced, Err(SessionError::Fenced { generation }))
             }
             (phase, Event::Message(Message::Close { code, reason })) => (phase, Err(SessionError::Closed { code, reason })),
-            (
-                phase @ Phase::Greeting { session, cleared, .. },
-                Event::Message(Message::Welcome { version, generation, committed, writer, epochs_in_flight_max }),
-            ) => {
-                if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
-                    return (phase, Err(SessionError::Version { theirs: version }));
+            (phase @ Phase::Greeting { session, cleared, .. }, Event::Welcome { welcome, continues }) => {
+                if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
+                    return (phase, Err(SessionError::Version { theirs: welcome.version }));
                 }
-                let welcome = Welcome { generation, committed, writer, in_flight_max: epochs_in_flight_max };
-                let streaming = self.welcome(now, welcome, session, cleared, out);
-                (Phase::Streaming(Box::new(streaming)), Ok(()))
+                let streaming = match self.suspended.take().filter(|s| continues && self.is_continued(s, &welcome)) {
+                    Some(suspended) => self.resume(suspended, &welcome, out),
+                    None => Box::new(self.welcome(now, welcome, session, cleared, out)),
+                };
+                (Phase::Streaming(streaming), Ok(()))
             }
             (Phase::Streaming(mut s), event) => {
                 let result = self.stream(&mut s, now, event, out);
@@ -304,10 +338,20 @@ impl Core {
                 let error = SessionError::Unexpected { state: phase.name(), message: message.kind() };
                 (phase, Err(error))
             }
-            // A tick that comes early, or the end of a capture whose session is gone.
-            (phase, Event::Tick(_) | Event::Hurry(_) | Event::PassDone(_) | Event::Compared | Event::Connected { .. }) => {
+            (phase, Event::Welcome { .. }) => {
+                let error = SessionError::Unexpected { state: phase.name(), message: "welcome" };
+                (phase, Err(error))
+            }
+            // A pass needs no connection to end.
+            (phase, Event::PassDone(load)) => {
+                if let Some(mut s) = self.suspended.take() {
+                    self.pass_done(&mut s, now, load, out);
+                    self.suspended = Some(s);
+                }
                 (phase, Ok(()))
             }
+            // A tick that comes early, or the end of a comparison whose session is gone.
+            (phase, Event::Tick(_) | Event::Hurry(_) | Event::Compared | Event::Connected { .. }) => (phase, Ok(())),
         }
     }
 
@@ -324,8 +368,53 @@ impl Core {
         }
     }
 
-    /// The receiver's newest commit decides which marks are still needed. It must have been written by a session of ours, and lie
-    /// between what we know to be committed and what we sealed last; anything else is another history, and all is compared with it.
+    /// The connection is gone: what was under way waits for the next one, or is given up.
+    fn suspend(&mut self, phase: Phase, resumes: bool, out: &mut Vec<Action>) {
+        if let Phase::Streaming(s) = phase {
+            self.suspended = Some(s).filter(|s| !s.comparing);
+        }
+        self.suspended = self.suspended.take().filter(|_| resumes);
+        if self.suspended.is_none() {
+            out.push(Action::GiveUp);
+        }
+    }
+
+    /// The newest commit, if it can be believed to be of a session of ours: it lies between what we know to be committed and what we sealed
+    /// last.
+    fn known(&self, welcome: &Welcome, least: Option<Point>) -> Option<Point> {
+        let ours = welcome.writer != SessionToken::default() && self.sessions.contains(&welcome.writer);
+        let most = self.sealed.or(self.committed.map(|p| p.epoch));
+        welcome.committed.filter(|t| {
+            ours && least.is_none_or(|least| t.generation == least.generation && *t >= least)
+                && most.is_none_or(|most| t.epoch <= most)
+        })
+    }
+
+    /// Whether the receiver stands where the last connection left it, or further on the same way.
+    fn is_continued(&self, s: &Streaming, welcome: &Welcome) -> bool {
+        let known = self.known(welcome, self.committed);
+        let same_history = known == welcome.committed && (known.is_some() || self.committed.is_none());
+        let uncommitted = s.in_flight.iter().copied().find(|epoch| *epoch >= welcome.next_epoch());
+        let next = uncommitted.or(s.building.as_ref().map(|b| b.epoch)).unwrap_or(s.next_epoch);
+        same_history && welcome.generation == s.generation && next == welcome.next_epoch()
+    }
+
+    /// Goes on where the last connection broke.
+    fn resume(&mut self, mut s: Box<Streaming>, welcome: &Welcome, out: &mut Vec<Action>) -> Box<Streaming> {
+        let epoch = welcome.next_epoch();
+        if welcome.committed > self.committed {
+            s.complete = true;
+            self.committed = welcome.committed;
+            out.extend(welcome.committed.map(Action::Committed));
+        }
+        s.in_flight.retain(|e| *e >= epoch);
+        s.in_flight_max = usize::from(welcome.in_flight_max.min(self.config.epochs_in_flight).max(1));
+        out.push(Action::Resume { epoch, frames: welcome.staged.map_or(0, |s| s.frames) });
+        s
+    }
+
+    /// The receiver's newest commit decides which marks are still needed. One that is not known to be ours is of another history, and all
+    /// is compared with it.
     fn welcome(
         &mut self,
         now: Instant,
@@ -334,16 +423,10 @@ impl Core {
         cleared: Option<Point>,
         out: &mut Vec<Action>,
     ) -> Streaming {
-        let Welcome { generation, committed: theirs, writer, in_flight_max } = welcome;
+        let Welcome { generation, committed: theirs, writer, in_flight_max, .. } = welcome;
         self.generation = generation;
-        let ours = writer != SessionToken::default() && self.sessions.contains(&writer);
         // After a restart all that is known is what made the dirty log forget regions.
-        let least = self.committed.or(cleared);
-        let most = self.sealed.or(self.committed.map(|p| p.epoch));
-        let known = theirs.filter(|t| {
-            ours && least.is_none_or(|least| t.generation == least.generation && *t >= least)
-                && most.is_none_or(|most| t.epoch <= most)
-        });
+        let known = self.known(&welcome, self.committed.or(cleared));
         out.extend(known.map(Action::Committed));
         out.push(Action::Merge);
         if theirs.is_none() {
@@ -412,7 +495,14 @@ impl Core {
                 out.push(Action::Committed(point));
                 Ok(())
             }
+            Event::Message(Message::Staged { epoch, frames }) => {
+                // A line that breaks again and again is tried again soon, as long as it carries something.
+                self.attempt = 0;
+                out.push(Action::Staged { epoch, frames });
+                Ok(())
+            }
             Event::Message(message) => Err(SessionError::Unexpected { state: "streaming", message: message.kind() }),
+            Event::Welcome { .. } => Err(SessionError::Unexpected { state: "streaming", message: "welcome" }),
             Event::Connected { .. } | Event::Lost { .. } => Ok(()),
         }
     }

@@ -448,8 +448,8 @@ impl Ledger {
         self.state.lock().building.as_ref().and_then(|b| b.first_write)
     }
 
-    /// Everything up to `point` is on stable storage at the receiver.
-    pub(crate) fn committed(&self, point: Point) {
+    /// Everything up to `point` is on stable storage at the receiver. Returns how many epochs of this run that is news of.
+    pub(crate) fn committed(&self, point: Point) -> usize {
         let mut state = self.state.lock();
         state.committed = Some(point);
         let done = state.sealed.iter().take_while(|c| c.epoch <= point.epoch).count();
@@ -462,7 +462,7 @@ impl Ledger {
         // Freeing the maps of a large disk takes milliseconds, which no guest write is to wait for.
         drop(state);
         self.flushes_changed();
-        drop(released);
+        released.len()
     }
 
     /// Gives up the epoch that is being built (also a freeze that is under way): its marks return to the open maps.

@@ -16,6 +16,7 @@ mod ledger;
 mod link;
 #[cfg(test)]
 mod oracle_tests;
+mod outbox;
 mod pace;
 mod rate;
 mod record;

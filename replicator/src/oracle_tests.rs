@@ -23,10 +23,11 @@ use proto::{Codec, DirtyMap, EpochId, Frame, FrameHeader, FrameKind, Generation,
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
+use crate::capture::{CaptureCounters, CaptureError, Pass};
 use crate::compress::Compressor;
 use crate::dirtylog::{DirtyLog, Known, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, Ledger};
+use crate::outbox::{Item, Outbox};
 use crate::tap::Tap;
 
 const VOLUMES: usize = 2;
@@ -194,9 +195,9 @@ async fn guest(world: Rc<World>, seed: u64, operations: usize) {
     }
 }
 
-fn apply_frames(image: &mut [Vec<u8>], items: &mut tokio::sync::mpsc::UnboundedReceiver<Item>) {
-    while let Ok(item) = items.try_recv() {
-        let Item::Frame(bytes, _) = item else { continue };
+fn apply_frames(image: &mut [Vec<u8>], queue: &Outbox) {
+    while let Some(item) = queue.try_next() {
+        let Item::Frame(bytes) = item else { continue };
         let header = FrameHeader::decode(bytes[..40].try_into().unwrap()).unwrap();
         let frame = Frame::decode(&bytes, proto::units::blocks_of(SIZE)).unwrap();
         let content = frame.content().unwrap();
@@ -229,7 +230,7 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
     let mut image = vec![vec![0; SIZE as usize]; VOLUMES];
     let (mut epoch, mut sealed, mut unacknowledged) = (EpochId(1), 0, Vec::new());
     for _ in 0..count {
-        let (queue, mut items) = FrameQueue::new(1 << 30);
+        let queue = Outbox::new(1 << 30);
         let counters = CaptureCounters::default();
         let mut tally = Tally::default();
         let fuzzy = random.random_range(0..3);
@@ -246,7 +247,7 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
                 spill: &*world.spill,
                 queue: &queue,
                 counters: &counters,
-                header: PassHeader { epoch, pass, kind },
+                header: PassHeader { epoch, pass, kind, continued: false },
                 compressor: Compressor::new(Codec::Lz4),
                 // So small a disk is always compressed thoroughly.
                 interval: Duration::from_secs(1),
@@ -274,7 +275,7 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
                     unacknowledged.clear();
                     continue;
                 }
-                apply_frames(&mut image, &mut items);
+                apply_frames(&mut image, &queue);
                 let expected = oracle(&world.log, world.cuts.get() - 1);
                 for volume in 0..VOLUMES {
                     let differs = (0..SIZE as usize).find(|i| image[volume][*i] != expected[volume][*i]);
@@ -341,10 +342,10 @@ fn run(seed: u64) {
 }
 
 async fn epochs_quiet(world: &World, last: &RefCell<u64>) {
-    let (queue, mut items) = FrameQueue::new(1 << 30);
+    let queue = Outbox::new(1 << 30);
     let counters = CaptureCounters::default();
     world.ledger.mark_all();
-    let header = PassHeader { epoch: EpochId(1_000_000), pass: 0, kind: PassKind::Frozen };
+    let header = PassHeader { epoch: EpochId(1_000_000), pass: 0, kind: PassKind::Frozen, continued: false };
     let job = Pass {
         ledger: &world.ledger,
         devices: &world.devices,
@@ -365,7 +366,7 @@ async fn epochs_quiet(world: &World, last: &RefCell<u64>) {
     world.ledger.seal(header.epoch);
     world.ledger.committed(Point { generation: Generation(1), epoch: header.epoch });
     let mut image = vec![vec![0xEE; SIZE as usize]; VOLUMES];
-    apply_frames(&mut image, &mut items);
+    apply_frames(&mut image, &queue);
     assert!(image == oracle(&world.log, u64::MAX), "a full pass over a quiet disk is the disk");
 }
 

@@ -12,12 +12,13 @@ use quinn::{Connection, Endpoint, SendStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use crate::capture::{CaptureError, FrameQueue, Item, Pass};
+use crate::capture::{CaptureError, Pass};
 use crate::compare::Compare;
 use crate::compress::Compressor;
-use crate::core::{Action, Core, Event, Load, SessionError};
+use crate::core::{Action, Core, Event, Load, SessionError, Welcome};
 use crate::ledger::FlushRefused;
 use crate::link::{self, ControlError, Link, LinkError, read_message};
+use crate::outbox::{Item, Outbox, StagedError};
 use crate::rate::Bucket;
 use crate::record::{Record, RecordError};
 use crate::shared::Shared;
@@ -37,6 +38,8 @@ pub(crate) enum EndError {
     #[error(transparent)]
     Capture(#[from] CaptureError),
     #[error(transparent)]
+    Staged(#[from] StagedError),
+    #[error(transparent)]
     DirtyLog(#[from] std::io::Error),
 }
 
@@ -46,6 +49,16 @@ impl EndError {
             Self::Link(e) => e.is_refusal(),
             Self::Session(e) => e.is_refusal(),
             _ => false,
+        }
+    }
+
+    /// Whether the next connection may go on where this one broke: nothing is wrong at either side but that they are apart.
+    fn resumes(&self) -> bool {
+        match self {
+            Self::Link(e) => !e.is_refusal(),
+            Self::Session(e) => e.resumes(),
+            Self::Control(e) => matches!(e, ControlError::Ended),
+            Self::Record(_) | Self::Capture(_) | Self::Staged(_) | Self::DirtyLog(_) => false,
         }
     }
 }
@@ -69,8 +82,6 @@ struct Live {
     connection: Connection,
     control: Option<SendStream>,
     messages: mpsc::Receiver<Result<Message, ControlError>>,
-    queue: FrameQueue,
-    items: Option<mpsc::UnboundedReceiver<Item>>,
     sender: Option<JoinHandle<()>>,
 }
 
@@ -96,6 +107,8 @@ pub(crate) struct Driver {
     pub(crate) spill: Arc<dyn BlockDevice>,
     pub(crate) stop: watch::Receiver<Option<Instant>>,
     live: Option<Live>,
+    /// Outlives connections; a new one begins when nothing of the last can be sent any more.
+    outbox: Outbox,
     connecting: Option<JoinHandle<Result<(Endpoint, Connection), LinkError>>>,
     capturing: Option<Capturing>,
     comparing: Option<Comparing>,
@@ -119,6 +132,7 @@ impl Driver {
         stop: watch::Receiver<Option<Instant>>,
     ) -> Self {
         let link = Arc::new(link);
+        let outbox = new_outbox(&shared);
         Self {
             shared,
             core,
@@ -129,6 +143,7 @@ impl Driver {
             spill,
             stop,
             live: None,
+            outbox,
             connecting: None,
             capturing: None,
             comparing: None,
@@ -168,9 +183,11 @@ impl Driver {
                     }
                 }
             }
-            self.shared.publish(&self.core, self.live.as_ref().map(|l| (&l.connection, &l.queue)), self.pass);
+            self.shared.publish(&self.core, self.live.as_ref().map(|l| &l.connection), &self.outbox, self.pass);
         }
-        self.end("this node is stopping").await;
+        self.disconnect("this node is stopping");
+        self.give_up().await;
+        self.shared.ledger.merge_sealed();
         self.shared.ledger.refuse_flushes(FlushRefused::Stopping);
         self.upkeep.finish(&self.capture).await;
         self.shared.stopped();
@@ -199,7 +216,7 @@ impl Driver {
         tokio::select! {
             biased;
             message = async { messages.expect("guarded").recv().await }, if messages.is_some() => match message {
-                Some(Ok(message)) => Ok(Some(Event::Message(message))),
+                Some(Ok(message)) => Ok(Some(self.said(message))),
                 Some(Err(error)) => Err(self.why_ended(error)),
                 None => Err(self.why_ended(ControlError::Ended)),
             },
@@ -232,7 +249,7 @@ impl Driver {
                 if let Some(live) = &mut self.live
                     && let Some(Ok(message)) = live.messages.recv().await
                 {
-                    return Ok(Some(Event::Message(message)));
+                    return Ok(Some(self.said(message)));
                 }
                 Err(self.link.explain(error).into())
             }
@@ -247,6 +264,15 @@ impl Driver {
                 Ok(Some(if stop_at.is_some() { Event::Hurry(load) } else { Event::Tick(load) }))
             }
         }
+    }
+
+    fn said(&self, message: Message) -> Event {
+        let Message::Welcome { version, generation, committed, writer, epochs_in_flight_max: in_flight_max, staged } = message
+        else {
+            return Event::Message(message);
+        };
+        let welcome = Welcome { version, generation, committed, writer, in_flight_max, staged };
+        Event::Welcome { welcome, continues: self.outbox.continues(welcome.next_epoch(), staged.as_ref()) }
     }
 
     fn why_ended(&self, error: ControlError) -> EndError {
@@ -280,7 +306,7 @@ impl Driver {
     fn load(&self) -> Load {
         Load {
             open_bytes: self.shared.ledger.open_bytes(),
-            queued_bytes: self.live.as_ref().map_or(0, |l| l.queue.used_bytes()),
+            queued_bytes: self.outbox.unsent_bytes(),
             flush_waits: self.shared.ledger.flush_wants_cut(),
         }
     }
@@ -300,11 +326,19 @@ impl Driver {
                 self.core.recorded(sessions);
             }
             Action::Committed(point) => {
-                self.shared.ledger.committed(point);
-                self.shared.committed_now();
+                self.outbox.committed(point.epoch);
+                let epochs = self.shared.ledger.committed(point);
+                self.shared.committed_now(epochs as u64);
             }
+            Action::Staged { epoch, frames } => self.outbox.staged(epoch, frames)?,
+            Action::Resume { epoch, frames } => {
+                tracing::info!(group = %self.shared.group, %epoch, frames, "going on where the last connection broke");
+                self.outbox.resume(epoch, frames);
+                self.start_sender();
+            }
+            Action::GiveUp => self.give_up().await,
             Action::Merge => {
-                self.stop_capture().await;
+                self.give_up().await;
                 let merged = self.shared.ledger.merge_sealed() as u64;
                 self.shared.epochs_merged.fetch_add(merged, Ordering::Relaxed);
             }
@@ -325,10 +359,12 @@ impl Driver {
                     return Err(CaptureError::Stopped.into());
                 }
             }
-            Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
+            Action::BeginPass { epoch, pass, kind } => {
+                self.begin_pass(PassHeader { epoch, pass, kind, continued: false });
+            }
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes)?,
             Action::RefuseFlushes => self.shared.ledger.refuse_flushes(FlushRefused::Fenced),
-            Action::Disconnect => self.end("the session is over").await,
+            Action::Disconnect => self.disconnect("the session is over"),
         }
         Ok(())
     }
@@ -340,14 +376,17 @@ impl Driver {
         {
             return Err(self.why_ended(ControlError::Ended));
         }
-        // The hello is the last message that this task sends itself; from here on the sender owns the stream.
-        if let Some(live) = &mut self.live
-            && let (Some(control), Some(items)) = (live.control.take(), live.items.take())
-        {
-            let connection = live.connection.clone();
-            live.sender = Some(tokio::spawn(send_items(connection, control, items, self.shared.clone())));
-        }
         Ok(())
+    }
+
+    /// The hello was the last message that this task sends itself; from here on the sender owns the stream.
+    fn start_sender(&mut self) {
+        if let Some(live) = &mut self.live
+            && let Some(control) = live.control.take()
+        {
+            let sending = send_items(live.connection.clone(), control, self.outbox.clone(), self.shared.clone());
+            live.sender = Some(tokio::spawn(sending));
+        }
     }
 
     /// Opens the control stream of a new connection.
@@ -364,28 +403,17 @@ impl Driver {
                 }
             }
         });
-        let limit = usize::try_from(self.shared.tuning.freeze_budget_bytes).unwrap_or(usize::MAX);
-        let (queue, items) = FrameQueue::new(limit);
-        self.live = Some(Live {
-            _endpoint: endpoint,
-            connection,
-            control: Some(control),
-            messages,
-            queue,
-            items: Some(items),
-            sender: None,
-        });
+        self.live = Some(Live { _endpoint: endpoint, connection, control: Some(control), messages, sender: None });
         Ok(())
     }
 
     fn begin_pass(&mut self, header: PassHeader) {
-        let Some(live) = &self.live else { return };
         let mut tally = match self.tally.take() {
             Some(tally) if header.pass > 0 => tally,
             _ => Box::default(),
         };
         let (done, receiver) = oneshot::channel();
-        let (shared, queue) = (self.shared.clone(), live.queue.clone());
+        let (shared, queue) = (self.shared.clone(), self.outbox.clone());
         let (devices, spill) = (self.scanners.clone(), self.spill.clone());
         self.pass = Some(header);
         self.shared.pass_begins();
@@ -413,10 +441,10 @@ impl Driver {
     }
 
     fn begin_comparison(&mut self) {
-        let Some(live) = &self.live else { return };
+        self.start_sender();
         let (done, receiver) = oneshot::channel();
         let (sender, answers) = mpsc::channel(proto::hashes::QUERIES_IN_FLIGHT_MAX);
-        let (shared, queue, devices) = (self.shared.clone(), live.queue.clone(), self.scanners.clone());
+        let (shared, queue, devices) = (self.shared.clone(), self.outbox.clone(), self.scanners.clone());
         let suspect = shared.ledger.suspect_bytes();
         if suspect > 0 {
             tracing::info!(group = %shared.group, bytes = suspect, "comparing what may differ from the copy");
@@ -431,7 +459,7 @@ impl Driver {
     }
 
     fn seal(&mut self, epoch: EpochId, generation: Generation, passes: u32) -> Result<(), EndError> {
-        let (Some(live), Some(tally)) = (&self.live, self.tally.take()) else { return Ok(()) };
+        let Some(tally) = self.tally.take() else { return Ok(()) };
         let first_write_unix_us = self
             .shared
             .ledger
@@ -452,43 +480,36 @@ impl Driver {
             session: self.core.session(),
             digest: tally.digest(),
         };
-        Ok(live.queue.mark(Item::Seal(Box::new(seal)))?)
+        Ok(self.outbox.mark(Item::Seal(Box::new(seal)))?)
     }
 
     /// Reports the end of a session and returns what the core is to hear.
     async fn lost(&mut self, error: EndError) -> Event {
         self.shared.report(&error.to_string());
-        self.end("the session failed").await;
-        Event::Lost { jitter: rand::random::<f64>(), refused: error.is_refusal() }
+        self.disconnect("the session failed");
+        Event::Lost { jitter: rand::random::<f64>(), refused: error.is_refusal(), resumes: error.resumes() }
     }
 
-    async fn end(&mut self, reason: &str) {
+    /// Ends the connection; capture goes on, a comparison does not.
+    fn disconnect(&mut self, reason: &str) {
         if let Some(connecting) = self.connecting.take() {
             connecting.abort();
         }
         if let Some(live) = self.live.take() {
             link::close(&live.connection, CloseCode::Stopping, reason);
         }
-        self.stop_capture().await;
     }
 
-    /// Waits for a pass whose queue is gone to notice, then gives its epoch up.
-    async fn stop_capture(&mut self) {
+    /// Waits for a pass or a comparison whose outbox is closed to notice, then gives the epoch up.
+    async fn give_up(&mut self) {
+        self.outbox.close();
+        self.outbox = new_outbox(&self.shared);
         if let Some(Comparing { done, answers }) = self.comparing.take() {
             drop(answers);
-            if let Some(live) = &mut self.live {
-                live.items = None;
-            }
             // As below.
             let _ = done.await;
         }
         if let Some(capturing) = self.capturing.take() {
-            if let Some(live) = &mut self.live {
-                live.items = None;
-                if let Some(sender) = live.sender.take() {
-                    sender.abort();
-                }
-            }
             // An error means that the capture thread is gone, and the pass with it.
             let _ = capturing.done.await;
         }
@@ -500,17 +521,16 @@ impl Driver {
     }
 }
 
-/// Sends what capture queues, in order: passes on streams of their own, seals on the control stream. Ends with the connection,
-/// which the driver notices by itself.
-async fn send_items(
-    connection: Connection,
-    mut control: SendStream,
-    mut items: mpsc::UnboundedReceiver<Item>,
-    shared: Arc<Shared>,
-) {
+fn new_outbox(shared: &Shared) -> Outbox {
+    Outbox::new(usize::try_from(shared.tuning.freeze_budget_bytes).unwrap_or(usize::MAX))
+}
+
+/// Sends what the outbox has, in order: passes on streams of their own, seals on the control stream. Ends with the connection,
+/// which the driver notices by itself, or with the outbox.
+async fn send_items(connection: Connection, mut control: SendStream, outbox: Outbox, shared: Arc<Shared>) {
     let mut stream: Option<SendStream> = None;
     let mut bucket = Bucket::new(Instant::now());
-    while let Some(item) = items.recv().await {
+    while let Some(item) = outbox.next().await {
         let sent = match item {
             Item::Begin(header) => match connection.open_uni().await {
                 Ok(mut opened) => {
@@ -520,14 +540,13 @@ async fn send_items(
                 }
                 Err(_) => false,
             },
-            Item::Frame(bytes, permit) => {
+            Item::Frame(bytes) => {
                 let Some(stream) = &mut stream else { return };
                 let length = bytes.len() as u64;
                 while let Err(wait) = bucket.take(Instant::now(), bytes.len(), shared.tuning.rate.limit_now()) {
                     tokio::time::sleep(wait).await;
                 }
                 let written = stream.write_chunk(bytes).await.is_ok();
-                drop(permit);
                 shared.sent_bytes.fetch_add(length, Ordering::Relaxed);
                 written
             }

@@ -9,11 +9,12 @@ use proto::control::PassHeader;
 use proto::{Generation, Name, Point};
 use quinn::Connection;
 
-use crate::capture::{CaptureCounters, FrameQueue};
+use crate::capture::CaptureCounters;
 use crate::compare::CompareCounters;
 use crate::core::{Core, Phase};
 use crate::dirtylog::DirtyLog;
 use crate::ledger::Ledger;
+use crate::outbox::Outbox;
 use crate::pace::{Governor, LinkSeen, Pace, Seen};
 use crate::spec::{PeerSpec, Tuning};
 use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
@@ -36,7 +37,7 @@ struct Published {
     wire_bytes_before: u64,
     wire_bytes_now: u64,
     connection: Option<Connection>,
-    queue: Option<FrameQueue>,
+    outbox: Option<Outbox>,
     pass: Option<PassHeader>,
     pass_since: Instant,
 }
@@ -111,7 +112,7 @@ impl Shared {
                 wire_bytes_before: 0,
                 wire_bytes_now: 0,
                 connection: None,
-                queue: None,
+                outbox: None,
                 pass: None,
                 pass_since: Instant::now(),
             }),
@@ -119,7 +120,7 @@ impl Shared {
     }
 
     /// Takes over the driver's state for `status`.
-    pub(crate) fn publish(&self, core: &Core, live: Option<(&Connection, &FrameQueue)>, pass: Option<PassHeader>) {
+    pub(crate) fn publish(&self, core: &Core, live: Option<&Connection>, outbox: &Outbox, pass: Option<PassHeader>) {
         let state = match core.phase() {
             Phase::Waiting { refused: true, .. } => LinkState::Refused,
             Phase::Fenced => LinkState::Fenced,
@@ -141,12 +142,12 @@ impl Shared {
         p.committed = core.committed().or(p.committed);
         p.in_flight = core.in_flight() as u64;
         p.pass = pass;
-        p.round_trip = live.map(|(c, _)| c.rtt());
-        p.queue = live.map(|(_, q)| q.clone());
+        p.round_trip = live.map(Connection::rtt);
+        p.outbox = Some(outbox.clone());
         let id = |c: &Connection| c.stable_id();
-        if live.map(|(c, _)| id(c)) != p.connection.as_ref().map(id) {
+        if live.map(id) != p.connection.as_ref().map(id) {
             p.wire_bytes_before += std::mem::take(&mut p.wire_bytes_now);
-            p.connection = live.map(|(c, _)| c.clone());
+            p.connection = live.cloned();
         }
         p.count_wire();
     }
@@ -159,8 +160,9 @@ impl Shared {
         p.error = Some(error.to_owned());
     }
 
-    pub(crate) fn committed_now(&self) {
-        self.epochs_committed.fetch_add(1, Ordering::Relaxed);
+    /// A commit was told, of so many epochs of this run.
+    pub(crate) fn committed_now(&self, epochs: u64) {
+        self.epochs_committed.fetch_add(epochs, Ordering::Relaxed);
         self.sampling.store(true, Ordering::Relaxed);
         self.published.lock().committed_at = Some(Instant::now());
     }
@@ -272,7 +274,7 @@ impl Shared {
                 })
                 .collect(),
             queues: vec![
-                queue("frames-to-send", "bytes", p.queue.as_ref().map_or(0, FrameQueue::used_bytes), self.frames_limit(p)),
+                queue("frames-to-send", "bytes", p.outbox.as_ref().map_or(0, Outbox::held_bytes), self.frames_limit(p)),
                 queue("copied-before-write", "bytes", summary.copied_bytes, self.ledger.copy_limits().memory_bytes),
                 queue("spilled-before-write", "bytes", summary.spilled_bytes, self.ledger.copy_limits().spill_bytes),
                 queue("epochs-in-flight", "epochs", p.in_flight, self.tuning.epochs_in_flight.into()),
@@ -281,7 +283,7 @@ impl Shared {
     }
 
     fn frames_limit(&self, p: &Published) -> u64 {
-        p.queue.as_ref().map_or(self.tuning.freeze_budget_bytes, FrameQueue::limit_bytes)
+        p.outbox.as_ref().map_or(self.tuning.freeze_budget_bytes, Outbox::limit_bytes)
     }
 
     fn progress(&self, header: PassHeader, since: Duration) -> PassProgress {

@@ -19,16 +19,20 @@ use proto::seal::Tally;
 use proto::{Codec, EpochId, Generation, Hashes, Message, Name, Point, Seal, SessionToken};
 use tokio::sync::mpsc;
 
-use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
+use crate::capture::{CaptureCounters, CaptureError, Pass};
 use crate::compare::{Compare, CompareCounters};
 use crate::compress::Compressor;
-use crate::core::{Action, Core, CoreConfig, Event, Load, Phase};
+use crate::core::{Action, Core, CoreConfig, Event, Load, Phase, Welcome};
 use crate::dirtylog::{DirtyLog, LogFile};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
+use crate::outbox::{Item, Outbox};
 use crate::record::Recorded;
 use crate::spec::Durability;
 use crate::tap::Tap;
 use crate::upkeep;
+
+/// Room for a frame beside what the simulated receiver has not said it has.
+const OUTBOX_BYTES_MIN: usize = proto::frame::FRAME_BYTES_MAX + (64 << 10);
 
 /// Bytes of the dirty log of a volume.
 #[must_use]
@@ -146,6 +150,7 @@ pub struct Primary {
     interval: Duration,
     tasks: Vec<Task>,
     live: Option<Live>,
+    outbox: Outbox,
     tally: Option<Box<Tally>>,
     pass: Option<PassHeader>,
     /// Tag of the epoch that is being frozen.
@@ -153,11 +158,12 @@ pub struct Primary {
     outputs: VecDeque<Output>,
 }
 
+/// A connection. Nothing is sent before its welcome.
+#[derive(Default)]
 struct Live {
-    queue: FrameQueue,
-    items: mpsc::UnboundedReceiver<Item>,
     answers: Option<mpsc::Sender<Hashes>>,
     control: Vec<u8>,
+    sends: bool,
 }
 
 fn poll<T>(future: &mut Pin<Box<dyn Future<Output = T> + '_>>) -> Poll<T> {
@@ -208,6 +214,7 @@ impl Primary {
             epochs_in_flight: config.epochs_in_flight,
         };
         let recorded = record.lock().0.clone();
+        let limit_bytes = usize::try_from(config.freeze_budget_bytes).unwrap_or(usize::MAX).max(OUTBOX_BYTES_MIN);
         Ok(Self {
             core: Core::new(core_config, recorded.generation, recorded.sessions, now),
             taps: taps.collect(),
@@ -217,7 +224,8 @@ impl Primary {
             record,
             counters: Arc::default(),
             compared: Arc::default(),
-            limit_bytes: usize::try_from(config.freeze_budget_bytes).unwrap_or(usize::MAX),
+            outbox: Outbox::with_limit(limit_bytes),
+            limit_bytes,
             interval: config.interval,
             tasks: Vec::new(),
             live: None,
@@ -273,10 +281,10 @@ impl Primary {
         }
     }
 
-    /// Bytes of frames that wait for the network, and their limit.
+    /// Bytes of frames that wait for the network or may have to be sent again, and their limit.
     #[must_use]
     pub fn queue(&self) -> (u64, u64) {
-        self.live.as_ref().map_or((0, 0), |l| (l.queue.used_bytes(), l.queue.limit_bytes()))
+        (self.outbox.held_bytes(), self.outbox.limit_bytes())
     }
 
     /// When the core wants to be told the time at the latest.
@@ -298,16 +306,15 @@ impl Primary {
 
     /// The connection that it wanted stands.
     pub fn connected(&mut self, now: Instant, session: SessionToken) {
-        let (queue, items) = FrameQueue::new(self.limit_bytes);
-        self.live = Some(Live { queue, items, answers: None, control: Vec::new() });
+        self.live = Some(Live::default());
         let cleared = self.record.lock().0.cleared;
         self.handle(now, Event::Connected { session, cleared });
     }
 
     /// The connection is gone, or could not be made. `jitter` is uniform in 0..1.
     pub fn lost(&mut self, now: Instant, jitter: f64, refused: bool) {
-        self.end();
-        self.handle(now, Event::Lost { jitter, refused });
+        self.live = None;
+        self.handle(now, Event::Lost { jitter, refused, resumes: true });
     }
 
     /// Bytes of the control stream, in pieces of any size.
@@ -320,8 +327,18 @@ impl Primary {
             let Some(body) = rest.get(..length) else { return };
             let message = Message::decode(body).expect("the receiver keeps the rules");
             live.control.drain(..4 + length);
-            self.handle(now, Event::Message(message));
+            let event = self.said(message);
+            self.handle(now, event);
         }
+    }
+
+    fn said(&self, message: Message) -> Event {
+        let Message::Welcome { version, generation, committed, writer, epochs_in_flight_max: in_flight_max, staged } = message
+        else {
+            return Event::Message(message);
+        };
+        let welcome = Welcome { version, generation, committed, writer, in_flight_max, staged };
+        Event::Welcome { welcome, continues: self.outbox.continues(welcome.next_epoch(), staged.as_ref()) }
     }
 
     /// Polls one of its tasks, the one that `choose` picks out of so many.
@@ -346,9 +363,9 @@ impl Primary {
             }
             Done::Compared(Ok(())) => self.handle(now, Event::Compared),
             Done::Pass(Err(CaptureError::Freeze(_)), _) => {
-                self.end();
+                self.live = None;
                 self.outputs.push_back(Output::Disconnect);
-                self.handle(now, Event::Lost { jitter: 0.0, refused: false });
+                self.handle(now, Event::Lost { jitter: 0.0, refused: false, resumes: false });
             }
             Done::Pass(Err(CaptureError::Stopped), _) | Done::Compared(Err(CaptureError::Stopped)) | Done::Upkeep => {}
             Done::Pass(Err(error), _) | Done::Compared(Err(error)) => panic!("{error}"),
@@ -373,7 +390,9 @@ impl Primary {
 
     /// A clean stop: the guest has stopped before.
     pub fn stop(mut self) {
-        self.end();
+        self.live = None;
+        self.give_up();
+        self.ledger.merge_sealed();
         let record = self.record.clone();
         let cleared = |point: Option<Point>| {
             let mut record = record.lock();
@@ -386,20 +405,20 @@ impl Primary {
 
     fn load(&self) -> Load {
         let flush_waits = self.ledger.flush_wants_cut();
-        Load { open_bytes: self.ledger.open_bytes(), queued_bytes: self.queue().0, flush_waits }
+        Load { open_bytes: self.ledger.open_bytes(), queued_bytes: self.outbox.unsent_bytes(), flush_waits }
     }
 
     fn handle(&mut self, now: Instant, event: Event) {
         let mut actions = Vec::new();
-        let failed = self.core.handle(now, event, &mut actions).is_err();
+        let failed = self.core.handle(now, event, &mut actions).err();
         for action in actions {
             self.perform(action);
         }
-        if failed {
-            self.end();
+        if let Some(error) = failed {
+            self.live = None;
             self.outputs.push_back(Output::Disconnect);
             let mut actions = Vec::new();
-            let lost = Event::Lost { jitter: 0.5, refused: false };
+            let lost = Event::Lost { jitter: 0.5, refused: false, resumes: error.resumes() };
             let ended = self.core.handle(now, lost, &mut actions);
             debug_assert!(ended.is_ok());
             for action in actions {
@@ -420,11 +439,20 @@ impl Primary {
                 self.core.recorded(sessions);
             }
             Action::Committed(point) => {
+                self.outbox.committed(point.epoch);
                 self.ledger.committed(point);
                 self.outputs.push_back(Output::Committed(point));
             }
+            Action::Staged { epoch, frames } => {
+                self.outbox.staged(epoch, frames).expect("the receiver has what it was sent");
+            }
+            Action::Resume { epoch, frames } => {
+                self.outbox.resume(epoch, frames);
+                self.start_sending();
+            }
+            Action::GiveUp => self.give_up(),
             Action::Merge => {
-                self.stop_capture();
+                self.give_up();
                 self.ledger.merge_sealed();
             }
             Action::MarkAll => self.ledger.mark_all(),
@@ -440,11 +468,13 @@ impl Primary {
                     let _ = answers.try_send(hashes);
                 }
             }
-            Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
+            Action::BeginPass { epoch, pass, kind } => {
+                self.begin_pass(PassHeader { epoch, pass, kind, continued: false });
+            }
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes),
             Action::RefuseFlushes => self.ledger.refuse_flushes(FlushRefused::Fenced),
             Action::Disconnect => {
-                self.end();
+                self.live = None;
                 self.outputs.push_back(Output::Disconnect);
             }
         }
@@ -454,7 +484,8 @@ impl Primary {
         let Some(live) = &mut self.live else { return };
         let (sender, answers) = mpsc::channel(proto::hashes::QUERIES_IN_FLIGHT_MAX);
         live.answers = Some(sender);
-        let (ledger, devices, queue) = (self.ledger.clone(), self.disks.volumes.clone(), live.queue.clone());
+        self.start_sending();
+        let (ledger, devices, queue) = (self.ledger.clone(), self.disks.volumes.clone(), self.outbox.clone());
         let counters = self.compared.clone();
         self.tasks.push(Box::pin(async move {
             let compare = Compare { ledger: &ledger, devices: &devices, queue: &queue, answers, counters: &counters };
@@ -462,15 +493,20 @@ impl Primary {
         }));
     }
 
+    fn start_sending(&mut self) {
+        if let Some(live) = &mut self.live {
+            live.sends = true;
+        }
+    }
+
     fn begin_pass(&mut self, header: PassHeader) {
-        let Some(live) = &self.live else { return };
         let mut tally = match self.tally.take() {
             Some(tally) if header.pass > 0 => tally,
             _ => Box::default(),
         };
         self.pass = Some(header);
         let (ledger, devices, spill) = (self.ledger.clone(), self.disks.volumes.clone(), self.disks.spill.clone());
-        let (queue, counters, interval) = (live.queue.clone(), self.counters.clone(), self.interval);
+        let (queue, counters, interval) = (self.outbox.clone(), self.counters.clone(), self.interval);
         self.tasks.push(Box::pin(async move {
             let pass = Pass {
                 ledger: &ledger,
@@ -489,7 +525,7 @@ impl Primary {
     }
 
     fn seal(&mut self, epoch: EpochId, generation: Generation, passes: u32) {
-        let (Some(live), Some(tally)) = (&self.live, self.tally.take()) else { return };
+        let Some(tally) = self.tally.take() else { return };
         self.ledger.seal(epoch);
         self.pass = None;
         let session = self.core.session();
@@ -508,7 +544,7 @@ impl Primary {
         };
         let tag = self.frozen_tag.take().expect("an epoch ends with a frozen pass");
         self.outputs.push_back(Output::Sealed { point: seal.point(), session, tag });
-        let _ = live.queue.mark(Item::Seal(Box::new(seal)));
+        self.outbox.mark(Item::Seal(Box::new(seal))).expect("the outbox of an epoch under way is open");
         if is_sabotaged(Sabotage::ClearOnSend) {
             self.ledger.committed(seal.point());
         }
@@ -516,14 +552,16 @@ impl Primary {
 
     /// Hands over what the queue holds. The simulated network has its own queues; those bound nothing here.
     fn collect(&mut self) {
-        let Some(live) = &mut self.live else { return };
-        while let Ok(item) = live.items.try_recv() {
+        if !self.live.as_ref().is_some_and(|l| l.sends) {
+            return;
+        }
+        while let Some(item) = self.outbox.try_next() {
             let output = match item {
                 Item::Begin(header) => {
                     self.outputs.push_back(Output::PassOpen);
                     Output::PassData(header.encode().to_vec())
                 }
-                Item::Frame(bytes, _) => Output::PassData(bytes.to_vec()),
+                Item::Frame(bytes) => Output::PassData(bytes.to_vec()),
                 Item::End => Output::PassEnd,
                 Item::Seal(seal) => Output::Control(Message::Seal(*seal).encode()),
                 Item::Query(query) => Output::Control(Message::HashQuery(query).encode()),
@@ -532,16 +570,10 @@ impl Primary {
         }
     }
 
-    fn end(&mut self) {
-        self.live = None;
-        self.stop_capture();
-    }
-
-    /// Without its queue a task ends, or is dropped where it stands: the same as a session that ends in the daemon.
-    fn stop_capture(&mut self) {
-        if let Some(live) = &mut self.live {
-            live.answers = None;
-        }
+    /// Tasks are dropped where they stand: the same as waiting for them to notice that their outbox is closed.
+    fn give_up(&mut self) {
+        self.outbox.close();
+        self.outbox = Outbox::with_limit(self.limit_bytes);
         self.tasks.clear();
         self.tally = None;
         self.pass = None;

@@ -122,7 +122,8 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
         (store.committed, store.writer)
     };
     let generation = Generation(hello.generation.0.max(1));
-    send(&mut out, &Message::Welcome { version: 1, generation, committed, writer, epochs_in_flight_max: 8 }).await?;
+    send(&mut out, &Message::Welcome { version: 1, generation, committed, writer, epochs_in_flight_max: 8, staged: None })
+        .await?;
     let mut epoch = committed.map_or(1, |p| p.epoch.0 + 1);
     // The primary compares before it sends, so no query is cut when the first pass comes; its seal may overtake it.
     let mut early = None;

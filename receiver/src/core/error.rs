@@ -157,6 +157,12 @@ pub enum SessionError {
         /// What was due.
         due_pass: u32,
     },
+    /// A pass that goes on where nothing was left.
+    #[error("a pass of epoch {epoch} goes on behind staged frames, and there are none, or it was begun already")]
+    NotSuspended {
+        /// The epoch.
+        epoch: EpochId,
+    },
     /// A frame in the wrong stream.
     #[error("a frame of pass {pass} of epoch {epoch} in the stream of pass {due_pass} of epoch {due_epoch}")]
     FrameOrder {
@@ -263,6 +269,7 @@ impl SessionError {
             Self::Stopping | Self::PeerClosed { .. } => CloseCode::Stopping,
             Self::Unexpected { .. }
             | Self::Order { .. }
+            | Self::NotSuspended { .. }
             | Self::FrameOrder { .. }
             | Self::FrameVolume { .. }
             | Self::Decode(_)

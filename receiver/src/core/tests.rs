@@ -62,7 +62,7 @@ fn empty_seal(epoch: u64) -> Seal {
 }
 
 fn pass(epoch: u64) -> PassHeader {
-    PassHeader { epoch: EpochId(epoch), pass: 0, kind: PassKind::Frozen }
+    PassHeader { epoch: EpochId(epoch), pass: 0, kind: PassKind::Frozen, continued: false }
 }
 
 /// Takes an event that must not end the session.
@@ -73,20 +73,69 @@ fn good(core: &mut Core, event: Event) -> Vec<Action> {
     out
 }
 
-fn streaming() -> Core {
+/// A session whose group has this of epoch 1.
+fn resumed(arrived: Option<Arrived>) -> Core {
     let mut core = core();
     good(&mut core, Event::Message(Message::Hello(hello())));
     good(&mut core, Event::Stored(Stored::Absent { groups: 0, volume_bytes: 0 }));
-    let out = good(&mut core, Event::Claimed { committed: None, writer: SessionToken::default() });
+    let staged = arrived.as_ref().map(Arrived::told);
+    let out = good(&mut core, Event::Claimed { committed: None, writer: SessionToken::default(), arrived });
     let welcome = Message::Welcome {
         version: 1,
         generation: Generation(1),
         committed: None,
         writer: SessionToken::default(),
         epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX,
+        staged,
     };
     assert_eq!(out, [Action::Send(welcome)]);
     core
+}
+
+fn streaming() -> Core {
+    resumed(None)
+}
+
+/// One frame of pass 2 is there from a connection that broke.
+fn arrived() -> Arrived {
+    let mut tally = Tally::default();
+    tally.add(&[7; FRAME_HEADER_BYTES], 4200, 1, 0);
+    Arrived { epoch: EpochId(1), pass: 2, tally }
+}
+
+/// Would catch frames that are taken for others than the primary means.
+#[test]
+fn an_epoch_goes_on_only_if_the_primary_says_so() {
+    let continued = PassHeader { pass: 2, continued: true, ..pass(1) };
+    let mut core = resumed(Some(arrived()));
+    assert!(core.wants_pass());
+    assert_eq!(good(&mut core, Event::Pass(continued)), []);
+    let mut core = resumed(Some(arrived()));
+    assert_eq!(good(&mut core, Event::Pass(pass(1))), [Action::Abandon], "it begins the epoch anew");
+    for (arrived, header) in [
+        (None, PassHeader { continued: true, ..pass(1) }),
+        (Some(arrived()), PassHeader { pass: 1, ..continued }),
+        (Some(arrived()), PassHeader { pass: 3, ..continued }),
+        (Some(arrived()), PassHeader { epoch: EpochId(2), ..continued }),
+    ] {
+        assert!(resumed(arrived).handle(Event::Pass(header), &mut Vec::new()).is_some(), "{header:?}");
+    }
+    // Only the first pass of a connection goes on.
+    let mut core = resumed(Some(arrived()));
+    good(&mut core, Event::Pass(PassHeader { kind: PassKind::Fuzzy, ..continued }));
+    good(&mut core, Event::PassEnd);
+    let again = core.handle(Event::Pass(PassHeader { pass: 3, ..continued }), &mut Vec::new()).unwrap();
+    assert!(matches!(again, SessionError::NotSuspended { .. }));
+}
+
+/// What was left by a broken connection is not of the newest point, and in nobody's way.
+#[test]
+fn hashes_may_be_asked_for_before_an_epoch_goes_on() {
+    let query = HashQuery { id: 1, volume: proto::VolumeIndex(0), start: proto::BlockIndex(0), blocks: 1, chunk_blocks: 1 };
+    let mut core = resumed(Some(arrived()));
+    assert_eq!(good(&mut core, Event::Message(Message::HashQuery(query))), [Action::Hash(query)]);
+    good(&mut core, Event::Pass(PassHeader { pass: 2, continued: true, ..pass(1) }));
+    assert!(core.handle(Event::Message(Message::HashQuery(query)), &mut Vec::new()).is_some());
 }
 
 /// The next pass is not read between the end of an epoch's frozen pass and its seal: the journal is sequential.
@@ -169,7 +218,7 @@ fn late_events_after_the_end_do_nothing() {
         Event::Committed(point),
         Event::PassEnd,
         Event::Superseded,
-        Event::Claimed { committed: None, writer: SessionToken::default() },
+        Event::Claimed { committed: None, writer: SessionToken::default(), arrived: None },
     ] {
         assert_eq!(good(&mut core, event), []);
     }

@@ -14,13 +14,13 @@ const STAGED_EXTENTS_MAX: usize = 64 << 10;
 
 #[derive(Debug, Default)]
 pub(super) struct Stage {
-    frames: Vec<Staged>,
+    frames: Vec<Frame>,
     extents: Vec<BlockExtent>,
     copy: Option<Index>,
 }
 
 #[derive(Debug)]
-struct Staged {
+struct Frame {
     volume: VolumeIndex,
     kind: FrameKind,
     id: FrameId,
@@ -36,7 +36,7 @@ impl Stage {
         extents: &[BlockExtent],
     ) {
         if self.copy.is_none() && self.extents.len() + extents.len() <= STAGED_EXTENTS_MAX {
-            self.frames.push(Staged { volume, kind, id, extents: extents.len() as u16 });
+            self.frames.push(Frame { volume, kind, id, extents: extents.len() as u16 });
             self.extents.extend_from_slice(extents);
             return;
         }

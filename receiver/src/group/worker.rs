@@ -4,16 +4,18 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use proto::control::STAGED_EVERY_BYTES;
 use proto::fencing::GroupRole;
-use proto::{Generation, Point, Seal};
-use tokio::sync::mpsc;
+use proto::frame::FRAME_HEADER_BYTES;
+use proto::{EpochId, FrameKind, Generation, Point, Seal};
+use tokio::sync::{mpsc, watch};
 
 use super::stage::Stage;
 use super::{
     Claimed, Command, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Usage, next_frame, number_frame,
 };
 use crate::batch::Batch;
-use crate::core::Cause;
+use crate::core::{Arrived, Cause};
 use crate::journal::{Journal, JournalError, PLACED_SEAL_BYTES};
 use crate::superblock::{ForkInUse, Superblock, SuperblockFile};
 
@@ -21,6 +23,7 @@ use crate::superblock::{ForkInUse, Superblock, SuperblockFile};
 pub(super) struct ActiveSession {
     id: SessionId,
     events: mpsc::Sender<GroupEvent>,
+    staged: watch::Sender<(EpochId, u64)>,
 }
 
 /// The thread's own state.
@@ -31,6 +34,10 @@ pub(super) struct Worker {
     pub(super) superblock: SuperblockFile,
     /// The epoch that is arriving; nobody else sees it.
     pub(super) stage: Stage,
+    /// What of it is in the journal.
+    pub(super) arrived: Arrived,
+    /// Bytes of its frames that the session was told of.
+    pub(super) told_bytes: u64,
     pub(super) next_committed: u32,
     pub(super) session: Option<ActiveSession>,
     pub(super) usage: Arc<Usage>,
@@ -67,14 +74,12 @@ impl Worker {
                 self.end_on_error(done);
             }
             Command::Release { session, reason } if self.has(session) => {
+                // What has arrived stays: the next session may go on behind it.
                 self.session = None;
-                let done = self.abandon();
-                {
-                    let mut state = self.shared.state.write();
-                    state.peer = None;
-                    state.last_error = Some(reason);
-                }
-                self.end_on_error(done);
+                let mut state = self.shared.state.write();
+                state.peer = None;
+                state.last_error = Some(reason);
+                state.journal_bytes = self.journal.bytes();
             }
             // Of a session that lost the group.
             Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
@@ -98,12 +103,14 @@ impl Worker {
         self.end_session(GroupEvent::Superseded);
         // After a failed promotion nobody knows which generation is on disk: nothing is written in the old one.
         let usable = self.superblock.check().map_err(GroupError::from);
-        if let Err(error) = usable.and_then(|()| self.abandon()) {
+        let keeps = self.arrived.tally.frames > 0 && !self.journal.is_poisoned();
+        if let Err(error) = usable.and_then(|()| if keeps { Ok(()) } else { self.abandon() }) {
             let cause: Cause = Arc::new(error);
             self.note(&cause);
             return Claimed::No(cause);
         }
-        self.session = Some(ActiveSession { id, events });
+        let (sender, staged) = watch::channel((self.arrived.epoch, self.arrived.tally.frames));
+        self.session = Some(ActiveSession { id, events, staged: sender });
         let mut state = self.shared.state.write();
         state.peer = Some(peer);
         state.last_error = None;
@@ -111,6 +118,8 @@ impl Worker {
         Claimed::Yes {
             committed: newest.map(|p| p.point).or(self.superblock.get().base),
             writer: newest.map(|p| p.session).unwrap_or_default(),
+            arrived: keeps.then(|| self.arrived.clone()),
+            staged,
         }
     }
 
@@ -126,15 +135,37 @@ impl Worker {
         self.count();
         self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
         let mut extents = batch.extents.as_slice();
+        let mut rest = batch.bytes.as_slice();
         table = self.shared.frames.table.write();
         for frame in &batch.frames {
             let (now, later) = extents.split_at(usize::from(frame.extents));
+            let blocks = now.iter().map(|e| u64::from(e.blocks)).sum();
+            let (data, zero) = if frame.kind == FrameKind::Data { (blocks, 0) } else { (0, blocks) };
+            if let Some(head) = rest.first_chunk::<FRAME_HEADER_BYTES>() {
+                self.arrived.tally.add(head, frame.bytes as usize, data, zero);
+            }
+            self.arrived.pass = frame.pass;
+            rest = rest.get(frame.bytes as usize..).unwrap_or_default();
             let id = number_frame(&mut table, segment, offset, frame.kind);
             self.stage.add(|| self.shared.state.read().index.clone(), (frame.volume, frame.kind, id), now);
             extents = later;
             offset += u64::from(frame.bytes);
         }
+        drop(table);
+        // Segments are shorter than that in tests only.
+        let every_bytes = STAGED_EVERY_BYTES.min(self.journal.segment_bytes_max());
+        if self.arrived.tally.frame_bytes - self.told_bytes >= every_bytes {
+            self.told_bytes = self.arrived.tally.frame_bytes;
+            if let Some(session) = &self.session {
+                session.staged.send_replace((self.arrived.epoch, self.arrived.tally.frames));
+            }
+        }
         Ok(())
+    }
+
+    /// The next epoch begins from nothing.
+    fn await_epoch(&mut self, epoch: EpochId) {
+        (self.arrived, self.told_bytes) = (Arrived::new(epoch), 0);
     }
 
     fn check_space(&self, bytes: u64) -> Result<(), GroupError> {
@@ -152,6 +183,7 @@ impl Worker {
         let end = self.journal.commit(seal)?;
         self.count();
         self.next_committed = next_frame(&self.shared.frames);
+        self.await_epoch(seal.epoch.next());
         {
             let mut state = self.shared.state.write();
             self.stage.seal(&mut state.index);
@@ -164,6 +196,7 @@ impl Worker {
 
     fn abandon(&mut self) -> Result<(), GroupError> {
         self.stage.clear();
+        self.await_epoch(self.arrived.epoch);
         self.shared.frames.table.write().truncate(self.next_committed);
         self.shared.frames.forget_from(self.next_committed);
         let keep = self.shared.state.read().points.last().map_or(0, |p| p.end.segment + 1);
@@ -239,11 +272,8 @@ impl Worker {
         Ok(Promoted { generation, fork })
     }
 
-    /// The clean stop: the superblock remembers how far the journal goes.
+    /// The clean stop: the superblock remembers how far the journal goes. What has arrived of an epoch stays behind that for its primary.
     pub(super) fn stop(&mut self) {
-        if let Err(error) = self.abandon() {
-            tracing::warn!("{error}");
-        }
         let newest = self.shared.state.read().points.last().map(|p| p.point);
         if newest != self.superblock.get().synced && !self.journal.is_poisoned() {
             let block = Superblock { synced: newest, ..self.superblock.get().clone() };

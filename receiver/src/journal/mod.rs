@@ -19,7 +19,7 @@ use proto::{EpochId, Point, Seal};
 use crate::disk::{Disk, DiskFile};
 
 pub(crate) use record::Payloads;
-pub(crate) use recover::{Sink, open, refusal};
+pub(crate) use recover::{Sink, Unsealed, open, refusal};
 pub use segment::{
     FIRST_SEGMENT, GroupId, PLACED_SEAL_BYTES, SEGMENT_HEADER_BYTES, SEGMENT_MAGIC, SegmentHeader, layout, segment_path,
 };
@@ -162,25 +162,37 @@ struct Tail {
 }
 
 impl Journal {
-    /// Cuts off what is after `sealed` and goes on from there.
-    fn resume(folder: &Path, expected: &Expected, sealed: Option<Mark>, options: JournalOptions) -> Result<Self, JournalError> {
+    /// Cuts off what is after the last seal, or after what is kept of the epoch behind it, and goes on from there.
+    fn resume(
+        folder: &Path,
+        expected: &Expected,
+        (sealed, kept): (Option<Mark>, Option<Mark>),
+        options: JournalOptions,
+    ) -> Result<Self, JournalError> {
         let io = |source| JournalError::Io { path: folder.to_owned(), what: "truncate", source };
-        let tail = recover::truncate_to(&options.disk, folder, expected.first_segment, sealed).map_err(io)?;
-        let mut bytes = 0;
+        let end = kept.or(sealed);
+        let tail = recover::truncate_to(&options.disk, folder, expected.first_segment, end).map_err(io)?;
+        let (mut bytes, mut sealed_bytes) = (0, 0);
         for number in list_segments(folder).map_err(io)?.into_iter().filter(|n| *n >= expected.first_segment) {
-            bytes += std::fs::metadata(segment_path(folder, number)).map_err(io)?.len();
+            let of_segment = std::fs::metadata(segment_path(folder, number)).map_err(io)?.len();
+            bytes += of_segment;
+            sealed_bytes += match sealed {
+                Some(mark) if number < mark.segment => of_segment,
+                Some(mark) if number == mark.segment => mark.bytes,
+                _ => 0,
+            };
         }
         Ok(Self {
             folder: folder.to_owned(),
             group_id: expected.group_id,
             first_segment: expected.first_segment,
             options,
-            tail: tail.zip(sealed).map(|(file, mark)| Tail { number: mark.segment, file, bytes: mark.bytes }),
+            tail: tail.zip(end).map(|(file, mark)| Tail { number: mark.segment, file, bytes: mark.bytes }),
             sealed,
             next_epoch: EpochId(0),
             poisoned: false,
             bytes,
-            sealed_bytes: bytes,
+            sealed_bytes,
         })
     }
 
@@ -192,6 +204,10 @@ impl Journal {
     /// Bytes of all segments, with what is not sealed yet.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    pub(crate) fn segment_bytes_max(&self) -> u64 {
+        self.options.segment_bytes_max
     }
 
     pub(crate) fn is_poisoned(&self) -> bool {

@@ -4,8 +4,8 @@
 //!
 //! | what is found | why | what is done |
 //! | --- | --- | --- |
-//! | frames without a seal at the end | killed while an epoch arrived | truncated to the last seal |
-//! | a bad record, no seal after it | power lost while an epoch arrived | truncated to the last seal |
+//! | frames without a seal at the end | killed while an epoch arrived | truncated to the last seal, or kept: see [`Sink::unsealed`] |
+//! | a bad record, no seal after it | power lost while an epoch arrived | truncated to the last seal, or to the record |
 //! | the last seal, nothing after it, a record or payload of its epoch in the same segment bad | power lost during the fdatasync: never acknowledged | truncated to the seal before |
 //! | a bad record, a seal or a segment after it | damage: it was synced before that was begun | refused |
 //! | a segment that is missing, or whose header is whole and does not fit | damage | refused |
@@ -21,6 +21,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
+use proto::seal::Tally;
 use proto::{BlockExtent, FrameHeader, Point, Seal};
 
 use super::record::{Payloads, Record, SegmentReader};
@@ -35,8 +36,23 @@ pub(crate) trait Sink {
     fn frame(&mut self, segment: u32, offset: u64, header: &FrameHeader, extents: &[BlockExtent]);
     /// The frames since the last call are a committed epoch.
     fn sealed(&mut self, seal: &Seal, end: Mark);
+    /// After the newest seal are whole frames of the epoch that was arriving, and all of them were told with `frame`: whether they stay. Those in
+    /// earlier segments were synced, of those in the last one the payloads were looked at.
+    fn unsealed(&mut self, unsealed: &Unsealed) -> bool {
+        let _ = unsealed;
+        false
+    }
     /// The frames since the last call to `sealed` never happened.
     fn dropped(&mut self);
+}
+
+/// The whole frames after the newest seal.
+#[derive(Clone, Debug)]
+pub(crate) struct Unsealed {
+    /// The pass of the last one.
+    pub(crate) pass: u16,
+    pub(crate) tally: Tally,
+    end: Mark,
 }
 
 /// The newest seal, not yet believed.
@@ -72,7 +88,9 @@ impl Cut {
 struct Examined {
     /// The end of the last seal.
     sealed: Option<Mark>,
-    /// Why what is after it is cut off, if it is more than whole frames.
+    /// The end of what stays of the epoch after it.
+    kept: Option<Mark>,
+    /// Why what is after that is cut off, if it is more than whole frames.
     cut: Option<Cut>,
 }
 
@@ -84,6 +102,8 @@ struct Recovery<'a> {
     /// Whether there are frames after the newest seal.
     open: bool,
     bad_payload: Option<Bad>,
+    /// The frames after the newest seal, up to the first whose payload is bad.
+    unsealed: Option<Unsealed>,
     cut: Option<Cut>,
 }
 
@@ -129,13 +149,18 @@ impl Recovery<'_> {
                         let path = segment_path(folder, segment);
                         self.bad_payload.get_or_insert(Bad { path, segment, offset, foreign: false, error: error.into() });
                     }
-                    self.sink.frame(segment, offset, &header, &extents);
+                    // An epoch with a bad payload is never sealed here: what follows it is told to nobody.
+                    if self.bad_payload.is_none() {
+                        self.sink.frame(segment, offset, &header, &extents);
+                        let end = Mark { segment, bytes: offset + header.frame_bytes() as u64 };
+                        self.unsealed = Some(Unsealed { pass: header.pass, tally: walker.tally().clone(), end });
+                    }
                     self.open = true;
                 }
                 Ok(Some(Item::Seal { seal, end })) => {
                     self.settle()?;
                     self.held = Some(Held { seal, end, torn: self.bad_payload.take() });
-                    self.open = false;
+                    (self.open, self.unsealed) = (false, None);
                 }
                 Ok(None) => return Ok(None),
                 Err(bad) => return Ok(Some(bad)),
@@ -159,11 +184,11 @@ pub(crate) fn open(
     if let Some(last) = list_segments(folder).map_err(io("list"))?.last() {
         options.disk.open_settled(&segment_path(folder, *last)).map_err(io("sync"))?;
     }
-    let Examined { sealed, cut } = examine(folder, expected, synced, sink)?;
+    let Examined { sealed, kept, cut } = examine(folder, expected, synced, sink)?;
     if let Some(cut) = cut {
         cut.log();
     }
-    Journal::resume(folder, expected, sealed, options)
+    Journal::resume(folder, expected, (sealed, kept), options)
 }
 
 /// Why a start would refuse the journal in `folder`, if it would. Changes nothing.
@@ -183,8 +208,16 @@ fn examine(folder: &Path, expected: &Expected, synced: Option<Point>, sink: &mut
     // Payloads are looked at in the last segment only, where a torn commit can be.
     let last = list_segments(folder).map_err(io("list"))?.last().copied().unwrap_or(0);
     let mut walker = Walker::new(folder, expected.clone(), None, (Payloads::Checksum, last)).map_err(io("list"))?;
-    let mut recovery =
-        Recovery { sink, sealed: None, newest: expected.base, held: None, open: false, bad_payload: None, cut: None };
+    let mut recovery = Recovery {
+        sink,
+        sealed: None,
+        newest: expected.base,
+        held: None,
+        open: false,
+        bad_payload: None,
+        unsealed: None,
+        cut: None,
+    };
     match recovery.walk(&mut walker, folder)? {
         None if recovery.open => recovery.settle()?,
         None => recovery.settle_at_end(synced)?,
@@ -221,10 +254,15 @@ fn examine(folder: &Path, expected: &Expected, synced: Option<Point>, sink: &mut
     if let Some(sealed) = recovery.sealed.filter(|sealed| sealed.segment < last) {
         look_at_new_end(folder, expected, sealed)?;
     }
+    let mut kept = None;
     if recovery.open {
-        recovery.sink.dropped();
+        let unsealed = recovery.unsealed.filter(|_| !matches!(recovery.cut, Some(Cut::Torn(_))));
+        kept = unsealed.filter(|unsealed| recovery.sink.unsealed(unsealed)).map(|unsealed| unsealed.end);
+        if kept.is_none() {
+            recovery.sink.dropped();
+        }
     }
-    Ok(Examined { sealed: recovery.sealed, cut: recovery.cut })
+    Ok(Examined { sealed: recovery.sealed, kept, cut: recovery.cut })
 }
 
 /// Looks at the payloads of the segment that is the last one when those after it are removed. It was synced before the next one was

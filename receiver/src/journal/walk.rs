@@ -171,6 +171,11 @@ impl Walker {
         self.state.next
     }
 
+    /// The frames since the last seal.
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.state.tally
+    }
+
     fn step(&mut self, reader: &mut SegmentReader) -> Result<Option<Item>, RecordError> {
         let (segment, offset) = (reader.number(), reader.offset());
         let payloads = if segment >= self.payloads.1 { self.payloads.0 } else { Payloads::Skip };

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use proto::control::{Hello, PassHeader, PassKind, VolumeHello};
+use proto::control::{Hello, PASS_HEADER_BYTES, PassHeader, PassKind, Staged, VolumeHello};
 use proto::frame::{FRAME_HEADER_BYTES, encode_data, encode_zero};
 use proto::seal::Tally;
 use proto::{
-    BlockExtent, BlockIndex, Codec, EpochId, Fingerprint, Frame, FrameKind, Generation, Message, Point, Seal, VolumeIndex,
+    BlockExtent, BlockIndex, Codec, EpochId, Fingerprint, Frame, FrameHeader, FrameKind, Generation, Message, Point, Seal,
+    VolumeIndex,
 };
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -82,7 +83,7 @@ impl Primary {
         let (mut tally, mut streams) = (Tally::default(), Vec::new());
         for (number, frames) in passes.iter().enumerate() {
             let kind = if number + 1 == passes.len() { PassKind::Frozen } else { PassKind::Fuzzy };
-            let mut stream = PassHeader { epoch, pass: number as u16, kind }.encode().to_vec();
+            let mut stream = PassHeader { epoch, pass: number as u16, kind, continued: false }.encode().to_vec();
             for _ in 0..*frames {
                 let frame = self.frame(epoch, number as u16);
                 let volume = Frame::decode(&frame, BLOCKS[0].max(BLOCKS[1])).unwrap();
@@ -135,14 +136,38 @@ impl Primary {
     }
 }
 
-/// Says hello; the newest commit if the replica lets it in, else what it says.
-pub(super) fn greet(replica: &mut Replica, primary: &Primary) -> Result<(SessionNo, Option<Point>), String> {
+/// What is left of an epoch behind its first `frames` frames, which are at least one.
+pub(super) fn rest_of(epoch: &EpochBytes, frames: u64) -> EpochBytes {
+    let mut skip = frames;
+    let mut passes = Vec::new();
+    for pass in &epoch.passes {
+        let (head, mut rest) = pass.split_first_chunk::<PASS_HEADER_BYTES>().unwrap();
+        let mut header = PassHeader::decode(head).unwrap();
+        while let (1.., Some(head)) = (skip, rest.first_chunk::<FRAME_HEADER_BYTES>()) {
+            rest = &rest[FrameHeader::decode(head).unwrap().frame_bytes()..];
+            skip -= 1;
+            header.continued = skip == 0;
+        }
+        if skip == 0 {
+            passes.push([header.encode().as_slice(), rest].concat());
+        }
+    }
+    EpochBytes { point: epoch.point, passes, seal: epoch.seal.clone() }
+}
+
+/// Says hello; the newest commit and what is there of the next epoch if the replica lets it in, else what it says.
+pub(super) fn welcome(replica: &mut Replica, primary: &Primary) -> Result<(SessionNo, Option<Point>, Option<Staged>), String> {
     let session = replica.connect(key()).unwrap();
     replica.control(session, &primary.hello());
     match messages(replica, session).as_slice() {
-        [Ok(Message::Welcome { committed, .. })] => Ok((session, *committed)),
+        [Ok(Message::Welcome { committed, staged, .. })] => Ok((session, *committed, *staged)),
         other => Err(format!("{other:?}")),
     }
+}
+
+/// As [`welcome`], without what is there of the next epoch.
+pub(super) fn greet(replica: &mut Replica, primary: &Primary) -> Result<(SessionNo, Option<Point>), String> {
+    welcome(replica, primary).map(|(session, committed, _)| (session, committed))
 }
 
 /// Sends passes, `cut` bytes at a time.
@@ -160,7 +185,9 @@ pub(super) fn send_passes(replica: &mut Replica, session: SessionNo, epoch: &Epo
 pub(super) fn send(replica: &mut Replica, session: SessionNo, epoch: &EpochBytes) -> Result<(), String> {
     send_passes(replica, session, epoch, 3000);
     replica.control(session, &epoch.seal);
-    match messages(replica, session).as_slice() {
+    let mut answers = messages(replica, session);
+    answers.retain(|answer| !matches!(answer, Ok(Message::Staged { .. })));
+    match answers.as_slice() {
         [Ok(Message::Committed { point })] if *point == epoch.point => Ok(()),
         other => Err(format!("{other:?}")),
     }

@@ -11,8 +11,8 @@ use std::task::{Context, Poll, Waker};
 use blockdev::BlockDevice;
 use proto::fencing::GroupRole;
 use proto::hashes::{HashQuery, Hashes, hash_chunks};
-use proto::{BLOCK_BYTES, Fingerprint, Message, Name};
-use tokio::sync::mpsc;
+use proto::{BLOCK_BYTES, EpochId, Fingerprint, Message, Name};
+use tokio::sync::{mpsc, watch};
 
 use super::replica::{Output, StreamNo};
 use super::{Sabotage, is_sabotaged};
@@ -21,6 +21,9 @@ use crate::core::{Action, Cause, Core, Event, SessionError, Stored};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
 use crate::input::{ControlInput, PassInput};
 use crate::node::Node;
+
+/// A batch is handed to the journal when it has this many bytes: small, as the disks are.
+const SIM_BATCH_BYTES: usize = 16 << 10;
 
 /// Polls a future of the group's handle, and does the work of the group's thread while it waits.
 pub(super) fn drive<T>(group: &Group, future: impl Future<Output = T>) -> T {
@@ -61,6 +64,7 @@ pub(super) struct Session {
     reading: bool,
     streams: u64,
     group: Option<(Arc<Group>, mpsc::Receiver<GroupEvent>)>,
+    staged: Option<watch::Receiver<(EpochId, u64)>>,
     outputs: Vec<Output>,
     ended: Option<String>,
 }
@@ -78,6 +82,7 @@ impl Session {
             reading: false,
             streams: 0,
             group: None,
+            staged: None,
             outputs: Vec::new(),
             ended: None,
         }
@@ -93,6 +98,9 @@ impl Session {
 
     /// The connection is gone or was closed: the group is free again.
     pub(super) fn release(&mut self, reason: &str) {
+        if self.ended.is_none() {
+            self.flush();
+        }
         self.ended.get_or_insert_with(|| reason.to_owned());
         if let Some((group, _)) = self.group.take() {
             drive(&group, group.release(self.id, reason.to_owned()));
@@ -162,6 +170,11 @@ impl Session {
                 return true;
             }
         }
+        if let Some(staged) = self.staged.as_mut().filter(|s| s.has_changed().unwrap_or(false)) {
+            let (epoch, frames) = *staged.borrow_and_update();
+            self.handle(node, Event::Staged { epoch, frames });
+            return true;
+        }
         if !self.reading {
             self.reading = !self.passes.is_empty() && self.core.wants_pass();
             return self.reading;
@@ -174,8 +187,12 @@ impl Session {
         let Some(pass) = self.passes.front_mut() else { return false };
         let mut actions = Vec::new();
         if let Some(bytes) = pass.unread.pop_front() {
-            let ended = pass.input.take(&bytes, &mut self.core, &mut self.assembler, &mut actions);
-            if ended.is_none() && self.assembler.is_ready() {
+            let mut rest = bytes.as_slice();
+            let ended = pass.input.take(&mut rest, &mut self.core, &mut self.assembler, &mut actions);
+            if !rest.is_empty() {
+                pass.unread.push_front(rest.to_owned());
+            }
+            if ended.is_none() && self.assembler.holds(SIM_BATCH_BYTES) {
                 self.flush();
             }
             self.perform(node, actions, ended);
@@ -298,9 +315,9 @@ impl Session {
         let Some(handle) = handle.filter(|h| !create || h.stored(self.key).owned) else { return stored() };
         let peer = Peer { address: ([127, 0, 0, 1], 1).into(), since_unix_us: 0, interval_ms: 0 };
         match drive(&handle, handle.claim(self.id, peer, generation)) {
-            (Claimed::Yes { committed, writer }, events) => {
-                self.group = Some((handle, events));
-                Event::Claimed { committed, writer }
+            (Claimed::Yes { committed, writer, arrived, staged }, events) => {
+                (self.group, self.staged) = (Some((handle, events)), Some(staged));
+                Event::Claimed { committed, writer, arrived }
             }
             (Claimed::Changed, _) => stored(),
             (Claimed::No(cause), _) => Event::Storage(cause),

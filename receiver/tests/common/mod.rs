@@ -267,7 +267,9 @@ impl Primary {
         for (i, changes) in passes.iter().enumerate() {
             let frames: Vec<_> = changes.iter().map(|c| c.frame(epoch, i as u16)).collect();
             let kind = if i + 1 == passes.len() { PassKind::Frozen } else { PassKind::Fuzzy };
-            self.control.pass(PassHeader { epoch: EpochId(epoch), pass: i as u16, kind }, &frames.concat()).await;
+            self.control
+                .pass(PassHeader { epoch: EpochId(epoch), pass: i as u16, kind, continued: false }, &frames.concat())
+                .await;
             all.extend(frames);
             for change in changes {
                 change.apply(&mut self.disks);

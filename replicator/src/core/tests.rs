@@ -53,7 +53,7 @@ impl Fixture {
         self.drawn += 1;
         let connected = Event::Connected { session: token(self.drawn), cleared: self.cleared };
         assert!(matches!(self.on(connected)[..], [Action::Send(Message::Hello(_))]));
-        let mut actions = self.on(Event::Message(welcome(1, committed, writer)));
+        let mut actions = self.on(welcome(1, committed, writer));
         assert_eq!(actions.pop(), Some(Action::Compare));
         let Some(Action::Record { generation, sessions, .. }) = actions.pop() else { panic!("recorded at every session") };
         assert_eq!((generation, sessions), (Generation(1), [token(writer), token(self.drawn)]));
@@ -80,9 +80,10 @@ fn token(number: u8) -> SessionToken {
     SessionToken([number; 16])
 }
 
-fn welcome(generation: u64, committed: Option<Point>, writer: u8) -> Message {
+fn welcome(generation: u64, committed: Option<Point>, writer: u8) -> Event {
     let (generation, writer) = (Generation(generation), token(writer));
-    Message::Welcome { version: 1, generation, committed, writer, epochs_in_flight_max: 8 }
+    let welcome = Welcome { version: 1, generation, committed, writer, in_flight_max: 8, staged: None };
+    Event::Welcome { welcome, continues: false }
 }
 
 fn begin(epoch: u64, pass: u16, kind: PassKind) -> Action {
@@ -90,7 +91,7 @@ fn begin(epoch: u64, pass: u16, kind: PassKind) -> Action {
 }
 
 fn lost() -> Event {
-    Event::Lost { jitter: 0.5, refused: false }
+    Event::Lost { jitter: 0.5, refused: false, resumes: false }
 }
 
 #[test]
@@ -166,7 +167,7 @@ fn a_flush_waits_for_the_comparison() {
     f.now += Duration::from_secs(60);
     f.on(Event::Tick(Load::default()));
     f.on(Event::Connected { session: token(1), cleared: None });
-    f.on(Event::Message(welcome(1, None, 0)));
+    f.on(welcome(1, None, 0));
     let waits = Load { open_bytes: 10, flush_waits: true, ..Load::default() };
     assert_eq!(f.on(Event::Tick(waits)), []);
     assert!(f.core.deadline(f.now, true) > f.now + Duration::from_secs(1));
@@ -181,9 +182,97 @@ fn after_a_lost_session_the_receivers_word_releases_what_got_through() {
     f.epoch(1);
     f.on(Event::Message(Message::Committed { point: point(1, 1) }));
     f.epoch(2);
-    assert_eq!(f.on(lost()), [Action::Disconnect]);
+    assert_eq!(f.on(lost()), [Action::GiveUp, Action::Disconnect]);
     assert_eq!(f.greet(Some(point(1, 2))), [Action::Committed(point(1, 2)), Action::Merge]);
     f.epoch(3);
+}
+
+fn broke() -> Event {
+    Event::Lost { jitter: 0.5, refused: false, resumes: true }
+}
+
+/// Up to the hello of the next connection.
+fn reconnect(f: &mut Fixture) {
+    f.now += Duration::from_secs(60);
+    assert_eq!(f.on(Event::Tick(Load { open_bytes: 10, ..Load::default() })), [Action::Connect], "nothing is cut meanwhile");
+    f.drawn += 1;
+    f.on(Event::Connected { session: token(f.drawn), cleared: f.cleared });
+}
+
+fn welcomed(committed: Option<Point>, continues: bool) -> Event {
+    let staged = Staged { epoch: committed.map_or(EpochId(1), |p| p.epoch.next()), frames: 2, digest: [1; 32] };
+    let (generation, writer) = (Generation(1), token(1));
+    Event::Welcome {
+        welcome: Welcome { version: 1, generation, committed, writer, in_flight_max: 8, staged: Some(staged) },
+        continues,
+    }
+}
+
+/// Epoch 1 is committed, epoch 2 sealed, epoch 3 being captured, and the connection breaks.
+fn broken() -> Fixture {
+    let mut f = Fixture::new();
+    f.greet(None);
+    f.epoch(1);
+    f.on(Event::Message(Message::Committed { point: point(1, 1) }));
+    f.epoch(2);
+    assert_eq!(f.tick(10), [begin(3, 0, PassKind::Frozen)]);
+    assert_eq!(f.on(broke()), [Action::Disconnect]);
+    f
+}
+
+/// Would catch an epoch that is cut anew, or sent from its start, because the line broke.
+#[test]
+fn what_was_under_way_goes_on_over_the_next_connection() {
+    let mut f = broken();
+    let session = f.core.session();
+    assert!(matches!(f.on(Event::PassDone(Load::default()))[..], [Action::Seal { epoch: EpochId(3), .. }]));
+    for _ in 0..3 {
+        reconnect(&mut f);
+        assert_eq!(f.on(broke()), [Action::Disconnect], "before the welcome");
+    }
+    reconnect(&mut f);
+    let resumed = [Action::Committed(point(1, 2)), Action::Resume { epoch: EpochId(3), frames: 2 }];
+    assert_eq!(f.on(welcomed(Some(point(1, 2)), true)), resumed);
+    assert_eq!((f.core.session(), f.core.in_flight(), f.core.comparing()), (session, 1, false));
+    let staged = Message::Staged { epoch: EpochId(3), frames: 5 };
+    assert_eq!(f.on(Event::Message(staged)), [Action::Staged { epoch: EpochId(3), frames: 5 }]);
+    assert_eq!(f.on(Event::Message(Message::Committed { point: point(1, 3) })), [Action::Committed(point(1, 3))]);
+    f.epoch(4);
+}
+
+/// Would catch epochs that go on against a copy that is not what they were cut for.
+#[test]
+fn nothing_goes_on_when_the_receiver_stands_elsewhere() {
+    let other_generation = |event| match event {
+        Event::Welcome { welcome, continues } => {
+            Event::Welcome { welcome: Welcome { generation: Generation(2), ..welcome }, continues }
+        }
+        event => event,
+    };
+    let by_another = |event| match event {
+        Event::Welcome { welcome, continues } => Event::Welcome { welcome: Welcome { writer: token(99), ..welcome }, continues },
+        event => event,
+    };
+    for (case, welcome) in [
+        welcomed(Some(point(1, 2)), false),
+        welcomed(None, true),
+        welcomed(Some(point(1, 3)), true),
+        other_generation(welcomed(Some(point(1, 2)), true)),
+        by_another(welcomed(Some(point(1, 2)), true)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut f = broken();
+        reconnect(&mut f);
+        let actions = f.on(welcome);
+        assert!(actions.contains(&Action::Merge) && actions.last() == Some(&Action::Compare), "case {case}: {actions:?}");
+        assert_eq!(f.core.in_flight(), 0);
+    }
+    let mut f = broken();
+    assert_eq!(f.on(lost()), [Action::GiveUp, Action::Disconnect], "the capture failed meanwhile");
+    reconnect(&mut f);
+    assert!(f.on(welcomed(Some(point(1, 2)), true)).contains(&Action::Merge));
 }
 
 /// A first copy whose acknowledgement was lost is not sent again.
@@ -288,7 +377,7 @@ fn a_commit_out_of_order_ends_the_session() {
         let error = f.try_on(Event::Message(Message::Committed { point: bad })).unwrap_err();
         assert!(matches!(error, SessionError::WrongCommit { .. }));
     }
-    let error = f.try_on(Event::Message(welcome(1, None, 0))).unwrap_err();
+    let error = f.try_on(welcome(1, None, 0)).unwrap_err();
     assert_eq!(error.to_string(), "the receiver sent welcome while this side was streaming");
 }
 
@@ -302,7 +391,7 @@ fn backoff_grows_to_its_limit_and_a_refusal_waits_longest() {
         waits.push(*until - f.now);
     }
     assert!(waits.is_sorted() && waits[0] < Duration::from_millis(200) && *waits.last().unwrap() < BACKOFF_MAX);
-    f.on(Event::Lost { jitter: 1.0, refused: true });
+    f.on(Event::Lost { jitter: 1.0, refused: true, resumes: false });
     let Phase::Waiting { until, refused } = f.core.phase() else { panic!("waits") };
     assert!(*refused && *until - f.now == REFUSED_RETRY);
 }

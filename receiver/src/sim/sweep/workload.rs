@@ -7,7 +7,7 @@ use proto::fencing::GroupRole;
 use proto::{EpochId, Generation, Point};
 
 use super::examine::{Found, FoundGroup};
-use crate::sim::primary::{GROUP, Primary, Volumes, greet, open, send, send_passes};
+use crate::sim::primary::{EpochBytes, GROUP, Primary, Volumes, greet, open, rest_of, send, send_passes, welcome};
 use crate::sim::{Replica, SessionNo, SimDisk};
 
 /// Generation, role, point of the fork.
@@ -179,10 +179,14 @@ impl Run {
 
     fn epoch(&mut self, session: SessionNo, passes: &[usize]) -> Result<(), Dead> {
         let epoch = self.primary.epoch(passes);
+        self.sends(session, &epoch)
+    }
+
+    fn sends(&mut self, session: SessionNo, epoch: &EpochBytes) -> Result<(), Dead> {
         let digest = digest(&self.primary.now);
         self.expect.possible = Some((epoch.point, digest));
         self.mark();
-        let sent = send(self.replica(), session, &epoch);
+        let sent = send(self.replica(), session, epoch);
         self.alive()?;
         sent.unwrap();
         self.primary.committed = epoch.point.epoch;
@@ -190,6 +194,30 @@ impl Run {
         self.expect.required.insert(epoch.point, digest);
         self.mark();
         Ok(())
+    }
+
+    /// Sends an epoch whose connection is lost in its last pass; the next one goes on behind what has arrived.
+    fn resumed(&mut self, session: SessionNo, passes: &[usize]) -> Result<SessionNo, Dead> {
+        let epoch = self.primary.epoch(passes);
+        let (last, whole) = epoch.passes.split_last().unwrap();
+        for pass in whole {
+            let stream = self.replica().pass_open(session);
+            self.replica().pass_data(session, stream, pass);
+            self.replica().pass_end(session, stream);
+        }
+        let stream = self.replica().pass_open(session);
+        self.replica().pass_data(session, stream, &last[..last.len() * 2 / 3]);
+        self.replica().lost(session);
+        self.alive()?;
+        let primary = self.primary.clone();
+        let welcomed = welcome(self.replica(), &primary);
+        self.alive()?;
+        let (session, _, staged) = welcomed.unwrap();
+        let staged = staged.expect("what has arrived is there");
+        let all: usize = passes.iter().sum();
+        assert!(staged.frames > 0 && (staged.frames as usize) < all, "{staged:?} of {all}");
+        self.sends(session, &rest_of(&epoch, staged.frames))?;
+        Ok(session)
     }
 
     /// Sends passes of an epoch that is never sealed.
@@ -245,6 +273,8 @@ impl Run {
         self.alive()?;
         let session = self.greet()?;
         self.epoch(session, &[2, 1])?;
+        let session = self.resumed(session, &[2, 3])?;
+        self.epoch(session, &[1])?;
         self.stop()?;
         self.open()?;
         let session = self.greet()?;
