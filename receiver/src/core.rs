@@ -112,7 +112,7 @@ pub enum Event {
         /// The session that cut it.
         writer: SessionToken,
         /// What is there of the next epoch, from a session that broke.
-        arrived: Option<Arrived>,
+        arrived: Option<Box<Arrived>>,
     },
     /// So many frames of this epoch are in the journal.
     Staged {
@@ -342,14 +342,14 @@ impl Core {
                     committed,
                     writer,
                     epochs_in_flight_max: EPOCHS_IN_FLIGHT_MAX,
-                    staged: arrived.as_ref().map(Arrived::told),
+                    staged: arrived.as_deref().map(Arrived::told),
                 }));
                 Ok(State::Streaming(Streaming {
                     group: hello.group,
                     generation,
                     volume_blocks: volumes.iter().map(|v| blocks_of(v.size_bytes)).collect(),
                     sealed: committed.map_or(EpochId(0), |p| p.epoch),
-                    open: arrived.map(OpenEpoch::suspended),
+                    open: arrived.map(|arrived| OpenEpoch::suspended(*arrived)),
                     pass: None,
                     seals: VecDeque::new(),
                     committing: VecDeque::new(),

@@ -162,7 +162,7 @@ pub(crate) enum Claimed {
         /// The session that cut it.
         writer: SessionToken,
         /// What is there of the next epoch.
-        arrived: Option<Arrived>,
+        arrived: Option<Box<Arrived>>,
         /// Frames of the epoch that arrives, whenever some were appended.
         staged: watch::Receiver<(EpochId, u64)>,
     },

@@ -274,7 +274,7 @@ impl Session {
         for chunk in chunks {
             let mut rest: &[u8] = chunk;
             while !rest.is_empty() {
-                let Some(pass) = self.pass.as_mut() else { return None };
+                let pass = self.pass.as_mut()?;
                 let ended = pass.input.take(&mut rest, &mut self.core, &mut self.assembler, actions);
                 if ended.is_some() {
                     return ended;

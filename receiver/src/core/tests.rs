@@ -79,7 +79,8 @@ fn resumed(arrived: Option<Arrived>) -> Core {
     good(&mut core, Event::Message(Message::Hello(hello())));
     good(&mut core, Event::Stored(Stored::Absent { groups: 0, volume_bytes: 0 }));
     let staged = arrived.as_ref().map(Arrived::told);
-    let out = good(&mut core, Event::Claimed { committed: None, writer: SessionToken::default(), arrived });
+    let out =
+        good(&mut core, Event::Claimed { committed: None, writer: SessionToken::default(), arrived: arrived.map(Box::new) });
     let welcome = Message::Welcome {
         version: 1,
         generation: Generation(1),

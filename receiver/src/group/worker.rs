@@ -114,11 +114,12 @@ impl Worker {
         let mut state = self.shared.state.write();
         state.peer = Some(peer);
         state.last_error = None;
+        state.journal_bytes = self.journal.bytes();
         let newest = state.points.last();
         Claimed::Yes {
             committed: newest.map(|p| p.point).or(self.superblock.get().base),
             writer: newest.map(|p| p.session).unwrap_or_default(),
-            arrived: keeps.then(|| self.arrived.clone()),
+            arrived: keeps.then(|| Box::new(self.arrived.clone())),
             staged,
         }
     }

@@ -137,13 +137,19 @@ impl Control {
         self.send.write_all(&message.encode()).await.unwrap();
     }
 
+    /// The next message, but for how many frames have arrived.
     pub async fn hear(&mut self) -> Message {
         let read = async {
-            let mut prefix = [0; 4];
-            self.recv.read_exact(&mut prefix).await.unwrap();
-            let mut body = vec![0; Message::check_length(prefix).unwrap()];
-            self.recv.read_exact(&mut body).await.unwrap();
-            Message::decode(&body).unwrap()
+            loop {
+                let mut prefix = [0; 4];
+                self.recv.read_exact(&mut prefix).await.unwrap();
+                let mut body = vec![0; Message::check_length(prefix).unwrap()];
+                self.recv.read_exact(&mut body).await.unwrap();
+                let message = Message::decode(&body).unwrap();
+                if !matches!(message, Message::Staged { .. }) {
+                    return message;
+                }
+            }
         };
         tokio::time::timeout(DEADLINE, read).await.expect("an answer in time")
     }
