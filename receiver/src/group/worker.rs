@@ -10,7 +10,8 @@ use tokio::sync::mpsc;
 
 use super::stage::Stage;
 use super::{
-    Claimed, Command, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Usage, next_frame, number_frame,
+    Claimed, Command, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Snapshot, Usage, next_frame,
+    number_frame,
 };
 use crate::batch::Batch;
 use crate::core::Cause;
@@ -76,8 +77,17 @@ impl Worker {
                 }
                 self.end_on_error(done);
             }
+            Command::Snapshot { session, reply } if self.has(session) => {
+                let state = self.shared.state.read();
+                let point = state.points.last().map(|p| p.point).or(self.superblock.get().base);
+                let _ = reply.send(Snapshot { point, index: state.index.clone() });
+            }
             // Of a session that lost the group.
-            Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
+            Command::Append { .. }
+            | Command::Commit { .. }
+            | Command::Abandon { .. }
+            | Command::Snapshot { .. }
+            | Command::Release { .. } => {}
             Command::Promote { point, reply } => {
                 let _ = reply.send(self.promote(point));
             }
