@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use blockdev::BlockDevice;
 use proto::control::{PassHeader, PassKind, VolumeHello};
 use proto::seal::Tally;
-use proto::{Codec, EpochId, Generation, Hashes, Message, Name, Point, Seal, SessionToken};
+use proto::{Codec, EpochId, Generation, Hashes, Message, Name, Point, Scrubbed, Seal, SessionToken};
 use tokio::sync::mpsc;
 
 use crate::capture::{CaptureCounters, CaptureError, FrameQueue, Item, Pass};
@@ -26,6 +26,7 @@ use crate::core::{Action, Core, CoreConfig, Event, Load, Phase};
 use crate::dirtylog::{DirtyLog, LogFile};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::record::Recorded;
+use crate::scrub::{Board, Scrub};
 use crate::spec::Durability;
 use crate::tap::Tap;
 use crate::upkeep;
@@ -128,6 +129,7 @@ enum Done {
     Pass(Result<u64, CaptureError>, Box<Tally>),
     Compared(Result<(), CaptureError>),
     Upkeep,
+    Scrub(Result<(), CaptureError>),
 }
 
 type Task = Pin<Box<dyn Future<Output = Done>>>;
@@ -142,6 +144,7 @@ pub struct Primary {
     record: Arc<parking_lot::Mutex<DurableRecord>>,
     counters: Arc<CaptureCounters>,
     compared: Arc<CompareCounters>,
+    board: Arc<Board>,
     limit_bytes: usize,
     interval: Duration,
     tasks: Vec<Task>,
@@ -200,9 +203,11 @@ impl Primary {
             let tap = Tap::new(d.clone(), ledger.clone(), log.clone(), disks.spill.clone(), i);
             Arc::new(tap.with_durability(config.durability)) as Arc<dyn BlockDevice>
         });
+        let volumes: Vec<(Name, u64)> = config.volumes.into_iter().zip(sizes).collect();
+        let board = Arc::new(Board::new(config.group.clone(), &volumes, None, 0, now));
         let core_config = CoreConfig {
             group: config.group,
-            volumes: config.volumes.into_iter().zip(sizes).map(|(name, size_bytes)| VolumeHello { name, size_bytes }).collect(),
+            volumes: volumes.into_iter().map(|(name, size_bytes)| VolumeHello { name, size_bytes }).collect(),
             interval: config.interval,
             freeze_budget_bytes: config.freeze_budget_bytes,
             epochs_in_flight: config.epochs_in_flight,
@@ -217,6 +222,7 @@ impl Primary {
             record,
             counters: Arc::default(),
             compared: Arc::default(),
+            board,
             limit_bytes: usize::try_from(config.freeze_budget_bytes).unwrap_or(usize::MAX),
             interval: config.interval,
             tasks: Vec::new(),
@@ -252,6 +258,13 @@ impl Primary {
     pub fn compared_bytes(&self) -> (u64, u64) {
         let load = |c: &std::sync::atomic::AtomicU64| c.load(std::sync::atomic::Ordering::Relaxed);
         (load(&self.compared.compared_bytes), load(&self.compared.differing_bytes))
+    }
+
+    /// Bytes scrubbed, and bytes of them that differed.
+    #[must_use]
+    pub fn scrubbed_bytes(&self, now: Instant) -> (u64, u64) {
+        let status = self.board.status(now);
+        (status.compared_bytes, status.differing_bytes)
     }
 
     /// Whether another side may write now.
@@ -345,13 +358,17 @@ impl Primary {
                 self.handle(now, Event::PassDone(load));
             }
             Done::Compared(Ok(())) => self.handle(now, Event::Compared),
+            Done::Scrub(Ok(())) => {}
             Done::Pass(Err(CaptureError::Freeze(_)), _) => {
                 self.end();
                 self.outputs.push_back(Output::Disconnect);
                 self.handle(now, Event::Lost { jitter: 0.0, refused: false });
             }
-            Done::Pass(Err(CaptureError::Stopped), _) | Done::Compared(Err(CaptureError::Stopped)) | Done::Upkeep => {}
-            Done::Pass(Err(error), _) | Done::Compared(Err(error)) => panic!("{error}"),
+            Done::Pass(Err(CaptureError::Stopped), _)
+            | Done::Compared(Err(CaptureError::Stopped))
+            | Done::Scrub(Err(CaptureError::Stopped))
+            | Done::Upkeep => {}
+            Done::Pass(Err(error), _) | Done::Compared(Err(error)) | Done::Scrub(Err(error)) => panic!("{error}"),
         }
     }
 
@@ -368,6 +385,27 @@ impl Primary {
             // A disk that lost its power answers with errors; the caller knows.
             let _ = upkeep::forget_clean(&log, &ledger, &devices, cleared).await;
             Done::Upkeep
+        }));
+    }
+
+    /// Compares the next blocks with the copy, if one follows.
+    pub fn scrub(&mut self, now: Instant) {
+        if self.core.follows() {
+            self.begin_scrub(now, None);
+        }
+    }
+
+    /// A step of the scrub, or what an answer to it asks for.
+    fn begin_scrub(&mut self, now: Instant, answer: Option<Scrubbed>) {
+        let Some(live) = &self.live else { return };
+        let (ledger, log, devices) = (self.ledger.clone(), self.log.clone(), self.disks.volumes.clone());
+        let (queue, board) = (live.queue.clone(), self.board.clone());
+        self.tasks.push(Box::pin(async move {
+            let scrub = Scrub { ledger: &ledger, log: &log, devices: &devices, queue: &queue, board: &board };
+            Done::Scrub(match answer {
+                Some(answer) => scrub.answered(answer, now).await,
+                None => scrub.step(now).await,
+            })
         }));
     }
 
@@ -393,7 +431,7 @@ impl Primary {
         let mut actions = Vec::new();
         let failed = self.core.handle(now, event, &mut actions).is_err();
         for action in actions {
-            self.perform(action);
+            self.perform(now, action);
         }
         if failed {
             self.end();
@@ -403,13 +441,13 @@ impl Primary {
             let ended = self.core.handle(now, lost, &mut actions);
             debug_assert!(ended.is_ok());
             for action in actions {
-                self.perform(action);
+                self.perform(now, action);
             }
         }
         self.collect();
     }
 
-    fn perform(&mut self, action: Action) {
+    fn perform(&mut self, now: Instant, action: Action) {
         match action {
             Action::Connect => self.outputs.push_back(Output::Connect),
             Action::Send(message) => self.outputs.push_back(Output::Control(message.encode())),
@@ -434,12 +472,16 @@ impl Primary {
                 // A disk that lost its power answers with errors; the caller knows.
                 let _ = finish(async move { log.cover_all().await });
             }
-            Action::Compare => self.begin_comparison(),
+            Action::Compare => {
+                self.ledger.follow(self.core.generation(), self.core.newest_sealed());
+                self.begin_comparison();
+            }
             Action::Answer(hashes) => {
                 if let Some(answers) = self.live.as_ref().and_then(|l| l.answers.as_ref()) {
                     let _ = answers.try_send(hashes);
                 }
             }
+            Action::Scrubbed(answer) => self.begin_scrub(now, Some(answer)),
             Action::BeginPass { epoch, pass, kind } => self.begin_pass(PassHeader { epoch, pass, kind }),
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes),
             Action::RefuseFlushes => self.ledger.refuse_flushes(FlushRefused::Fenced),
@@ -526,6 +568,7 @@ impl Primary {
                 Item::Frame(bytes, _) => Output::PassData(bytes.to_vec()),
                 Item::End => Output::PassEnd,
                 Item::Seal(seal) => Output::Control(Message::Seal(*seal).encode()),
+                Item::Scrub(scrub) => Output::Control(Message::Scrub(*scrub).encode()),
                 Item::Query(query) => Output::Control(Message::HashQuery(query).encode()),
             };
             self.outputs.push_back(output);
@@ -543,6 +586,7 @@ impl Primary {
             live.answers = None;
         }
         self.tasks.clear();
+        self.board.session_over();
         self.tally = None;
         self.pass = None;
         self.frozen_tag = None;
