@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockdev::{BlockDevice, Buf, ExtentKind};
@@ -31,6 +32,8 @@ pub(crate) struct Findings {
 #[derive(Debug, Default)]
 struct Damage {
     told: BTreeSet<String>,
+    /// Segments with damaged frames.
+    segments: BTreeSet<PathBuf>,
     last: Option<String>,
 }
 
@@ -47,11 +50,20 @@ impl Findings {
         }
         if damage.told.len() >= TOLD_MAX {
             damage.told.clear();
+            damage.segments.clear();
         }
         tracing::error!("{line}");
         damage.told.insert(line.clone());
+        if let FrameError::Damaged { path, .. } = error {
+            damage.segments.insert(path.clone());
+        }
         damage.last = Some(line);
         self.damaged_frames.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether a frame of the segment was found to be damaged.
+    pub(crate) fn is_damaged(&self, segment: &Path) -> bool {
+        self.damaged_frames.load(Ordering::Relaxed) > 0 && self.damage.lock().segments.contains(segment)
     }
 
     /// The last damage that was met, with file and offset.

@@ -139,7 +139,19 @@ async fn damage_is_found_named_and_repaired() {
 
     primary.commit(vec![data(40, 4, 4)]).await;
     let good = runs(&primary, &all);
-    assert_eq!(scrubbed(&mut primary, 3, 2, good).await, compared(&[]));
+    assert_eq!(scrubbed(&mut primary, 3, 2, good.clone()).await, compared(&[]));
+
+    // A start reads the payloads of the last segment and refuses damage there: the repair went to a new one.
+    receiver.shutdown().await;
+    let receiver = site.start().await;
+    let status = receiver.status().remove(0);
+    assert_eq!((status.role, status.last_error), (receiver::Role::Replica, None));
+    let newest = *primary.images.last_key_value().unwrap().0;
+    check_images(&io, &receiver, "db", &std::collections::BTreeMap::from([(newest, primary.disks.clone())])).await;
+    let mut again = Primary::open(site.connect(&receiver, 0).await, hello("db", &VOLUMES)).await;
+    again.disks = primary.disks;
+    assert_eq!(scrubbed(&mut again, 4, 2, good).await, compared(&[]));
+    again.commit(vec![data(1, 1, 4)]).await;
 }
 
 /// The comparison at the start: what is damaged has no hash, everything else has, and the session goes on.

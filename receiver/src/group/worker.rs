@@ -132,6 +132,9 @@ impl Worker {
             return Err(JournalError::Full { path: self.shared.folder.journal() }.into());
         }
         drop(table);
+        if self.journal.tail_path().is_some_and(|tail| self.shared.findings.is_damaged(&tail)) {
+            self.journal.end_segment();
+        }
         let (segment, mut offset) = self.journal.append(&batch.bytes)?;
         self.count();
         self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
