@@ -300,7 +300,7 @@ impl Session {
         };
         let view = crate::view::fresh(&group.shared, snapshot.index, usize::from(scrub.volume.0));
         let compared = view.map(|view| view.map(|view| Event::Scrubbed(compare_now(&view, scrub, point))));
-        Some(compared.map_err(|error| Arc::new(error) as Cause).transpose()?)
+        compared.map_err(|error| Arc::new(error) as Cause).transpose()
     }
 
     fn send(&mut self, message: &Message) {
