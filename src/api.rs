@@ -3,7 +3,7 @@
 //! Field names are an interface: they are added to, not changed.
 
 use proto::{Fingerprint, Generation, Name, Point};
-use replicator::{GroupStatus, QueueStatus};
+use replicator::{GroupStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
 
 /// `GET /v1/id`.
@@ -122,6 +122,18 @@ pub struct CopyStatus {
     pub queues: Vec<QueueStatus>,
     /// The activated fork, if it is active.
     pub active: Option<ActiveStatus>,
+    /// Bytes compared with the primary since the node started, while following it.
+    #[serde(default)]
+    pub scrubbed_bytes: u64,
+    /// Bytes of them that differed or could not be read; the primary sent them again.
+    #[serde(default)]
+    pub differing_bytes: u64,
+    /// Frames of the journal that were found to be damaged or not to be read since the node started.
+    #[serde(default)]
+    pub damaged_frames: u64,
+    /// The last of them: file, offset and what does not fit.
+    #[serde(default)]
+    pub last_damage: Option<String>,
 }
 
 /// A disk of a copy.
@@ -263,6 +275,26 @@ pub struct FailoverDone {
     pub volumes: Vec<CopyVolume>,
     /// Milliseconds from the request to the disks being served.
     pub took_ms: u64,
+}
+
+/// `POST /v1/verify`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerifyRequest {
+    /// The group, at its primary.
+    pub group: String,
+}
+
+/// The answer to a [`VerifyRequest`], and to `GET /v1/verify?group=`: how the comparison that runs fares, or the last one.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Verification {
+    /// The group.
+    pub group: Name,
+    /// Where the session with the receiver stands: without one it waits.
+    pub state: LinkState,
+    /// How far it is.
+    #[serde(flatten)]
+    pub verify: VerifyStatus,
 }
 
 /// Any answer that is not 200.

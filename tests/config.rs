@@ -35,7 +35,7 @@ fn a_full_file_is_valid() {
             "[[receiver.client]]\nname = \"beta\"\nkey = \"{KEY_B}\"\ngroups = [\"web\"]\nspace_max = \"500GiB\"\n"
         )),
         group(
-            "interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"\ndurability = \"flush-sync\"\nmax_lag = \"5s\"\nrate_limit = \"20 Mbit/s\"\n[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"06:00\"\nlimit = \"none\""
+            "interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"\ndurability = \"flush-sync\"\nmax_lag = \"5s\"\nscrub_interval = \"7d\"\nrate_limit = \"20 Mbit/s\"\n[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"06:00\"\nlimit = \"none\""
         )
     );
     assert_eq!(check(&text), (0, "t.toml: valid: 1 group, 1 disk, receiver on 0.0.0.0:7447 with 1 client\n".to_owned()));
@@ -55,7 +55,7 @@ fn every_mistake_is_one_line() {
         ),
         (
             group("colour = 1"),
-            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, max_lag, rate_limit, rate_schedule, disk",
+            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, max_lag, scrub_interval, rate_limit, rate_schedule, disk",
         ),
         (
             group("interval = \"5 parsecs\""),
@@ -72,6 +72,14 @@ fn every_mistake_is_one_line() {
         ),
         (group("epochs_in_flight = 0"), "t.toml:5: epochs_in_flight = 0: is outside of its limits: choose a value from 1 to 64"),
         (group("durability = \"sync\""), "t.toml:5: durability = \"sync\": is not known here: choose one of async, flush-sync"),
+        (
+            group("scrub_interval = \"weekly\""),
+            "t.toml:5: scrub_interval = \"weekly\": is not a duration: write a number and a unit, for example \"7d\" or \"12h\", or \"off\"",
+        ),
+        (
+            group("scrub_interval = \"400d\""),
+            "t.toml:5: scrub_interval = \"400d\": is outside of its limits: choose a value from \"1s\" to \"365d\"",
+        ),
         (
             group("max_lag = \"50ms\""),
             "t.toml:5: max_lag = \"50ms\": is outside of its limits: choose a value from \"100ms\" to \"1d\"",

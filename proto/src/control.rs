@@ -6,6 +6,7 @@
 use crate::codec::{DecodeError, Reader, bounded, printable};
 use crate::hashes::{HashQuery, Hashes};
 use crate::name::{NAME_BYTES_MAX, Name};
+use crate::scrub::{Scrub, Scrubbed};
 use crate::seal::Seal;
 use crate::units::{EpochId, GROUP_VOLUMES_MAX, Generation, Point, SessionToken, VOLUME_BYTES_MAX};
 
@@ -163,6 +164,10 @@ pub enum Message {
     HashQuery(HashQuery),
     /// Receiver to primary: the answer.
     Hashes(Hashes),
+    /// Primary to receiver: what blocks held at the cut of the last sealed epoch.
+    Scrub(Scrub),
+    /// Receiver to primary: the answer.
+    Scrubbed(Scrubbed),
     /// Receiver to primary: another side may write now.
     Fenced {
         /// The generation that holds.
@@ -186,6 +191,8 @@ const CLOSE: u8 = 6;
 const HASH_QUERY: u8 = 7;
 const HASHES: u8 = 8;
 const STAGED: u8 = 9;
+const SCRUB: u8 = 10;
+const SCRUBBED: u8 = 11;
 
 impl Message {
     /// A close message; the reason is cut to its limit.
@@ -206,6 +213,8 @@ impl Message {
             Self::Committed { .. } => "committed",
             Self::HashQuery(_) => "hash query",
             Self::Hashes(_) => "hashes",
+            Self::Scrub(_) => "scrub",
+            Self::Scrubbed(_) => "scrubbed",
             Self::Fenced { .. } => "fenced",
             Self::Close { .. } => "close",
         }
@@ -269,6 +278,14 @@ impl Message {
                 body.push(HASHES);
                 hashes.encode(&mut body);
             }
+            Self::Scrub(scrub) => {
+                body.push(SCRUB);
+                scrub.encode(&mut body);
+            }
+            Self::Scrubbed(scrubbed) => {
+                body.push(SCRUBBED);
+                scrubbed.encode(&mut body);
+            }
             Self::Fenced { generation } => {
                 body.push(FENCED);
                 body.extend_from_slice(&generation.0.to_le_bytes());
@@ -322,6 +339,8 @@ impl Message {
             COMMITTED => Self::Committed { point: Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) } },
             HASH_QUERY => Self::HashQuery(HashQuery::decode(&mut r)?),
             HASHES => Self::Hashes(Hashes::decode(&mut r)?),
+            SCRUB => Self::Scrub(Scrub::decode(&mut r)?),
+            SCRUBBED => Self::Scrubbed(Scrubbed::decode(&mut r)?),
             FENCED => Self::Fenced { generation: Generation(r.u64()?) },
             CLOSE => {
                 let code = r.u16()?;
@@ -441,7 +460,8 @@ impl PassHeader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::{BlockIndex, VolumeIndex};
+    use crate::scrub::{ScrubOutcome, ScrubRun};
+    use crate::units::{BlockExtent, BlockIndex, VolumeIndex};
     use proptest::prelude::*;
 
     fn hello() -> Hello {
@@ -519,6 +539,17 @@ mod tests {
             Message::Staged { epoch: EpochId(6), frames: 12 },
             Message::HashQuery(HashQuery { id: 7, volume: VolumeIndex(2), start: BlockIndex(160), blocks: 33, chunk_blocks: 16 }),
             Message::Hashes(Hashes { id: 7, hashes: vec![[1; 32], [2; 32], [3; 32]] }),
+            Message::Scrub(Scrub {
+                id: 9,
+                epoch: EpochId(3),
+                volume: VolumeIndex(1),
+                runs: vec![
+                    ScrubRun { extent: BlockExtent { start: BlockIndex(4), blocks: 2 }, hash: [4; 32] },
+                    ScrubRun { extent: BlockExtent { start: BlockIndex(6), blocks: 1 }, hash: [6; 32] },
+                ],
+            }),
+            Message::Scrubbed(Scrubbed { id: 9, outcome: ScrubOutcome::Compared { differing: vec![1] } }),
+            Message::Scrubbed(Scrubbed { id: 9, outcome: ScrubOutcome::Stale }),
             Message::Seal(seal),
             Message::Committed { point },
             Message::Fenced { generation: Generation(4) },

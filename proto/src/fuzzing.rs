@@ -9,6 +9,7 @@ use crate::codec::Reader;
 use crate::control::{MESSAGE_BYTES_MAX, Message, PASS_HEADER_BYTES, PASS_MAGIC, PassHeader, REASON_BYTES_MAX};
 use crate::hashes::{HASHES_MAX, QUERY_BLOCKS_MAX};
 use crate::name::NAME_BYTES_MAX;
+use crate::scrub::{RUN_BLOCKS_MAX, SCRUB_BLOCKS_MAX, SCRUB_RUNS_MAX, ScrubOutcome};
 use crate::seal::{SEAL_BYTES, SEAL_MAGIC, Seal};
 use crate::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
 use crate::{DecodeError, Fingerprint, Name, Point};
@@ -111,6 +112,17 @@ fn message(body: &[u8]) {
             assert!(query.end() > query.start.0);
         }
         Message::Hashes(hashes) => assert!(hashes.hashes.len() <= HASHES_MAX),
+        Message::Scrub(scrub) => {
+            assert!((1..=SCRUB_RUNS_MAX).contains(&scrub.runs.len()));
+            assert!(scrub.runs.iter().all(|run| (1..=RUN_BLOCKS_MAX).contains(&run.extent.blocks)));
+            assert!(scrub.runs.iter().map(|run| run.extent.blocks).sum::<u32>() <= SCRUB_BLOCKS_MAX);
+            assert!(scrub.runs.windows(2).all(|w| w[0].extent.end() <= w[1].extent.start.0));
+        }
+        Message::Scrubbed(scrubbed) => {
+            if let ScrubOutcome::Compared { differing } = &scrubbed.outcome {
+                assert!(differing.len() <= SCRUB_RUNS_MAX && differing.windows(2).all(|w| w[0] < w[1]));
+            }
+        }
         Message::Welcome { staged, .. } => assert!(staged.is_none_or(|s| s.frames > 0)),
         Message::Staged { .. } | Message::Seal(_) | Message::Committed { .. } | Message::Fenced { .. } => {}
     }

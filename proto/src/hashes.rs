@@ -15,6 +15,8 @@ pub const QUERIES_IN_FLIGHT_MAX: usize = 8;
 
 /// A BLAKE3 hash.
 pub type Hash = [u8; 32];
+/// Stands for a granule that the receiver cannot read, because what it stored is damaged. No content is known to hash to it, so it differs.
+pub const UNREADABLE: Hash = [0; 32];
 
 /// Which hashes are wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,10 +105,16 @@ impl Hashes {
     }
 }
 
+/// The hash of `content`, which is whole blocks.
+#[must_use]
+pub fn hash(content: &[u8]) -> Hash {
+    *blake3::hash(content).as_bytes()
+}
+
 /// The hash of each granule of `content`, which is whole blocks.
 pub fn hash_chunks(content: &[u8], chunk_blocks: u32) -> impl Iterator<Item = Hash> + '_ {
     let bytes = (u64::from(chunk_blocks.max(1)) * BLOCK_BYTES) as usize;
-    content.chunks(bytes).map(|chunk| *blake3::hash(chunk).as_bytes())
+    content.chunks(bytes).map(hash)
 }
 
 #[cfg(test)]

@@ -16,11 +16,12 @@ use proto::frame::FRAME_HEADER_BYTES;
 use proto::hashes::{HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX};
 use proto::seal::Tally;
 use proto::units::{BLOCK_BYTES, blocks_of};
-use proto::{EpochId, FrameHeader, FrameKind, Generation, Message, Name, Point, Seal, SessionToken};
+use proto::{EpochId, FrameHeader, FrameKind, Generation, Message, Name, Point, Scrub, Scrubbed, Seal, SessionToken};
 
 use crate::superblock::Volume;
 
 mod error;
+mod scrub;
 #[cfg(test)]
 mod tests;
 
@@ -129,6 +130,8 @@ pub enum Event {
     PassReset,
     /// Answer to [`Action::Hash`].
     Hashed(Hashes),
+    /// Answer to [`Action::Scrub`].
+    Scrubbed(Scrubbed),
     /// The epoch of [`Action::Commit`] is durable.
     Committed(Point),
     /// A newer session has the group.
@@ -165,6 +168,9 @@ pub enum Action {
     },
     /// Hash a range of the newest committed point; answer with [`Event::Hashed`].
     Hash(HashQuery),
+    /// Compare with the view of the epoch of the [`Action::Commit`] before, whether it is done or not, or of the newest committed point if
+    /// there was none; answer with [`Event::Scrubbed`].
+    Scrub(Scrub),
     /// Append the seal and make the epoch durable; answer with [`Event::Committed`].
     Commit(Seal),
     /// Forget the frames since the last commit.
@@ -228,6 +234,10 @@ struct Streaming {
     committing: VecDeque<Point>,
     /// Hash queries that are not answered yet.
     hashing: usize,
+    /// Scrubs of epochs whose seal is here and whose frames are not.
+    scrubs: Vec<Scrub>,
+    /// Scrubs that are being compared.
+    scrubbing: usize,
 }
 
 #[derive(Debug)]
@@ -354,6 +364,8 @@ impl Core {
                     seals: VecDeque::new(),
                     committing: VecDeque::new(),
                     hashing: 0,
+                    scrubs: Vec::new(),
+                    scrubbing: 0,
                 }))
             }
             (State::Streaming(s), Event::Staged { epoch, frames }) => {
@@ -368,6 +380,12 @@ impl Core {
             (State::Streaming(mut s), Event::Hashed(hashes)) => {
                 s.hashing -= 1;
                 out.push(Action::Send(Message::Hashes(hashes)));
+                Ok(State::Streaming(s))
+            }
+            (State::Streaming(s), Event::Message(Message::Scrub(scrub))) => s.scrub(scrub, out).map(State::Streaming),
+            (State::Streaming(mut s), Event::Scrubbed(scrubbed)) => {
+                s.scrubbing -= 1;
+                out.push(Action::Send(Message::Scrubbed(scrubbed)));
                 Ok(State::Streaming(s))
             }
             (State::Streaming(s), Event::Committed(point)) => Ok(State::Streaming(s.committed(point, out))),
@@ -543,6 +561,7 @@ impl Streaming {
         self.sealed = epoch;
         self.committing.push_back(seal.point());
         out.push(Action::Commit(seal));
+        self.scrub_waiting(epoch, out);
         Ok(self)
     }
 

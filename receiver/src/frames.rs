@@ -91,6 +91,16 @@ impl Decoded {
     }
 }
 
+/// Decoded frames of one reader, who wants what is on the disk now and not what somebody read before it began. Bounded as the group's.
+#[derive(Debug)]
+pub(crate) struct FreshFrames(Cache);
+
+impl Default for FreshFrames {
+    fn default() -> Self {
+        Self(Mutex::new(Lru::new(FRAME_CACHE_BYTES)))
+    }
+}
+
 /// The frames of a group's journal.
 #[derive(Debug)]
 pub(crate) struct FrameStore {
@@ -98,8 +108,10 @@ pub(crate) struct FrameStore {
     volume_blocks: Arc<[u64]>,
     pub(crate) table: RwLock<FrameTable>,
     files: Mutex<Lru<u32, SharedFile>>,
-    cache: Mutex<Lru<u32, Arc<Decoded>>>,
+    cache: Cache,
 }
+
+type Cache = Mutex<Lru<u32, Arc<Decoded>>>;
 
 impl FrameStore {
     pub(crate) fn new(folder: &Path, volume_blocks: Arc<[u64]>) -> Self {
@@ -128,8 +140,9 @@ impl FrameStore {
     }
 
     /// Reads, verifies and decodes a frame; on an io thread, which does not wait for the disk.
-    pub(crate) async fn load(&self, frame: FrameId) -> Result<Arc<Decoded>, FrameError> {
-        if let Some(decoded) = self.cached(frame) {
+    pub(crate) async fn load(&self, frame: FrameId, fresh: Option<&FreshFrames>) -> Result<Arc<Decoded>, FrameError> {
+        let cache = fresh.map_or(&self.cache, |fresh| &fresh.0);
+        if let Some(decoded) = cache.lock().get(frame.0) {
             return Ok(decoded);
         }
         let place = self.table.read().get(frame);
@@ -139,13 +152,14 @@ impl FrameStore {
             offset: place.offset,
             source,
         })?;
-        self.decode(frame, place, &bytes)
+        self.decode(cache, frame, place, &bytes)
     }
 
     /// As [`load`](Self::load), on this thread, which waits for the disk.
     #[cfg(any(test, feature = "simulation"))]
-    pub(crate) fn load_now(&self, frame: FrameId) -> Result<Arc<Decoded>, FrameError> {
-        if let Some(decoded) = self.cached(frame) {
+    pub(crate) fn load_now(&self, frame: FrameId, fresh: Option<&FreshFrames>) -> Result<Arc<Decoded>, FrameError> {
+        let cache = fresh.map_or(&self.cache, |fresh| &fresh.0);
+        if let Some(decoded) = cache.lock().get(frame.0) {
             return Ok(decoded);
         }
         let place = self.table.read().get(frame);
@@ -157,7 +171,7 @@ impl FrameStore {
         };
         let path = segment_path(&self.folder, place.segment);
         let bytes = read().map_err(|source| FrameError::Io { path, offset: place.offset, source })?;
-        self.decode(frame, place, &bytes)
+        self.decode(cache, frame, place, &bytes)
     }
 
     /// The file of a frame, and room for as much as the frame can have.
@@ -177,7 +191,7 @@ impl FrameStore {
         if cached.is_ok_and(|n| n == length) { Ok(buf) } else { file.read_exact_at(place.offset, buf).await }
     }
 
-    fn decode(&self, id: FrameId, place: FramePlace, bytes: &[u8]) -> Result<Arc<Decoded>, FrameError> {
+    fn decode(&self, cache: &Cache, id: FrameId, place: FramePlace, bytes: &[u8]) -> Result<Arc<Decoded>, FrameError> {
         let damaged =
             |source| FrameError::Damaged { path: segment_path(&self.folder, place.segment), offset: place.offset, source };
         let short = DecodeError::Truncated { what: "frame", needed: 40, left: bytes.len() };
@@ -189,7 +203,7 @@ impl FrameStore {
         let blocks = blocks.ok_or(DecodeError::Unknown { what: "frame volume", value: volume.into() }).map_err(damaged)?;
         let frame = Frame::decode(whole, blocks).map_err(damaged)?;
         let decoded = Arc::new(Decoded::new(volume, &frame.extents, frame.content().map_err(damaged)?));
-        self.cache.lock().put(id.0, Arc::clone(&decoded), decoded.content.len());
+        cache.lock().put(id.0, Arc::clone(&decoded), decoded.content.len());
         Ok(decoded)
     }
 

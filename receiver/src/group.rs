@@ -27,6 +27,7 @@ use crate::fork::OpenFork;
 use crate::frames::FrameStore;
 use crate::index::{FrameId, Index};
 use crate::journal::{self, Expected, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Unsealed, Walker};
+use crate::scrub::Findings;
 use crate::store::GroupFolder;
 use crate::superblock::{ForkInUse, SuperblockError, SuperblockFile, Volume};
 use stage::Stage;
@@ -178,6 +179,13 @@ pub(crate) struct Promoted {
     pub(crate) fork: ForkInUse,
 }
 
+/// The newest point at an instant between two commands.
+#[derive(Clone, Debug)]
+pub(crate) struct Snapshot {
+    pub(crate) point: Option<Point>,
+    pub(crate) index: Index,
+}
+
 #[derive(Debug)]
 enum Command {
     Claim {
@@ -197,6 +205,11 @@ enum Command {
     },
     Abandon {
         session: SessionId,
+    },
+    /// Answers with the newest point once all commands before are done.
+    Snapshot {
+        session: SessionId,
+        reply: oneshot::Sender<Snapshot>,
     },
     Release {
         session: SessionId,
@@ -233,6 +246,7 @@ pub(crate) struct Shared {
     pub(crate) state: RwLock<State>,
     pub(crate) frames: FrameStore,
     pub(crate) bytes_received: AtomicU64,
+    pub(crate) findings: Findings,
 }
 
 /// A handle to a group.
@@ -368,6 +382,7 @@ impl Group {
             state: RwLock::new(state),
             frames,
             bytes_received: AtomicU64::new(0),
+            findings: Findings::default(),
         });
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
         let worker = Worker {
@@ -415,6 +430,14 @@ impl Group {
 
     pub(crate) async fn abandon(&self, session: SessionId) {
         let _ = self.commands.send(Command::Abandon { session }).await;
+    }
+
+    /// Asks for the point of the commit that was handed over last; it is there when that commit is done. A session that lost the group gets
+    /// no answer.
+    pub(crate) async fn snapshot(&self, session: SessionId) -> oneshot::Receiver<Snapshot> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Snapshot { session, reply }).await;
+        answer
     }
 
     pub(crate) async fn release(&self, session: SessionId, reason: String) {

@@ -1,16 +1,17 @@
-//! Answers hash queries of primaries from views, on a thread of its own at low priority: a comparison of a whole disk must not
+//! Answers hash queries and scrubs of primaries from views, on a thread of its own at low priority: a comparison of a whole disk must not
 //! delay an activated copy.
 //!
-//! Holes are not read: the hash of zeroes is computed once an answer.
+//! Holes are not read: the hash of zeroes is computed once an answer. A granule that is damaged has no hash, which is an answer too.
 
 use std::io;
 use std::sync::Arc;
 
 use blockdev::{BlockDevice, Buf, ExtentKind, IoThreads};
-use proto::BLOCK_BYTES;
-use proto::hashes::{Hash, HashQuery, Hashes, hash_chunks};
+use proto::hashes::{Hash, HashQuery, Hashes, UNREADABLE, hash, hash_chunks};
+use proto::{BLOCK_BYTES, Point, Scrub, Scrubbed};
 
 use crate::core::Cause;
+use crate::scrub::{compare, is_damage};
 use crate::view::View;
 
 /// Niceness of the hashing thread.
@@ -18,8 +19,8 @@ const NICE: i32 = 10;
 /// Most bytes read at once, if a granule is not longer.
 const READ_BYTES_MAX: u64 = 1 << 20;
 
-/// The thread.
-#[derive(Debug)]
+/// The thread; clones share it.
+#[derive(Clone, Debug)]
 pub(crate) struct Hasher {
     io: IoThreads,
 }
@@ -48,6 +49,17 @@ impl Hasher {
         });
         async move { answer.await.flatten().map_err(|error| Arc::new(error) as Cause) }
     }
+
+    /// Compares a scrub with a view of `point`; the core has checked that it lies in its volume.
+    pub(crate) fn scrub(
+        &self,
+        view: View,
+        scrub: Scrub,
+        point: Point,
+    ) -> impl Future<Output = Result<Scrubbed, Cause>> + Send + use<> {
+        let answer = self.io.call(move || async move { compare(&view, &scrub, point).await });
+        async move { answer.await.map_err(|error| Arc::new(error) as Cause) }
+    }
 }
 
 /// The answer to `query` from one volume.
@@ -67,14 +79,33 @@ pub(crate) async fn hashes(view: &dyn BlockDevice, query: &HashQuery) -> io::Res
             let zero = *zero.get_or_insert_with(|| *blake3_zeroes(chunk_bytes));
             hashes.extend((0..piece / chunk_bytes).map(|_| zero));
         } else {
-            let mut content = view.read(at, Buf::zeroed(inside as usize)).await?;
-            // What lies between the volume's end and its last block's was allocated zeroed and never written.
-            content.set_len(piece as usize);
-            hashes.extend(hash_chunks(&content, query.chunk_blocks));
+            match padded(view, at, piece).await {
+                Ok(content) => hashes.extend(hash_chunks(&content, query.chunk_blocks)),
+                Err(error) if is_damage(&error) => {
+                    for from in (at..at + piece).step_by(chunk_bytes as usize) {
+                        let chunk = padded(view, from, chunk_bytes.min(at + piece - from)).await;
+                        hashes.push(match chunk {
+                            Ok(content) => hash(&content),
+                            Err(error) if is_damage(&error) => UNREADABLE,
+                            Err(error) => return Err(error),
+                        });
+                    }
+                }
+                Err(error) => return Err(error),
+            }
         }
         at += piece;
     }
     Ok(Hashes { id: query.id, hashes })
+}
+
+/// Reads whole blocks, the last one of the volume padded with zeroes.
+async fn padded(view: &dyn BlockDevice, at: u64, bytes: u64) -> io::Result<Buf> {
+    let inside = bytes.min(view.size().saturating_sub(at));
+    let mut content = view.read(at, Buf::zeroed(inside as usize)).await?;
+    // What lies between the volume's end and its last block's was allocated zeroed and never written.
+    content.set_len(bytes as usize);
+    Ok(content)
 }
 
 fn blake3_zeroes(bytes: u64) -> Box<Hash> {

@@ -24,6 +24,7 @@ mod input;
 pub mod journal;
 mod node;
 mod receiver;
+mod scrub;
 mod session;
 #[cfg(any(test, feature = "simulation"))]
 pub mod sim;

@@ -8,18 +8,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{FuturesOrdered, StreamExt};
-use proto::hashes::{HashQuery, Hashes};
-use proto::{CloseCode, DecodeError, EpochId, Fingerprint, Message, Name};
+use proto::hashes::HashQuery;
+use proto::{CloseCode, DecodeError, EpochId, Fingerprint, Message, Name, Scrub, ScrubOutcome, Scrubbed};
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::batch::Assembler;
 use crate::config::ClientConfig;
 use crate::core::{Action, Cause, ClientPolicy, Core, Event, SessionError};
-use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
+use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId, Snapshot};
 use crate::input::{ControlInput, PassInput};
 use crate::node::Node;
-use crate::view::{View, views};
+use crate::view::{View, fresh, views};
 
 /// A connection that has not said hello by then is closed.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -79,7 +79,7 @@ struct Session {
     hashing: FuturesOrdered<Hashing>,
 }
 
-type Hashing = Pin<Box<dyn Future<Output = Result<Hashes, Cause>> + Send>>;
+type Hashing = Pin<Box<dyn Future<Output = Result<Event, Cause>> + Send>>;
 
 /// Serves a connection whose key was verified until it ends.
 pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<Client>, stop: watch::Receiver<bool>) {
@@ -153,7 +153,7 @@ enum Input {
     DataReset,
     Group(GroupEvent),
     Staged(EpochId, u64),
-    Hashed(Result<Hashes, Cause>),
+    Hashed(Result<Event, Cause>),
     Stop,
 }
 
@@ -237,7 +237,7 @@ impl Session {
                 self.core.handle(Event::Message(message), actions)
             }
             Input::Staged(epoch, frames) => self.core.handle(Event::Staged { epoch, frames }, actions),
-            Input::Hashed(Ok(hashes)) => self.core.handle(Event::Hashed(hashes), actions),
+            Input::Hashed(Ok(event)) => self.core.handle(event, actions),
             Input::Hashed(Err(cause)) => self.core.handle(Event::Storage(cause), actions),
             Input::Opened(stream) => {
                 self.compared = None;
@@ -334,6 +334,11 @@ impl Session {
                         ended = self.core.handle(Event::Storage(cause), &mut more).or(ended);
                     }
                 }
+                Action::Scrub(scrub) => {
+                    if let Err(cause) = self.scrub(scrub).await {
+                        ended = self.core.handle(Event::Storage(cause), &mut more).or(ended);
+                    }
+                }
                 Action::Commit(seal) => {
                     if let Some((group, _)) = &self.group {
                         group.commit(self.id, seal).await;
@@ -408,11 +413,31 @@ impl Session {
             None => {
                 let index = group.shared.state.read().index.clone();
                 let views = views(&group.shared, index).map_err(|error| Arc::new(error) as Cause)?;
-                Arc::clone(self.compared.insert(Arc::new(views)))
+                let fresh = views.into_iter().map(View::reading_fresh).collect();
+                Arc::clone(self.compared.insert(Arc::new(fresh)))
             }
         };
         let hasher = self.node.hasher().map_err(|error| Arc::new(error) as Cause)?;
-        self.hashing.push_back(Box::pin(hasher.answer(views, query)));
+        let answer = hasher.answer(views, query);
+        self.hashing.push_back(Box::pin(async move { answer.await.map(Event::Hashed) }));
+        Ok(())
+    }
+
+    /// Starts the comparison with the view of the commit that was handed over last.
+    async fn scrub(&mut self, scrub: Scrub) -> Result<(), Cause> {
+        let Some((group, _)) = &self.group else { return Ok(()) };
+        let hasher = self.node.hasher().map_err(|error| Arc::new(error) as Cause)?.clone();
+        let (group, snapshot) = (Arc::clone(group), group.snapshot(self.id).await);
+        self.hashing.push_back(Box::pin(async move {
+            // Without an answer the session has lost the group, and hears so.
+            let Ok(Snapshot { point, index }) = snapshot.await else { return pending().await };
+            let Some(point) = point.filter(|point| point.epoch == scrub.epoch) else {
+                return Ok(Event::Scrubbed(Scrubbed { id: scrub.id, outcome: ScrubOutcome::Stale }));
+            };
+            let view = fresh(&group.shared, index, usize::from(scrub.volume.0)).map_err(|error| Arc::new(error) as Cause)?;
+            let Some(view) = view else { return Err(Arc::new(std::io::Error::from(std::io::ErrorKind::NotFound)) as Cause) };
+            hasher.scrub(view, scrub, point).await.map(Event::Scrubbed)
+        }));
         Ok(())
     }
 

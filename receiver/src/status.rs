@@ -54,6 +54,21 @@ pub struct GroupStatus {
     pub queues: Vec<QueueStatus>,
     /// Why the last session ended or what failed.
     pub last_error: Option<String>,
+    /// What was compared with the primary.
+    pub scrub: ScrubStatus,
+}
+
+/// What was compared with the primary since the node was started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// Bytes compared while following.
+    pub compared_bytes: u64,
+    /// Bytes of them that differed or could not be read.
+    pub differing_bytes: u64,
+    /// Frames of the journal that were met and found to be damaged or not to be read.
+    pub damaged_frames: u64,
+    /// The last of them: file, offset and what does not fit.
+    pub last_damage: Option<String>,
 }
 
 /// A volume.
@@ -156,6 +171,12 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
             queue("decoded frame bytes", shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
         ],
         last_error: state.last_error.clone(),
+        scrub: ScrubStatus {
+            compared_bytes: shared.findings.compared_bytes.load(Ordering::Relaxed),
+            differing_bytes: shared.findings.differing_bytes.load(Ordering::Relaxed),
+            damaged_frames: shared.findings.damaged_frames.load(Ordering::Relaxed),
+            last_damage: shared.findings.last_damage(),
+        },
     }
 }
 
@@ -177,5 +198,6 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         active: None,
         queues: Vec::new(),
         last_error: Some(error),
+        scrub: ScrubStatus::default(),
     }
 }

@@ -12,9 +12,11 @@ use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, ZeroM
 use proto::units::BLOCK_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
+use crate::frames::{FrameError, FreshFrames};
 use crate::group::{GroupError, Shared};
 use crate::index::{Index, Place};
 use crate::journal::JournalError;
+use crate::superblock::Volume;
 
 /// One volume of a group at one point.
 #[derive(Debug)]
@@ -25,24 +27,49 @@ pub struct View {
     size: u64,
     base: SharedFile,
     base_path: PathBuf,
+    /// Set for a comparison with the primary: frames are read from the disk, and what is damaged is counted.
+    fresh: Option<FreshFrames>,
+}
+
+/// The view of one volume for a comparison with the primary: what is decoded in memory does not count.
+pub(crate) fn fresh(shared: &Arc<Shared>, index: Index, volume: usize) -> Result<Option<View>, GroupError> {
+    let of_volume = shared.volumes.get(volume).map(|spec| view(shared, &Arc::new(index), volume, spec)).transpose()?;
+    Ok(of_volume.map(View::reading_fresh))
 }
 
 /// The views of all volumes of a group from one index.
 pub(crate) fn views(shared: &Arc<Shared>, index: Index) -> Result<Vec<View>, GroupError> {
     let index = Arc::new(index);
-    let view = |(volume, spec): (usize, &crate::superblock::Volume)| {
-        let base_path = shared.folder.base(&spec.name);
-        let base = File::open(&base_path).map(SharedFile::new).map_err(|source| JournalError::Io {
-            path: base_path.clone(),
-            what: "open the base of",
-            source,
-        })?;
-        Ok(View { shared: Arc::clone(shared), index: Arc::clone(&index), volume, size: spec.size_bytes, base, base_path })
-    };
-    shared.volumes.iter().enumerate().map(view).collect()
+    shared.volumes.iter().enumerate().map(|(volume, spec)| view(shared, &index, volume, spec)).collect()
+}
+
+fn view(shared: &Arc<Shared>, index: &Arc<Index>, volume: usize, spec: &Volume) -> Result<View, GroupError> {
+    let base_path = shared.folder.base(&spec.name);
+    let base = File::open(&base_path).map(SharedFile::new).map_err(|source| JournalError::Io {
+        path: base_path.clone(),
+        what: "open the base of",
+        source,
+    })?;
+    let (shared, index) = (Arc::clone(shared), Arc::clone(index));
+    Ok(View { shared, index, volume, size: spec.size_bytes, base, base_path, fresh: None })
 }
 
 impl View {
+    /// The same, for a comparison with the primary.
+    pub(crate) fn reading_fresh(self) -> Self {
+        Self { fresh: Some(FreshFrames::default()), ..self }
+    }
+
+    /// The group.
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The volume's name.
+    pub(crate) fn name(&self) -> &str {
+        self.shared.volumes.get(self.volume).map_or("", |spec| spec.name.as_str())
+    }
+
     /// The places of a byte range in order: place, first byte of the piece, its length.
     fn pieces(&self, offset: u64, length: u64) -> impl Iterator<Item = (Place, u64, u64)> + '_ {
         let map = self.index.volume(self.volume);
@@ -71,8 +98,9 @@ impl View {
                 Place::Zero => part.fill(0),
                 Place::Base => self.read_base(at, part).await?,
                 Place::Frame(frame) => {
-                    let decoded = self.shared.frames.load(frame).await.map_err(logged)?;
-                    self.copy(&decoded, at, part).ok_or_else(|| logged(self.shared.frames.mismatch(frame)))?;
+                    let decoded = self.shared.frames.load(frame, self.fresh.as_ref()).await;
+                    let decoded = decoded.map_err(|error| self.failed(error))?;
+                    self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
                 }
             }
         }
@@ -92,12 +120,22 @@ impl View {
                 Place::Zero => part.fill(0),
                 Place::Base => std::os::unix::fs::FileExt::read_exact_at(self.base.file(), part, at)?,
                 Place::Frame(frame) => {
-                    let decoded = self.shared.frames.load_now(frame).map_err(logged)?;
-                    self.copy(&decoded, at, part).ok_or_else(|| logged(self.shared.frames.mismatch(frame)))?;
+                    let decoded = self.shared.frames.load_now(frame, self.fresh.as_ref());
+                    let decoded = decoded.map_err(|error| self.failed(error))?;
+                    self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Says what does not fit, file and offset, in the log; the reader gets an I/O error.
+    fn failed(&self, error: FrameError) -> io::Error {
+        match &self.fresh {
+            Some(_) => self.shared.findings.note(&error),
+            None => tracing::error!("{error}"),
+        }
+        io::Error::other(error)
     }
 
     async fn read_base(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
@@ -159,12 +197,6 @@ impl View {
     }
 }
 
-/// Says what does not fit, file and offset, in the log; the reader gets an I/O error.
-fn logged(error: crate::frames::FrameError) -> io::Error {
-    tracing::error!("{error}");
-    io::Error::other(error)
-}
-
 fn read_only<'a, T: 'a>() -> IoFuture<'a, T> {
     Box::pin(std::future::ready(Err(io::ErrorKind::ReadOnlyFilesystem.into())))
 }
@@ -211,6 +243,7 @@ impl BlockDevice for View {
             match place {
                 Place::Zero => part.fill(0),
                 Place::Base => return None,
+                Place::Frame(_) if self.fresh.is_some() => return None,
                 // What does not fit is found again, and said, by the read proper.
                 Place::Frame(frame) => self.copy(&*self.shared.frames.cached(frame)?, at, part)?,
             }

@@ -54,6 +54,9 @@ pub(crate) enum CaptureError {
         "the receiver answered hash query {got}, {asked} was asked or the answer is of another length: update the older side"
     )]
     Answer { asked: u32, got: u32 },
+    /// The receiver answered a scrub that nobody asked, or named runs that it does not have.
+    #[error("the receiver's answer to scrub {got} fits nothing that was asked: update the older side")]
+    ScrubAnswer { got: u32 },
     /// The frozen epoch could not be completed.
     #[error("the epoch is given up and merged into the next: {0}")]
     Freeze(#[from] FreezeFailure),

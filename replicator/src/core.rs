@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use proto::control::{CloseCode, Hello, Message, PassKind, Staged, VERSION_MAX, VERSION_MIN, VolumeHello};
-use proto::{BLOCK_BYTES, EpochId, Generation, Hashes, Name, Point, SessionToken};
+use proto::{BLOCK_BYTES, EpochId, Generation, Hashes, Name, Point, Scrubbed, SessionToken};
 
 /// Passes of one epoch at most. The last is frozen whatever its size, so an epoch always ends.
 pub(crate) const PASSES_MAX: u16 = 12;
@@ -87,6 +87,8 @@ pub(crate) enum Action {
     Compare,
     /// Hand this answer to the comparison.
     Answer(Hashes),
+    /// Hand this answer to the scrub.
+    Scrubbed(Scrubbed),
     /// Capture a pass.
     BeginPass { epoch: EpochId, pass: u16, kind: PassKind },
     /// The epoch's passes are queued: queue its seal.
@@ -270,6 +272,19 @@ impl Core {
     /// Whether suspect blocks are being compared with the copy.
     pub(crate) fn comparing(&self) -> bool {
         matches!(&self.phase, Phase::Streaming(s) if s.comparing)
+    }
+
+    /// Whether a complete copy follows the guest, so that it can be scrubbed.
+    pub(crate) fn follows(&self) -> bool {
+        matches!(&self.phase, Phase::Streaming(s) if s.complete && !s.comparing)
+    }
+
+    /// The newest epoch that is sealed in this session, or that the receiver had at its beginning.
+    pub(crate) fn newest_sealed(&self) -> Option<EpochId> {
+        match &self.phase {
+            Phase::Streaming(s) => s.next_epoch.0.checked_sub(1).filter(|epoch| *epoch > 0).map(EpochId),
+            _ => None,
+        }
     }
 
     /// When a tick is due at the latest; `flush_waits` as in [`Load`].
@@ -475,6 +490,10 @@ impl Core {
             }
             Event::Message(Message::Hashes(hashes)) if s.comparing => {
                 out.push(Action::Answer(hashes));
+                Ok(())
+            }
+            Event::Message(Message::Scrubbed(scrubbed)) if !s.comparing => {
+                out.push(Action::Scrubbed(scrubbed));
                 Ok(())
             }
             Event::PassDone(load) => {

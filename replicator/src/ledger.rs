@@ -23,9 +23,11 @@ use tokio::sync::Notify;
 use crate::dirtylog::Known;
 
 mod flushes;
+mod watch;
 
 pub(crate) use self::flushes::FlushRefused;
 use self::flushes::{Flushes, Signals};
+use self::watch::Watches;
 
 /// Most bytes that one copy-before-write step reads at once.
 const COPY_STEP_BLOCKS: u64 = 256;
@@ -140,6 +142,7 @@ struct State {
     /// Of all maps that were released, since start.
     committed_bytes: u64,
     flushes: Flushes,
+    watches: Watches,
 }
 
 /// See the module.
@@ -210,6 +213,7 @@ impl Ledger {
             copied_before_write: 0,
             committed_bytes: 0,
             flushes: Flushes::default(),
+            watches: Watches::default(),
         };
         Self { state: Mutex::new(state), sizes, limits, changed: Notify::new(), signals: Signals::default() }
     }
@@ -440,6 +444,7 @@ impl Ledger {
         let mut state = self.state.lock();
         if let Some(changes) = state.building.take_if(|b| b.epoch == epoch) {
             state.sealed.push_back(changes);
+            state.watches.sealed(epoch);
         }
     }
 
@@ -485,6 +490,7 @@ impl Ledger {
         let mut state = self.state.lock();
         let sealed = std::mem::take(&mut state.sealed);
         let count = sealed.len();
+        state.watches.forget();
         for changes in sealed {
             state.reopen(changes);
         }
@@ -611,6 +617,7 @@ impl State {
             _ => self.in_flight.push_back(InFlight { tag, writes: 1 }),
         }
         self.open[range.volume].mark(range.first, range.count);
+        self.watches.mark(&range);
         self.open_first_write.get_or_insert_with(now);
         tag
     }

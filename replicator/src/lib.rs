@@ -20,6 +20,7 @@ mod outbox;
 mod pace;
 mod rate;
 mod record;
+mod scrub;
 mod session;
 mod shared;
 #[cfg(feature = "simulation")]
@@ -51,9 +52,10 @@ pub use crate::record::RecordError;
 use crate::session::Driver;
 use crate::shared::{LAG_SAMPLE, Shared};
 pub use crate::spec::{
-    Durability, GroupSpec, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, PeerSpec, Tuning, VolumeSpec,
+    Durability, GroupSpec, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, PeerSpec, SCRUB_INTERVAL_DEFAULT,
+    SCRUB_INTERVAL_MAX, SCRUB_INTERVAL_MIN, Tuning, VolumeSpec,
 };
-pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
+pub use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, ScrubStatus, VerifyStatus, VolumeStatus};
 use crate::tap::Tap;
 use crate::upkeep::Upkeep;
 
@@ -145,6 +147,35 @@ pub enum ReplicatorError {
         group: Name,
         /// The system's reason.
         source: std::io::Error,
+    },
+}
+
+/// Why the disks of a group cannot be compared with the copy now.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyRefused {
+    /// There is nothing to compare with.
+    #[error("group {group}: there is no complete copy yet: wait until `twinsite status` says streaming")]
+    NoCopy {
+        /// The group.
+        group: Name,
+    },
+    /// Suspect blocks are being compared.
+    #[error("group {group}: what may differ is being compared already: wait until `twinsite status` says streaming")]
+    Comparing {
+        /// The group.
+        group: Name,
+    },
+    /// The receiver is not there.
+    #[error("group {group}: its receiver is not connected: see `twinsite status {group}`")]
+    NotConnected {
+        /// The group.
+        group: Name,
+    },
+    /// Another side is the server.
+    #[error("group {group} is fenced: it was failed over, and the copy is not of this disk any more")]
+    Fenced {
+        /// The group.
+        group: Name,
     },
 }
 
@@ -298,6 +329,32 @@ impl Replicator {
     #[must_use]
     pub fn status(&self) -> GroupStatus {
         self.shared.status()
+    }
+
+    /// Begins to compare all blocks with the copy, at full speed; if that is under way already, it goes on. What differs is sent again.
+    /// When the connection is lost it waits for the next one.
+    ///
+    /// # Errors
+    /// [`VerifyRefused`].
+    pub fn verify(&self) -> Result<(), VerifyRefused> {
+        let group = self.shared.group.clone();
+        match self.shared.state() {
+            LinkState::Streaming => {
+                self.shared.scrub.verify(Instant::now());
+                Ok(())
+            }
+            LinkState::Connecting | LinkState::Refused if self.shared.scrub.is_verifying() => Ok(()),
+            LinkState::FirstSync => Err(VerifyRefused::NoCopy { group }),
+            LinkState::Comparing => Err(VerifyRefused::Comparing { group }),
+            LinkState::Fenced => Err(VerifyRefused::Fenced { group }),
+            LinkState::Connecting | LinkState::Refused | LinkState::Stopped => Err(VerifyRefused::NotConnected { group }),
+        }
+    }
+
+    /// The `verify` that runs, or the last one; and where the session stands, which it may have to wait for.
+    #[must_use]
+    pub fn verify_status(&self) -> (LinkState, Option<VerifyStatus>) {
+        (self.shared.state(), self.shared.scrub.verify_status(Instant::now()))
     }
 
     /// The node is about to stop: flushes that still wait for the receiver fail after `within`, so that their guests hear of it.

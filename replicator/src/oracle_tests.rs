@@ -3,15 +3,16 @@
 //! Many writers with overlapping, unaligned and straddling writes, zeroes and trims run interleaved with passes on one thread;
 //! every device operation yields a random number of times, so that any await may be overtaken by any other. What is caught:
 //! a lost mark, a block read after a later write, a torn copy-before-write, a straddling write in the wrong epoch, a merge that
-//! forgets.
+//! forgets; and a scrub that says of a block what it did not hold at the cut, or overlooks one.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, MemoryDevice, ZeroMode};
 use parking_lot::Mutex;
@@ -19,7 +20,7 @@ use proptest::prelude::*;
 use proto::control::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
-use proto::{Codec, DirtyMap, EpochId, Frame, FrameHeader, FrameKind, Generation, Point};
+use proto::{Codec, DirtyMap, EpochId, Frame, FrameHeader, FrameKind, Generation, Name, Point, ScrubOutcome, Scrubbed};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -28,6 +29,7 @@ use crate::compress::Compressor;
 use crate::dirtylog::{DirtyLog, Known, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, Ledger};
 use crate::outbox::{Item, Outbox};
+use crate::scrub::{Board, Scrub};
 use crate::tap::Tap;
 
 const VOLUMES: usize = 2;
@@ -168,6 +170,11 @@ struct World {
     ledger: Arc<Ledger>,
     log: Arc<Log>,
     cuts: Cell<u64>,
+    dirty_log: Arc<DirtyLog>,
+    board: Board,
+    /// What the receiver shows at each epoch that it has.
+    images: RefCell<BTreeMap<EpochId, Vec<Vec<u8>>>>,
+    over: Cell<bool>,
 }
 
 async fn guest(world: Rc<World>, seed: u64, operations: usize) {
@@ -193,6 +200,83 @@ async fn guest(world: Rc<World>, seed: u64, operations: usize) {
             tokio::task::yield_now().await;
         }
     }
+}
+
+/// What a receiver answers to a scrub.
+fn compare(images: &BTreeMap<EpochId, Vec<Vec<u8>>>, scrub: &proto::Scrub) -> ScrubOutcome {
+    let Some(image) = images.get(&scrub.epoch) else { return ScrubOutcome::Stale };
+    let mut volume = image[usize::from(scrub.volume.0)].clone();
+    volume.resize(SIZE.next_multiple_of(BLOCK_BYTES) as usize, 0);
+    let differs = |run: &proto::ScrubRun| {
+        let range = (run.extent.start.0 * BLOCK_BYTES) as usize..(run.extent.end() * BLOCK_BYTES) as usize;
+        proto::hashes::hash(&volume[range]) != run.hash
+    };
+    let differing = (0..).zip(&scrub.runs).filter(|(_, run)| differs(run)).map(|(number, _)| number);
+    ScrubOutcome::Compared { differing: differing.collect() }
+}
+
+/// Scrubs until told to stop. Answers come late, and some are stale.
+async fn scrubber(world: Rc<World>, seed: u64) {
+    let mut random = SmallRng::seed_from_u64(seed);
+    let queue = Outbox::new(1 << 30);
+    let scrub =
+        Scrub { ledger: &world.ledger, log: &world.dirty_log, devices: &world.devices, queue: &queue, board: &world.board };
+    let mut asked = Vec::new();
+    while !world.over.get() {
+        scrub.step(Instant::now()).await.unwrap();
+        while let Some(Item::Scrub(scrub)) = queue.try_next() {
+            asked.push(scrub);
+        }
+        while asked.len() > random.random_range(0..4) {
+            let message = asked.swap_remove(random.random_range(0..asked.len()));
+            let stale = random.random_bool(0.1);
+            let outcome = if stale { ScrubOutcome::Stale } else { compare(&world.images.borrow(), &message) };
+            if let ScrubOutcome::Compared { differing } = &outcome {
+                assert!(
+                    differing.is_empty(),
+                    "a false difference at epoch {}: {differing:?} of {:?}",
+                    message.epoch,
+                    message.runs
+                );
+            }
+            scrub.answered(Scrubbed { id: message.id, outcome }, Instant::now()).await.unwrap();
+        }
+        for _ in 0..random.random_range(1..10) {
+            tokio::task::yield_now().await;
+        }
+    }
+    world.board.session_over();
+}
+
+/// The disks are quiet and committed: one whole pass compares every block, and finds the one that was changed behind the tap's back.
+async fn find_a_change_behind_the_tap(world: &World, disks: &[Arc<SlowDisk>], seed: u64) {
+    let mut random = SmallRng::seed_from_u64(seed);
+    let (volume, at) = (random.random_range(0..VOLUMES), random.random_range(0..SIZE as usize));
+    disks[volume].bytes.lock()[at] ^= 1;
+    let queue = Outbox::new(1 << 30);
+    let scrub =
+        Scrub { ledger: &world.ledger, log: &world.dirty_log, devices: &world.devices, queue: &queue, board: &world.board };
+    world.board.verify(Instant::now());
+    let mut found = 0;
+    while world.board.is_verifying() {
+        scrub.step(Instant::now()).await.unwrap();
+        while let Some(Item::Scrub(message)) = queue.try_next() {
+            let outcome = compare(&world.images.borrow(), &message);
+            if let ScrubOutcome::Compared { differing } = &outcome {
+                found += differing.len();
+                for run in differing {
+                    let extent = message.runs[usize::from(*run)].extent;
+                    assert_eq!(usize::from(message.volume.0), volume);
+                    assert!((extent.start.0..extent.end()).contains(&(at as u64 / BLOCK_BYTES)));
+                }
+            }
+            scrub.answered(Scrubbed { id: message.id, outcome }, Instant::now()).await.unwrap();
+        }
+    }
+    let verified = world.board.verify_status(Instant::now()).unwrap();
+    assert_eq!((found, verified.done_bytes, verified.compared_bytes), (1, verified.total_bytes, verified.total_bytes));
+    assert!(verified.differing_bytes > 0);
+    assert_eq!(world.ledger.open_bytes(), verified.differing_bytes, "it is sent with the next epoch");
 }
 
 fn apply_frames(image: &mut [Vec<u8>], queue: &Outbox) {
@@ -273,6 +357,7 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
                     // The session breaks before this epoch and those before it are committed.
                     world.ledger.merge_sealed();
                     unacknowledged.clear();
+                    world.ledger.follow(Generation(1), world.images.borrow().keys().next_back().copied());
                     continue;
                 }
                 apply_frames(&mut image, &queue);
@@ -281,6 +366,7 @@ async fn epochs(world: Rc<World>, seed: u64, count: u64) -> u64 {
                     let differs = (0..SIZE as usize).find(|i| image[volume][*i] != expected[volume][*i]);
                     assert_eq!(differs, None, "volume {volume}, cut {}, epoch {epoch}", world.cuts.get());
                 }
+                world.images.borrow_mut().insert(epoch, image.clone());
                 unacknowledged.push(epoch);
                 if random.random_bool(0.5) {
                     world.ledger.committed(Point { generation: Generation(1), epoch });
@@ -304,13 +390,13 @@ fn run(seed: u64) {
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let log = Arc::new(Log::default());
-        let devices: Vec<Arc<dyn BlockDevice>> = (0..VOLUMES)
+        let disks: Vec<Arc<SlowDisk>> = (0..VOLUMES)
             .map(|volume| {
                 let random = Mutex::new(SmallRng::seed_from_u64(seed ^ (volume as u64 + 77)));
                 Arc::new(SlowDisk { volume, bytes: Mutex::new(vec![0; SIZE as usize]), log: log.clone(), random })
-                    as Arc<dyn BlockDevice>
             })
             .collect();
+        let devices: Vec<Arc<dyn BlockDevice>> = disks.iter().map(|d| d.clone() as Arc<dyn BlockDevice>).collect();
         let file =
             || LogFile { name: "memory".to_owned(), device: Arc::new(MemoryDevice::new(log_bytes(SIZE))), volume_bytes: SIZE };
         let (dirty_log, _) = DirtyLog::open((0..VOLUMES).map(|_| file()).collect()).await.unwrap();
@@ -324,7 +410,12 @@ fn run(seed: u64) {
             .enumerate()
             .map(|(i, d)| Arc::new(Tap::new(d.clone(), ledger.clone(), dirty_log.clone(), spill.clone(), i)))
             .collect();
-        let world = Rc::new(World { taps, devices, spill, ledger, log, cuts: Cell::new(0) });
+        let names: Vec<(Name, u64)> = (0..VOLUMES).map(|i| (format!("disk{i}").parse().unwrap(), SIZE)).collect();
+        let board = Board::new("db".parse().unwrap(), &names, None, seed, Instant::now());
+        ledger.follow(Generation(1), None);
+        let (cuts, images, over) = (Cell::new(0), RefCell::default(), Cell::new(false));
+        let world = Rc::new(World { taps, devices, spill, ledger, log, cuts, dirty_log, board, images, over });
+        let scrubber = tokio::task::spawn_local(scrubber(world.clone(), seed ^ 0x5c2b));
         let guests: Vec<_> =
             (0..6).map(|g| tokio::task::spawn_local(guest(world.clone(), seed.wrapping_mul(31) + g, 60))).collect();
         let sealed = epochs(world.clone(), seed, 12).await;
@@ -332,12 +423,15 @@ fn run(seed: u64) {
             guest.await.unwrap();
         }
         assert!(sealed > 0);
+        world.over.set(true);
+        scrubber.await.unwrap();
         // Everything is quiet: one more epoch leaves nothing dirty, and the image is the disk.
         world.ledger.merge_sealed();
         let last = RefCell::new(0);
         epochs_quiet(&world, &last).await;
         assert_eq!(world.ledger.summary().uncommitted_bytes, 0);
         assert!(world.ledger.summary().oldest_write.is_none());
+        find_a_change_behind_the_tap(&world, &disks, seed).await;
     });
 }
 
@@ -368,6 +462,7 @@ async fn epochs_quiet(world: &World, last: &RefCell<u64>) {
     let mut image = vec![vec![0xEE; SIZE as usize]; VOLUMES];
     apply_frames(&mut image, &queue);
     assert!(image == oracle(&world.log, u64::MAX), "a full pass over a quiet disk is the disk");
+    world.images.borrow_mut().insert(header.epoch, image);
 }
 
 proptest! {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use blockdev::{BlockDevice, IoThreads};
 use proto::control::{CloseCode, Message, PassHeader, PassKind};
 use proto::seal::Tally;
-use proto::{EpochId, Generation, Hashes, Seal, SessionToken};
+use proto::{EpochId, Generation, Hashes, Scrubbed, Seal, SessionToken};
 use quinn::{Connection, Endpoint, SendStream};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -21,6 +21,7 @@ use crate::link::{self, ControlError, Link, LinkError, read_message};
 use crate::outbox::{Item, Outbox, StagedError};
 use crate::rate::Bucket;
 use crate::record::{Record, RecordError};
+use crate::scrub::Scrub;
 use crate::shared::Shared;
 use crate::upkeep::Upkeep;
 
@@ -76,6 +77,13 @@ struct Comparing {
     answers: mpsc::Sender<Hashes>,
 }
 
+/// The scrub of a session, on the capture thread.
+struct Scrubbing {
+    done: oneshot::Receiver<Result<(), CaptureError>>,
+    /// Never full: as many answers as messages may be unanswered. Without it the scrub ends.
+    answers: mpsc::Sender<Scrubbed>,
+}
+
 /// One connection and what belongs to it.
 struct Live {
     _endpoint: Endpoint,
@@ -112,6 +120,7 @@ pub(crate) struct Driver {
     connecting: Option<JoinHandle<Result<(Endpoint, Connection), LinkError>>>,
     capturing: Option<Capturing>,
     comparing: Option<Comparing>,
+    scrubbing: Option<Scrubbing>,
     upkeep: Upkeep,
     tally: Option<Box<Tally>>,
     cut_unix_us: u64,
@@ -147,6 +156,7 @@ impl Driver {
             connecting: None,
             capturing: None,
             comparing: None,
+            scrubbing: None,
             upkeep,
             tally: None,
             cut_unix_us: 0,
@@ -183,9 +193,12 @@ impl Driver {
                     }
                 }
             }
+            if self.core.follows() && self.scrubbing.is_none() {
+                self.begin_scrub();
+            }
             self.shared.publish(&self.core, self.live.as_ref().map(|l| &l.connection), &self.outbox, self.pass);
         }
-        self.disconnect("this node is stopping");
+        self.disconnect("this node is stopping").await;
         self.give_up().await;
         self.shared.ledger.merge_sealed();
         self.shared.ledger.refuse_flushes(FlushRefused::Stopping);
@@ -231,6 +244,11 @@ impl Driver {
                     Ok(Err(error)) => Err(error.into()),
                     Err(_) => Err(CaptureError::Stopped.into()),
                 }
+            }
+            done = async { (&mut self.scrubbing.as_mut().expect("guarded").done).await }, if self.scrubbing.is_some() => {
+                self.scrubbing = None;
+                // It ends by itself only when it fails.
+                Err(done.ok().and_then(Result::err).unwrap_or(CaptureError::Stopped).into())
             }
             () = self.upkeep.due() => {
                 self.upkeep.begin(&self.capture);
@@ -334,6 +352,7 @@ impl Driver {
             Action::Resume { epoch, frames } => {
                 tracing::info!(group = %self.shared.group, %epoch, frames, "going on where the last connection broke");
                 self.outbox.resume(epoch, frames);
+                self.shared.ledger.follow(self.core.generation(), self.core.newest_sealed());
                 self.start_sender();
             }
             Action::GiveUp => self.give_up().await,
@@ -352,9 +371,18 @@ impl Driver {
                 let log = self.shared.log.clone();
                 self.capture.call(move || async move { log.cover_all().await }).await.flatten()?;
             }
-            Action::Compare => self.begin_comparison(),
+            Action::Compare => {
+                self.shared.ledger.follow(self.core.generation(), self.core.newest_sealed());
+                self.begin_comparison();
+            }
             Action::Answer(hashes) => {
                 let taken = self.comparing.as_ref().map(|c| c.answers.try_send(hashes));
+                if taken.is_none_or(|taken| taken.is_err()) {
+                    return Err(CaptureError::Stopped.into());
+                }
+            }
+            Action::Scrubbed(answer) => {
+                let taken = self.scrubbing.as_ref().map(|s| s.answers.try_send(answer));
                 if taken.is_none_or(|taken| taken.is_err()) {
                     return Err(CaptureError::Stopped.into());
                 }
@@ -364,7 +392,7 @@ impl Driver {
             }
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes)?,
             Action::RefuseFlushes => self.shared.ledger.refuse_flushes(FlushRefused::Fenced),
-            Action::Disconnect => self.disconnect("the session is over"),
+            Action::Disconnect => self.disconnect("the session is over").await,
         }
         Ok(())
     }
@@ -458,6 +486,19 @@ impl Driver {
         self.comparing = Some(Comparing { done: receiver, answers: sender });
     }
 
+    fn begin_scrub(&mut self) {
+        let (done, receiver) = oneshot::channel();
+        let (sender, answers) = mpsc::channel(proto::scrub::SCRUBS_IN_FLIGHT_MAX);
+        let (shared, queue, devices) = (self.shared.clone(), self.outbox.clone(), self.scanners.clone());
+        self.capture.spawn(move || async move {
+            let scrub =
+                Scrub { ledger: &shared.ledger, log: &shared.log, devices: &devices, queue: &queue, board: &shared.scrub };
+            // The driver may be gone: then nobody needs the result.
+            let _ = done.send(scrub.run(answers).await);
+        });
+        self.scrubbing = Some(Scrubbing { done: receiver, answers: sender });
+    }
+
     fn seal(&mut self, epoch: EpochId, generation: Generation, passes: u32) -> Result<(), EndError> {
         let Some(tally) = self.tally.take() else { return Ok(()) };
         let first_write_unix_us = self
@@ -486,12 +527,17 @@ impl Driver {
     /// Reports the end of a session and returns what the core is to hear.
     async fn lost(&mut self, error: EndError) -> Event {
         self.shared.report(&error.to_string());
-        self.disconnect("the session failed");
+        self.disconnect("the session failed").await;
         Event::Lost { jitter: rand::random::<f64>(), refused: error.is_refusal(), resumes: error.resumes() }
     }
 
-    /// Ends the connection; capture goes on, a comparison does not.
-    fn disconnect(&mut self, reason: &str) {
+    /// Ends the connection, and the scrub with it, whose questions are of this connection. Capture goes on.
+    async fn disconnect(&mut self, reason: &str) {
+        if let Some(Scrubbing { done, answers }) = self.scrubbing.take() {
+            drop(answers);
+            // However it ended: what is not answered is asked again.
+            let _ = done.await;
+        }
         if let Some(connecting) = self.connecting.take() {
             connecting.abort();
         }
@@ -552,6 +598,7 @@ async fn send_items(connection: Connection, mut control: SendStream, outbox: Out
             }
             Item::End => stream.take().is_some_and(|mut s| s.finish().is_ok()),
             Item::Query(query) => control.write_all(&Message::HashQuery(query).encode()).await.is_ok(),
+            Item::Scrub(scrub) => control.write_all(&Message::Scrub(*scrub).encode()).await.is_ok(),
             Item::Seal(seal) => control.write_all(&Message::Seal(*seal).encode()).await.is_ok(),
         };
         if !sent {

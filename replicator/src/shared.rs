@@ -16,6 +16,7 @@ use crate::dirtylog::DirtyLog;
 use crate::ledger::Ledger;
 use crate::outbox::Outbox;
 use crate::pace::{Governor, LinkSeen, Pace, Seen};
+use crate::scrub::Board;
 use crate::spec::{PeerSpec, Tuning};
 use crate::status::{GroupStatus, LagSummary, LinkState, PassProgress, QueueStatus, VolumeStatus};
 
@@ -60,6 +61,7 @@ pub(crate) struct Shared {
     pub(crate) ledger: std::sync::Arc<Ledger>,
     pub(crate) log: std::sync::Arc<DirtyLog>,
     pub(crate) compared: CompareCounters,
+    pub(crate) scrub: Board,
     pub(crate) counters: CaptureCounters,
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) epochs_merged: AtomicU64,
@@ -83,6 +85,7 @@ impl Shared {
         generation: Generation,
         pace: Option<std::sync::Arc<Pace>>,
     ) -> Self {
+        let scrub = Board::new(group.clone(), &volumes, tuning.scrub_interval, rand::random(), Instant::now());
         let governed = |pace| Some((pace, Mutex::new(Governor::new(tuning.max_lag?, Instant::now()))));
         let pace = pace.and_then(governed);
         let histogram = Histogram::new_with_bounds(1, LAG_MS_MAX, 3).expect("the bounds are constants that fit");
@@ -93,6 +96,7 @@ impl Shared {
             ledger,
             log,
             compared: CompareCounters::default(),
+            scrub,
             counters: CaptureCounters::default(),
             sent_bytes: AtomicU64::new(0),
             epochs_merged: AtomicU64::new(0),
@@ -211,12 +215,17 @@ impl Shared {
         pace.set(governor.lock().allow(now, seen));
     }
 
+    pub(crate) fn state(&self) -> LinkState {
+        self.published.lock().state
+    }
+
     pub(crate) fn status(&self) -> GroupStatus {
         let summary = self.ledger.summary();
         let flushes = self.ledger.flushes();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (data, sent) = (load(&self.counters.data_bytes), load(&self.counters.frame_bytes));
         let pace = self.pace.as_ref().map(|(pace, _)| pace.summary(Instant::now()));
+        let (scrubs, scrubs_max) = self.scrub.unanswered();
         let mut p = self.published.lock();
         let wire_bytes = p.count_wire();
         let p = &*p;
@@ -261,6 +270,7 @@ impl Shared {
             write_rate_bytes_per_s: pace.and_then(|pace| pace.rate_bytes_per_s),
             write_pause_ms: pace.map_or(0.0, |pace| pace.pause.as_secs_f64() * 1000.0),
             write_paused_ms: pace.map_or(0, |pace| millis(pace.paused)),
+            scrub: self.scrub.status(Instant::now()),
             round_trip_ms: p.round_trip.map(|d| d.as_secs_f64() * 1000.0),
             pass: p.pass.map(|header| self.progress(header, p.pass_since.elapsed())),
             volumes: self
@@ -278,6 +288,7 @@ impl Shared {
                 queue("copied-before-write", "bytes", summary.copied_bytes, self.ledger.copy_limits().memory_bytes),
                 queue("spilled-before-write", "bytes", summary.spilled_bytes, self.ledger.copy_limits().spill_bytes),
                 queue("epochs-in-flight", "epochs", p.in_flight, self.tuning.epochs_in_flight.into()),
+                queue("scrubs-in-flight", "messages", scrubs, scrubs_max),
             ],
         }
     }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use blockdev::BlockDevice;
 use proto::control::{PassHeader, PassKind, VolumeHello};
 use proto::seal::Tally;
-use proto::{Codec, EpochId, Generation, Hashes, Message, Name, Point, Seal, SessionToken};
+use proto::{Codec, EpochId, Generation, Hashes, Message, Name, Point, Scrubbed, Seal, SessionToken};
 use tokio::sync::mpsc;
 
 use crate::capture::{CaptureCounters, CaptureError, Pass};
@@ -27,6 +27,7 @@ use crate::dirtylog::{DirtyLog, LogFile};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::outbox::{Item, Outbox};
 use crate::record::Recorded;
+use crate::scrub::{Board, Scrub};
 use crate::spec::Durability;
 use crate::tap::Tap;
 use crate::upkeep;
@@ -132,9 +133,14 @@ enum Done {
     Pass(Result<u64, CaptureError>, Box<Tally>),
     Compared(Result<(), CaptureError>),
     Upkeep,
+    Scrub(Result<(), CaptureError>),
 }
 
-type Task = Pin<Box<dyn Future<Output = Done>>>;
+struct Task {
+    /// It ends with the connection; the others go on.
+    of_connection: bool,
+    future: Pin<Box<dyn Future<Output = Done>>>,
+}
 
 /// A primary, stepped by hand.
 pub struct Primary {
@@ -146,6 +152,7 @@ pub struct Primary {
     record: Arc<parking_lot::Mutex<DurableRecord>>,
     counters: Arc<CaptureCounters>,
     compared: Arc<CompareCounters>,
+    board: Arc<Board>,
     limit_bytes: usize,
     interval: Duration,
     tasks: Vec<Task>,
@@ -206,9 +213,11 @@ impl Primary {
             let tap = Tap::new(d.clone(), ledger.clone(), log.clone(), disks.spill.clone(), i);
             Arc::new(tap.with_durability(config.durability)) as Arc<dyn BlockDevice>
         });
+        let volumes: Vec<(Name, u64)> = config.volumes.into_iter().zip(sizes).collect();
+        let board = Arc::new(Board::new(config.group.clone(), &volumes, None, 0, now));
         let core_config = CoreConfig {
             group: config.group,
-            volumes: config.volumes.into_iter().zip(sizes).map(|(name, size_bytes)| VolumeHello { name, size_bytes }).collect(),
+            volumes: volumes.into_iter().map(|(name, size_bytes)| VolumeHello { name, size_bytes }).collect(),
             interval: config.interval,
             freeze_budget_bytes: config.freeze_budget_bytes,
             epochs_in_flight: config.epochs_in_flight,
@@ -224,6 +233,7 @@ impl Primary {
             record,
             counters: Arc::default(),
             compared: Arc::default(),
+            board,
             outbox: Outbox::with_limit(limit_bytes),
             limit_bytes,
             interval: config.interval,
@@ -260,6 +270,13 @@ impl Primary {
     pub fn compared_bytes(&self) -> (u64, u64) {
         let load = |c: &std::sync::atomic::AtomicU64| c.load(std::sync::atomic::Ordering::Relaxed);
         (load(&self.compared.compared_bytes), load(&self.compared.differing_bytes))
+    }
+
+    /// Bytes scrubbed, and bytes of them that differed.
+    #[must_use]
+    pub fn scrubbed_bytes(&self, now: Instant) -> (u64, u64) {
+        let status = self.board.status(now);
+        (status.compared_bytes, status.differing_bytes)
     }
 
     /// Whether another side may write now.
@@ -313,7 +330,7 @@ impl Primary {
 
     /// The connection is gone, or could not be made. `jitter` is uniform in 0..1.
     pub fn lost(&mut self, now: Instant, jitter: f64, refused: bool) {
-        self.live = None;
+        self.disconnect();
         self.handle(now, Event::Lost { jitter, refused, resumes: true });
     }
 
@@ -348,7 +365,7 @@ impl Primary {
         }
         let index = choose(self.tasks.len());
         let before = self.ledger.tag();
-        let polled = poll(&mut self.tasks[index]);
+        let polled = poll(&mut self.tasks[index].future);
         if self.pass.is_some_and(|p| p.kind == PassKind::Frozen) && self.ledger.tag() > before {
             self.frozen_tag = Some(before);
         }
@@ -362,13 +379,17 @@ impl Primary {
                 self.handle(now, Event::PassDone(load));
             }
             Done::Compared(Ok(())) => self.handle(now, Event::Compared),
+            Done::Scrub(Ok(())) => {}
             Done::Pass(Err(CaptureError::Freeze(_)), _) => {
-                self.live = None;
+                self.disconnect();
                 self.outputs.push_back(Output::Disconnect);
                 self.handle(now, Event::Lost { jitter: 0.0, refused: false, resumes: false });
             }
-            Done::Pass(Err(CaptureError::Stopped), _) | Done::Compared(Err(CaptureError::Stopped)) | Done::Upkeep => {}
-            Done::Pass(Err(error), _) | Done::Compared(Err(error)) => panic!("{error}"),
+            Done::Pass(Err(CaptureError::Stopped), _)
+            | Done::Compared(Err(CaptureError::Stopped))
+            | Done::Scrub(Err(CaptureError::Stopped))
+            | Done::Upkeep => {}
+            Done::Pass(Err(error), _) | Done::Compared(Err(error)) | Done::Scrub(Err(error)) => panic!("{error}"),
         }
     }
 
@@ -376,7 +397,7 @@ impl Primary {
     pub fn upkeep(&mut self) {
         let (log, ledger, record) = (self.log.clone(), self.ledger.clone(), self.record.clone());
         let devices = self.disks.volumes.clone();
-        self.tasks.push(Box::pin(async move {
+        self.spawn(false, async move {
             let cleared = |point: Option<Point>| {
                 let mut record = record.lock();
                 record.0.cleared = record.0.cleared.max(point);
@@ -385,12 +406,32 @@ impl Primary {
             // A disk that lost its power answers with errors; the caller knows.
             let _ = upkeep::forget_clean(&log, &ledger, &devices, cleared).await;
             Done::Upkeep
-        }));
+        });
+    }
+
+    /// Compares the next blocks with the copy, if one follows.
+    pub fn scrub(&mut self, now: Instant) {
+        if self.core.follows() {
+            self.begin_scrub(now, None);
+        }
+    }
+
+    /// A step of the scrub, or what an answer to it asks for.
+    fn begin_scrub(&mut self, now: Instant, answer: Option<Scrubbed>) {
+        let (ledger, log, devices) = (self.ledger.clone(), self.log.clone(), self.disks.volumes.clone());
+        let (queue, board) = (self.outbox.clone(), self.board.clone());
+        self.spawn(true, async move {
+            let scrub = Scrub { ledger: &ledger, log: &log, devices: &devices, queue: &queue, board: &board };
+            Done::Scrub(match answer {
+                Some(answer) => scrub.answered(answer, now).await,
+                None => scrub.step(now).await,
+            })
+        });
     }
 
     /// A clean stop: the guest has stopped before.
     pub fn stop(mut self) {
-        self.live = None;
+        self.disconnect();
         self.give_up();
         self.ledger.merge_sealed();
         let record = self.record.clone();
@@ -403,6 +444,16 @@ impl Primary {
             .expect("the log of a clean stop can be written");
     }
 
+    fn spawn(&mut self, of_connection: bool, future: impl Future<Output = Done> + 'static) {
+        self.tasks.push(Task { of_connection, future: Box::pin(future) });
+    }
+
+    fn disconnect(&mut self) {
+        self.live = None;
+        self.tasks.retain(|task| !task.of_connection);
+        self.board.session_over();
+    }
+
     fn load(&self) -> Load {
         let flush_waits = self.ledger.flush_wants_cut();
         Load { open_bytes: self.ledger.open_bytes(), queued_bytes: self.outbox.unsent_bytes(), flush_waits }
@@ -412,23 +463,23 @@ impl Primary {
         let mut actions = Vec::new();
         let failed = self.core.handle(now, event, &mut actions).err();
         for action in actions {
-            self.perform(action);
+            self.perform(now, action);
         }
         if let Some(error) = failed {
-            self.live = None;
+            self.disconnect();
             self.outputs.push_back(Output::Disconnect);
             let mut actions = Vec::new();
             let lost = Event::Lost { jitter: 0.5, refused: false, resumes: error.resumes() };
             let ended = self.core.handle(now, lost, &mut actions);
             debug_assert!(ended.is_ok());
             for action in actions {
-                self.perform(action);
+                self.perform(now, action);
             }
         }
         self.collect();
     }
 
-    fn perform(&mut self, action: Action) {
+    fn perform(&mut self, now: Instant, action: Action) {
         match action {
             Action::Connect => self.outputs.push_back(Output::Connect),
             Action::Send(message) => self.outputs.push_back(Output::Control(message.encode())),
@@ -448,6 +499,7 @@ impl Primary {
             }
             Action::Resume { epoch, frames } => {
                 self.outbox.resume(epoch, frames);
+                self.ledger.follow(self.core.generation(), self.core.newest_sealed());
                 self.start_sending();
             }
             Action::GiveUp => self.give_up(),
@@ -462,19 +514,23 @@ impl Primary {
                 // A disk that lost its power answers with errors; the caller knows.
                 let _ = finish(async move { log.cover_all().await });
             }
-            Action::Compare => self.begin_comparison(),
+            Action::Compare => {
+                self.ledger.follow(self.core.generation(), self.core.newest_sealed());
+                self.begin_comparison();
+            }
             Action::Answer(hashes) => {
                 if let Some(answers) = self.live.as_ref().and_then(|l| l.answers.as_ref()) {
                     let _ = answers.try_send(hashes);
                 }
             }
+            Action::Scrubbed(answer) => self.begin_scrub(now, Some(answer)),
             Action::BeginPass { epoch, pass, kind } => {
                 self.begin_pass(PassHeader { epoch, pass, kind, continued: false });
             }
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes),
             Action::RefuseFlushes => self.ledger.refuse_flushes(FlushRefused::Fenced),
             Action::Disconnect => {
-                self.live = None;
+                self.disconnect();
                 self.outputs.push_back(Output::Disconnect);
             }
         }
@@ -487,10 +543,10 @@ impl Primary {
         self.start_sending();
         let (ledger, devices, queue) = (self.ledger.clone(), self.disks.volumes.clone(), self.outbox.clone());
         let counters = self.compared.clone();
-        self.tasks.push(Box::pin(async move {
+        self.spawn(false, async move {
             let compare = Compare { ledger: &ledger, devices: &devices, queue: &queue, answers, counters: &counters };
             Done::Compared(compare.run().await)
-        }));
+        });
     }
 
     fn start_sending(&mut self) {
@@ -507,7 +563,7 @@ impl Primary {
         self.pass = Some(header);
         let (ledger, devices, spill) = (self.ledger.clone(), self.disks.volumes.clone(), self.disks.spill.clone());
         let (queue, counters, interval) = (self.outbox.clone(), self.counters.clone(), self.interval);
-        self.tasks.push(Box::pin(async move {
+        self.spawn(false, async move {
             let pass = Pass {
                 ledger: &ledger,
                 devices: &devices,
@@ -521,7 +577,7 @@ impl Primary {
             };
             let result = pass.run(|| 0).await;
             Done::Pass(result, tally)
-        }));
+        });
     }
 
     fn seal(&mut self, epoch: EpochId, generation: Generation, passes: u32) {
@@ -564,6 +620,7 @@ impl Primary {
                 Item::Frame(bytes) => Output::PassData(bytes.to_vec()),
                 Item::End => Output::PassEnd,
                 Item::Seal(seal) => Output::Control(Message::Seal(*seal).encode()),
+                Item::Scrub(scrub) => Output::Control(Message::Scrub(*scrub).encode()),
                 Item::Query(query) => Output::Control(Message::HashQuery(query).encode()),
             };
             self.outputs.push_back(output);

@@ -20,6 +20,13 @@ pub const MAX_LAG_MIN: Duration = Duration::from_millis(100);
 /// Longest `max_lag`.
 pub const MAX_LAG_MAX: Duration = Duration::from_secs(86_400);
 
+/// Shortest `scrub_interval`.
+pub const SCRUB_INTERVAL_MIN: Duration = Duration::from_secs(1);
+/// Longest `scrub_interval`: a year.
+pub const SCRUB_INTERVAL_MAX: Duration = Duration::from_secs(365 * 86_400);
+/// `scrub_interval` unless another is given: a week.
+pub const SCRUB_INTERVAL_DEFAULT: Duration = Duration::from_secs(7 * 86_400);
+
 /// A disk to be replicated.
 pub struct VolumeSpec {
     /// Its name.
@@ -71,6 +78,8 @@ pub struct Tuning {
     pub max_lag: Option<Duration>,
     /// How much may be sent, by the time of day. The sender waits, so the current epoch grows.
     pub rate: RateSchedule,
+    /// Time in which all blocks are compared with the copy once; `None`: they are not, unless a `verify` is asked for.
+    pub scrub_interval: Option<Duration>,
 }
 
 impl Default for Tuning {
@@ -84,6 +93,7 @@ impl Default for Tuning {
             durability: Durability::Async,
             max_lag: None,
             rate: RateSchedule::default(),
+            scrub_interval: Some(SCRUB_INTERVAL_DEFAULT),
         }
     }
 }

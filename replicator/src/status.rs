@@ -68,6 +68,52 @@ pub struct LagSummary {
     pub max_ms: u64,
 }
 
+/// The comparison of whole disks with the copy, since the node was started.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// Seconds that a whole pass in the background is to take; `None`: there is none.
+    pub interval_s: Option<u64>,
+    /// Bytes of the disks that the pass under way is done with: compared, or on their way anyway.
+    pub done_bytes: u64,
+    /// Bytes of the disks.
+    pub total_bytes: u64,
+    /// Milliseconds since the last whole pass ended, in the background or by `verify`.
+    pub last_pass_age_ms: Option<u64>,
+    /// Whether a `verify` runs; the background waits for it.
+    pub verifying: bool,
+    /// Bytes compared.
+    pub compared_bytes: u64,
+    /// Bytes of them that differed, and were sent again.
+    pub differing_bytes: u64,
+    /// Bytes that the disk here did not give, which were not compared.
+    pub unreadable_bytes: u64,
+    /// Milliseconds since a difference was found last.
+    pub last_difference_age_ms: Option<u64>,
+}
+
+/// One `verify`: a whole pass at full speed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VerifyStatus {
+    /// Tells one from the next.
+    pub number: u64,
+    /// Whether it still runs.
+    pub running: bool,
+    /// Bytes of the disks.
+    pub total_bytes: u64,
+    /// Bytes of them that are done with: compared, or on their way anyway.
+    pub done_bytes: u64,
+    /// Bytes compared.
+    pub compared_bytes: u64,
+    /// Bytes of them that differed, and are sent again.
+    pub differing_bytes: u64,
+    /// Milliseconds since it began, until it ended.
+    pub elapsed_ms: u64,
+    /// Bytes of the disks per second since it began.
+    pub rate_bytes_per_s: u64,
+    /// Seconds left at that rate; `None` before there is a rate.
+    pub left_s: Option<u64>,
+}
+
 /// One volume of the group.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VolumeStatus {
@@ -163,6 +209,9 @@ pub struct GroupStatus {
     /// What writes have waited since start, all together, in ms.
     #[serde(default)]
     pub write_paused_ms: u64,
+    /// How the comparison of whole disks with the copy fares.
+    #[serde(default)]
+    pub scrub: ScrubStatus,
     /// Smoothed round trip in ms, while connected.
     pub round_trip_ms: Option<f64>,
     /// The pass being sent.

@@ -15,13 +15,14 @@ use proto::control::{CloseCode, Hello, Message, PASS_HEADER_BYTES, PassHeader, P
 use proto::frame::{FRAME_HEADER_BYTES, FrameKind};
 use proto::seal::Tally;
 use proto::{
-    BLOCK_BYTES, EpochId, Fingerprint, Frame, FrameHeader, Generation, HashQuery, Hashes, Identity, Point, SessionToken,
-    transport,
+    BLOCK_BYTES, EpochId, Fingerprint, Frame, FrameHeader, Generation, HashQuery, Hashes, Identity, Point, Scrub, ScrubOutcome,
+    Scrubbed, SessionToken, transport,
 };
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use replicator::{
     Durability, GroupSpec, GroupStatus, LinkState, PeerSpec, RateSchedule, Replicator, ReplicatorError, Tuning, VolumeSpec,
 };
+use tokio::sync::mpsc;
 
 const SIZE: u64 = 20 * 1024 * 1024 + 512;
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -45,6 +46,7 @@ struct Store {
     committed: Option<Point>,
     writer: SessionToken,
     queries: Vec<HashQuery>,
+    scrubbed_blocks: u64,
     hellos: Vec<Hello>,
     passes: Vec<PassHeader>,
     data_blocks: u64,
@@ -125,27 +127,27 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
     send(&mut out, &Message::Welcome { version: 1, generation, committed, writer, epochs_in_flight_max: 8, staged: None })
         .await?;
     let mut epoch = committed.map_or(1, |p| p.epoch.0 + 1);
-    // The primary compares before it sends, so no query is cut when the first pass comes; its seal may overtake it.
-    let mut early = None;
-    let mut first = loop {
-        tokio::select! {
-            stream = connection.accept_uni() => break Some(stream.map_err(text)?),
-            asked = message(&mut incoming), if early.is_none() => match asked? {
-                Message::HashQuery(query) => {
-                    let answer = hashes(&mut store.lock(), query);
-                    send(&mut out, &Message::Hashes(answer)).await?;
-                }
-                other => early = Some(other),
+    let (sender, mut messages) = mpsc::channel(16);
+    tokio::spawn(async move {
+        loop {
+            let message = message(&mut incoming).await;
+            let ended = message.is_err();
+            if sender.send(message).await.is_err() || ended {
+                return;
             }
         }
-    };
+    });
+    // A seal may overtake its pass.
+    let mut early = None;
     loop {
         let mut staged = store.lock().image.clone();
         let mut tally = Tally::default();
         for pass in 0.. {
-            let mut stream = match first.take() {
-                Some(stream) => stream,
-                None => connection.accept_uni().await.map_err(text)?,
+            let mut stream = loop {
+                tokio::select! {
+                    stream = connection.accept_uni() => break stream.map_err(text)?,
+                    asked = messages.recv(), if early.is_none() => early = answered(asked, &mut out, &store).await?,
+                }
             };
             let mut head = [0; PASS_HEADER_BYTES];
             stream.read_exact(&mut head).await.map_err(text)?;
@@ -158,11 +160,10 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
                 break;
             }
         }
-        let sealed = match early.take() {
-            Some(early) => early,
-            None => message(&mut incoming).await?,
-        };
-        let Message::Seal(seal) = sealed else { return Err("no seal".into()) };
+        while early.is_none() {
+            early = answered(messages.recv().await, &mut out, &store).await?;
+        }
+        let Some(Message::Seal(seal)) = early.take() else { return Err("no seal".into()) };
         assert_eq!(seal.epoch, EpochId(epoch));
         assert!(tally.matches(&seal), "digest and totals");
         if behaviour.lock().drop_at.take_if(|e| *e == epoch).is_some() {
@@ -180,6 +181,38 @@ async fn serve(connection: Connection, store: Arc<Mutex<Store>>, behaviour: Arc<
         send(&mut out, &Message::Committed { point: seal.point() }).await?;
         epoch += 1;
     }
+}
+
+/// Answers what is a question; gives back what is none.
+async fn answered(
+    asked: Option<Result<Message, String>>,
+    out: &mut SendStream,
+    store: &Mutex<Store>,
+) -> Result<Option<Message>, String> {
+    let answer = match asked.ok_or("the control stream ended")?? {
+        Message::HashQuery(query) => Message::Hashes(hashes(&mut store.lock(), query)),
+        Message::Scrub(scrub) => Message::Scrubbed(scrubbed(&mut store.lock(), &scrub)?),
+        other => return Ok(Some(other)),
+    };
+    send(out, &answer).await?;
+    Ok(None)
+}
+
+/// The image is that of the newest commit; whatever is said of it must be so.
+fn scrubbed(store: &mut Store, scrub: &Scrub) -> Result<Scrubbed, String> {
+    if store.committed.is_none_or(|committed| committed.epoch != scrub.epoch) {
+        return Ok(Scrubbed { id: scrub.id, outcome: ScrubOutcome::Stale });
+    }
+    let mut volume = store.image[usize::from(scrub.volume.0)].clone();
+    volume.resize(volume.len().next_multiple_of(BLOCK_BYTES as usize), 0);
+    for run in &scrub.runs {
+        let range = (run.extent.start.0 * BLOCK_BYTES) as usize..(run.extent.end() * BLOCK_BYTES) as usize;
+        if proto::hashes::hash(&volume[range]) != run.hash {
+            return Err(format!("a scrub of epoch {} says of {:?} what is not so", scrub.epoch, run.extent));
+        }
+        store.scrubbed_blocks += u64::from(run.extent.blocks);
+    }
+    Ok(Scrubbed { id: scrub.id, outcome: ScrubOutcome::Compared { differing: Vec::new() } })
 }
 
 fn hashes(store: &mut Store, query: HashQuery) -> Hashes {
@@ -367,7 +400,8 @@ async fn a_large_epoch_is_sent_in_passes() {
     assert!(receiver.store.lock().passes.iter().any(|p| p.kind == PassKind::Fuzzy));
 }
 
-/// Before a commit, after a commit that was not heard of: the session breaks, nothing is lost, nothing is doubled.
+/// Before a commit, after a commit that was not heard of: the session breaks, nothing is lost, nothing is doubled. A verify that was under way
+/// goes on in the next session, and covers everything once; whatever it says of a point is so.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_session_loses_nothing() {
     let identity = identity();
@@ -377,6 +411,8 @@ async fn a_lost_session_loses_nothing() {
     primary.settled().await;
     let mut round = 0;
     while round < 120 || receiver.store.lock().hellos.len() < 3 {
+        // Refused while there is no connection.
+        let _ = primary.replicator.verify();
         primary.write((round % 2) as usize, (round * 50_001) % (SIZE - 6000), pattern(round as u8, 6000)).await;
         tokio::time::sleep(Duration::from_millis(5)).await;
         round += 1;
@@ -387,6 +423,18 @@ async fn a_lost_session_loses_nothing() {
     assert_eq!(status.epochs_merged, 0, "a receiver that kept nothing, and had said so of nothing, gets the same epochs again");
     // Three blocks a write; a full copy of both disks would be 10,240.
     assert!(receiver.store.lock().data_blocks < round * 3 * 2, "only what was not committed is sent again");
+    primary.replicator.verify().unwrap();
+    let until = Instant::now() + DEADLINE;
+    let verified = loop {
+        let verified = primary.replicator.verify_status().1.unwrap();
+        if !verified.running {
+            break verified;
+        }
+        assert!(Instant::now() < until, "{verified:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    assert_eq!((verified.done_bytes, verified.differing_bytes), (verified.total_bytes, 0));
+    assert!(receiver.store.lock().scrubbed_blocks >= 2 * SIZE / BLOCK_BYTES, "it compared the disks at least once");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,6 +8,7 @@ pub(crate) mod human;
 mod id;
 mod points;
 mod status;
+mod verify;
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -36,6 +37,7 @@ Examples:
   twinsite id                 this machine's key, for the other machine
   twinsite run --config /etc/twinsite/twinsite.toml
   twinsite status --watch
+  twinsite verify db
   twinsite failover db --export unix:/run/twinsite/db.sock
 
 Exit codes: 0 done; 1 failed; 2 the command line or the configuration is wrong."
@@ -146,6 +148,25 @@ Running it again for an active group serves it at the new address.")]
         #[command(flatten)]
         at: Control,
     },
+    /// Compare the disks of a group with its copy, now and whole (at the primary)
+    #[command(after_help = "\
+Examples:
+  twinsite verify db
+  twinsite verify db --json       waits for the end, then prints it
+
+Reads every block of the disks at full speed while the guest goes on, and
+has the receiver compare it with its newest point. What differs is sent again.
+Asked again while it runs, it shows the one that runs; Ctrl-C leaves it running.
+Exit code 0 if nothing differed, 1 if something did.")]
+    Verify {
+        /// The group
+        group: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
     /// Verify every frame and seal of a store (its node must be stopped)
     #[command(after_help = "\
 Examples:
@@ -246,6 +267,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Failover { group, point, export, yes, json, at } => {
             failover::run(&socket(&at)?, &failover::Wish { group, point, export, yes, json })
         }
+        Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),
         Command::Check { store, json } => check::run(&store, json),
         Command::Demo(args) => demo::run(&args),
         Command::Completion { shell } => {

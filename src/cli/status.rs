@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::bail;
-use replicator::{Durability, GroupStatus, LinkState, QueueStatus};
+use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 
 use super::human::{self, Paint, bit_rate, bytes, ms};
 use super::{client, failover};
@@ -141,6 +141,7 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
         let (left, done, differing) = (bytes(group.suspect_bytes), bytes(group.compared_bytes), bytes(group.differing_bytes));
         out.pair("suspect", &format!("{left} to compare; {done} compared, {differing} of it differed"));
     }
+    out.pair("scrub", &scrub(&group.scrub, paint));
     let (captured, zero, sent) = (bytes(group.captured_bytes), bytes(group.zero_bytes), bytes(group.sent_bytes));
     out.pair("captured", &format!("{captured} (and {zero} of zeroes)"));
     out.pair("sent", &format!("{sent}, saved {:.1} %", group.saved_percent));
@@ -164,6 +165,28 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
     }
     queues(out, &group.queues);
     client_queues(out, group.group.as_str(), exports);
+}
+
+fn scrub(scrub: &ScrubStatus, paint: Paint) -> String {
+    let percent = (u128::from(scrub.done_bytes) * 100).checked_div(u128::from(scrub.total_bytes)).unwrap_or(0);
+    let pass = match (scrub.verifying, scrub.interval_s) {
+        (true, _) => "a verify runs".to_owned(),
+        (false, Some(interval)) => format!("{percent} % of a pass of {}", ms(interval * 1000)),
+        (false, None) => "off".to_owned(),
+    };
+    let last = scrub.last_pass_age_ms.map_or_else(String::new, |age| format!(", the last whole one ended {} ago", ms(age)));
+    let compared = format!("{} compared", bytes(scrub.compared_bytes));
+    let differing = match (scrub.differing_bytes, scrub.last_difference_age_ms) {
+        (0, _) | (_, None) => "none of it differed".to_owned(),
+        (differing, Some(age)) => {
+            paint.bad(&format!("{} differed and were sent again, the last {} ago", bytes(differing), ms(age)))
+        }
+    };
+    let unreadable = match scrub.unreadable_bytes {
+        0 => String::new(),
+        unreadable => paint.bad(&format!(", {} cannot be read here", bytes(unreadable))),
+    };
+    format!("{pass}{last}; {compared}, {differing}{unreadable}")
 }
 
 /// A flush that waits for longer than this is worth a colour.
@@ -218,6 +241,15 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     let limit = group.space_max_bytes.map_or_else(String::new, |max| format!(", limit {}", bytes(max)));
     out.pair("stored", &format!("{}{limit}", bytes(group.stored_bytes)));
     out.pair("received", &format!("{} since the node started", bytes(group.received_bytes)));
+    let differing = match group.differing_bytes {
+        0 => "none of it differed".to_owned(),
+        differing => paint.bad(&format!("{} of it differed and were sent again", bytes(differing))),
+    };
+    out.pair("scrub", &format!("{} compared, {differing}", bytes(group.scrubbed_bytes)));
+    if let Some(damage) = &group.last_damage {
+        let frames = human::count(usize::try_from(group.damaged_frames).unwrap_or(usize::MAX), "frame");
+        out.pair("damage", &paint.bad(&format!("{frames}, the last: {}", human::sanitised(damage))));
+    }
     for volume in &group.volumes {
         disk(out, volume.name.as_str(), volume.size_bytes, &name, exports);
     }

@@ -40,6 +40,9 @@ pub enum Problem {
     /// No duration.
     #[error("is not a duration: write a number and a unit, for example \"250ms\", \"1s\" or \"5m\"")]
     Duration,
+    /// No duration, where there may be none.
+    #[error("is not a duration: write a number and a unit, for example \"7d\" or \"12h\", or \"off\"")]
+    DurationOrOff,
     /// No rate.
     #[error("is not a rate: write bits a second from \"64 kbit/s\" to \"1000 Gbit/s\", for example \"20 Mbit/s\", or \"none\"")]
     Rate,

@@ -105,6 +105,8 @@ pub struct GroupConfig {
     pub max_lag: Option<Duration>,
     /// `rate_limit` and `[[group.rate_schedule]]`.
     pub rate: RateSchedule,
+    /// See `replicator::Tuning`.
+    pub scrub_interval: Option<Duration>,
     /// Its disks, cut together.
     pub disks: Vec<DiskConfig>,
 }

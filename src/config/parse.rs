@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use proto::{Codec, Name};
-use replicator::{Durability, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, RateSchedule, RateWindow, Tuning};
+use replicator::{
+    Durability, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, RateSchedule, RateWindow, SCRUB_INTERVAL_MAX,
+    SCRUB_INTERVAL_MIN, Tuning,
+};
 use toml::de::DeTable;
 
 use super::error::{ConfigError, ConfigErrors, Problem};
@@ -211,6 +214,12 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
     {
         reader.wrong(found, Problem::Range { min: "\"100ms\"", max: "\"1d\"" });
     }
+    let scrub_interval = reader.get(s, "scrub_interval", text("\"7d\"", units::duration_or_off));
+    if let Some(found) = &scrub_interval
+        && found.value.is_some_and(|given| !(SCRUB_INTERVAL_MIN..=SCRUB_INTERVAL_MAX).contains(&given))
+    {
+        reader.wrong(found, Problem::Range { min: "\"1s\"", max: "\"365d\"" });
+    }
     let limit = reader.get(s, "rate_limit", text("\"20 Mbit/s\"", units::rate));
     let windows = reader.sections(s, "rate_schedule", "[[group.rate_schedule]]");
     let windows: Vec<_> = windows.into_iter().map(|section| window(reader, section)).collect();
@@ -246,6 +255,7 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
             limit_bits_per_s: limit.and_then(|found| found.value),
             windows: windows.into_iter().collect::<Option<_>>()?,
         },
+        scrub_interval: scrub_interval.map_or(defaults.scrub_interval, |found| found.value),
         disks: disks.into_iter().collect::<Option<_>>()?,
     })
 }

@@ -42,6 +42,17 @@ pub(crate) fn duration(text: &str) -> Result<Duration, Problem> {
     scaled(text, DURATIONS_MS).map(Duration::from_millis).ok_or(Problem::Duration)
 }
 
+/// A text such as `7d`; `None` for `off`.
+///
+/// # Errors
+/// [`Problem::DurationOrOff`].
+pub(crate) fn duration_or_off(text: &str) -> Result<Option<Duration>, Problem> {
+    if text.trim() == "off" {
+        return Ok(None);
+    }
+    duration(text).map(Some).map_err(|_| Problem::DurationOrOff)
+}
+
 /// Bits a second of a text such as `20 Mbit/s`; `None` for `none`.
 ///
 /// Bits only: "MB/s" and "Mb/s" differ by eight, and by the reader's habit.
@@ -102,6 +113,9 @@ mod tests {
         assert_eq!(duration("250ms").unwrap(), Duration::from_millis(250));
         assert_eq!(duration("1.5s").unwrap(), Duration::from_millis(1500));
         assert_eq!(duration("2m").unwrap(), Duration::from_secs(120));
+        assert_eq!(duration_or_off("7d").unwrap(), Some(Duration::from_secs(604_800)));
+        assert_eq!(duration_or_off("off").unwrap(), None);
+        assert_eq!(duration_or_off("weekly"), Err(Problem::DurationOrOff));
         assert_eq!(rate("20 Mbit/s").unwrap(), Some(20_000_000));
         assert_eq!(rate("1.5gbit/s").unwrap(), Some(1_500_000_000));
         assert_eq!(rate("none").unwrap(), None);

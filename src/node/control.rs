@@ -13,7 +13,9 @@ use serde::Deserialize;
 
 use super::exports::ExportError;
 use super::{Node, RequestError};
-use crate::api::{ApiError, FailoverDone, FailoverPlan, FailoverRequest, NodeId, NodeStatus, Points};
+use crate::api::{
+    ApiError, FailoverDone, FailoverPlan, FailoverRequest, NodeId, NodeStatus, Points, Verification, VerifyRequest,
+};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -29,6 +31,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/points", get(points))
         .route("/v1/failover", get(plan).post(failover))
+        .route("/v1/verify", get(verification).post(verify))
         .fallback(async || (StatusCode::NOT_FOUND, answer("no such path; this node speaks /v1".to_owned())))
         .with_state(node)
 }
@@ -40,12 +43,18 @@ fn answer(error: String) -> Json<ApiError> {
 impl IntoResponse for RequestError {
     fn into_response(self) -> Response {
         let status = match &self {
-            Self::NoReceiver | Self::UnknownGroup { .. } | Self::AmbiguousGroup { .. } | Self::UnknownPoint { .. } => {
-                StatusCode::NOT_FOUND
-            }
-            Self::NoPoint { .. } | Self::AlreadyActive { .. } | Self::Exports(ExportError::NameTaken { .. }) => {
-                StatusCode::CONFLICT
-            }
+            Self::NoReceiver
+            | Self::UnknownGroup { .. }
+            | Self::AmbiguousGroup { .. }
+            | Self::UnknownPoint { .. }
+            | Self::UnknownPrimary { .. }
+            | Self::CopyOnly { .. }
+            | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
+            Self::NoPoint { .. }
+            | Self::AlreadyActive { .. }
+            | Self::NotRunning { .. }
+            | Self::Verify(_)
+            | Self::Exports(ExportError::NameTaken { .. }) => StatusCode::CONFLICT,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -75,6 +84,22 @@ async fn plan(
 ) -> Result<Json<FailoverPlan>, RequestError> {
     let Query(query) = query?;
     Ok(Json(node.failover_plan(&query.group, query.point).await?))
+}
+
+async fn verification(
+    State(node): State<Arc<Node>>,
+    query: Result<Query<GroupQuery>, QueryRejection>,
+) -> Result<Json<Verification>, RequestError> {
+    let Query(query) = query?;
+    Ok(Json(node.verification(&query.group).await?))
+}
+
+async fn verify(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<VerifyRequest>, JsonRejection>,
+) -> Result<Json<Verification>, RequestError> {
+    let Json(request) = body?;
+    Ok(Json(node.verify(&request.group).await?))
 }
 
 async fn failover(

@@ -40,6 +40,16 @@ pub(crate) enum RequestError {
     Exports(#[from] ExportError),
     #[error(transparent)]
     Record(#[from] RecordError),
+    #[error("group '{group}' is a copy here: run verify on the node that has its disk")]
+    CopyOnly { group: String },
+    #[error("group '{given}' is none of this node's: {}", known_primaries(known))]
+    UnknownPrimary { given: String, known: Vec<String> },
+    #[error("group {group} does not run: {error}")]
+    NotRunning { group: String, error: String },
+    #[error("group {group} was not verified since this node was started: run twinsite verify {group}")]
+    NeverVerified { group: String },
+    #[error(transparent)]
+    Verify(#[from] replicator::VerifyRefused),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]
@@ -52,6 +62,10 @@ pub(crate) enum RequestError {
 
 fn known_groups(known: &[String]) -> String {
     if known.is_empty() { "no copies here yet".to_owned() } else { format!("known here are {}", known.join(", ")) }
+}
+
+fn known_primaries(known: &[String]) -> String {
+    if known.is_empty() { "it has no [[group]]".to_owned() } else { format!("its groups are {}", known.join(", ")) }
 }
 
 fn known_points(known: &[Point]) -> String {

@@ -39,6 +39,19 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_primary_suspect_bytes", "gauge", "Bytes that have yet to be compared with the copy"),
     ("twinsite_primary_compared_bytes_total", "counter", "Bytes compared with the copy since start"),
     ("twinsite_primary_differing_bytes_total", "counter", "Compared bytes that differed"),
+    ("twinsite_primary_scrub_compared_bytes_total", "counter", "Bytes that scrub and verify have compared with the copy"),
+    ("twinsite_primary_scrub_differing_bytes_total", "counter", "Bytes of them that differed and were sent again"),
+    (
+        "twinsite_primary_scrub_unreadable_bytes_total",
+        "counter",
+        "Bytes that the disk did not give, so that they were not compared",
+    ),
+    ("twinsite_primary_scrub_pass_ratio", "gauge", "How much of the disks the pass under way has dealt with, 0 to 1"),
+    (
+        "twinsite_primary_scrub_last_pass_age_seconds",
+        "gauge",
+        "Time since the last whole pass ended; absent before the first of this run of the node",
+    ),
     ("twinsite_primary_generation", "gauge", "Generation of the group"),
     ("twinsite_primary_committed_epoch", "gauge", "Newest committed epoch"),
     ("twinsite_primary_committed_age_seconds", "gauge", "Time since the newest commit"),
@@ -71,6 +84,9 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ),
     ("twinsite_receiver_points", "gauge", "Points that can be activated"),
     ("twinsite_receiver_stored_bytes", "gauge", "Bytes the journal takes in the store"),
+    ("twinsite_receiver_scrub_compared_bytes_total", "counter", "Bytes of the newest point compared with the primary's hashes"),
+    ("twinsite_receiver_scrub_differing_bytes_total", "counter", "Bytes of them that differed or could not be read"),
+    ("twinsite_receiver_damaged_frames_total", "counter", "Frames of the journal found to be damaged or not to be read"),
     ("twinsite_queue_used", "gauge", "Fill of a queue, in its unit"),
     ("twinsite_queue_limit", "gauge", "Limit of a queue, in its unit"),
     ("twinsite_nbd_connections", "gauge", "NBD clients of an address"),
@@ -197,6 +213,13 @@ fn primary(samples: &mut Samples, group: &GroupStatus) {
     add("twinsite_primary_suspect_bytes", group.suspect_bytes as f64);
     add("twinsite_primary_compared_bytes_total", group.compared_bytes as f64);
     add("twinsite_primary_differing_bytes_total", group.differing_bytes as f64);
+    add("twinsite_primary_scrub_compared_bytes_total", group.scrub.compared_bytes as f64);
+    add("twinsite_primary_scrub_differing_bytes_total", group.scrub.differing_bytes as f64);
+    add("twinsite_primary_scrub_unreadable_bytes_total", group.scrub.unreadable_bytes as f64);
+    add("twinsite_primary_scrub_pass_ratio", group.scrub.done_bytes as f64 / group.scrub.total_bytes.max(1) as f64);
+    if let Some(age) = group.scrub.last_pass_age_ms {
+        add("twinsite_primary_scrub_last_pass_age_seconds", seconds(age));
+    }
     add("twinsite_primary_generation", group.generation.0 as f64);
     if let Some(point) = group.committed {
         add("twinsite_primary_committed_epoch", point.epoch.0 as f64);
@@ -245,6 +268,9 @@ fn copy(samples: &mut Samples, group: &CopyStatus) {
     }
     add("twinsite_receiver_points", group.points as f64);
     add("twinsite_receiver_stored_bytes", group.stored_bytes as f64);
+    add("twinsite_receiver_scrub_compared_bytes_total", group.scrubbed_bytes as f64);
+    add("twinsite_receiver_scrub_differing_bytes_total", group.differing_bytes as f64);
+    add("twinsite_receiver_damaged_frames_total", group.damaged_frames as f64);
     for queue in &group.queues {
         let (client, group) = (group.client.as_str(), group.group.as_str());
         let labels = [("role", "receiver"), ("client", client), ("group", group), ("queue", &queue.name), ("unit", &queue.unit)];

@@ -29,7 +29,7 @@ use self::exports::Exports;
 pub(crate) use self::failover::RequestError;
 use self::primaries::Primaries;
 use self::record::ExportRecord;
-use crate::api::{NodeId, NodeStatus, Points, ReceiverStatus};
+use crate::api::{NodeId, NodeStatus, Points, ReceiverStatus, Verification};
 use crate::config::Config;
 use crate::key;
 
@@ -76,6 +76,32 @@ impl Node {
     pub(crate) async fn points(&self, selector: &str) -> Result<Points, RequestError> {
         let copies = self.receiving()?;
         copies.points(&copies.find(selector).await?).await
+    }
+
+    /// Starts to compare the disks of a group with its copy, or goes on with it.
+    pub(crate) async fn verify(&self, group: &str) -> Result<Verification, RequestError> {
+        match self.primaries.read().await.verify(group) {
+            Some(begun) => begun,
+            None => Err(self.no_primary(group).await),
+        }
+    }
+
+    pub(crate) async fn verification(&self, group: &str) -> Result<Verification, RequestError> {
+        match self.primaries.read().await.verification(group) {
+            Some(found) => found,
+            None => Err(self.no_primary(group).await),
+        }
+    }
+
+    /// Why this node has no disks of a group.
+    async fn no_primary(&self, group: &str) -> RequestError {
+        if let Ok(copies) = self.receiving()
+            && copies.find(group).await.is_ok()
+        {
+            return RequestError::CopyOnly { group: group.to_owned() };
+        }
+        let known = self.primaries.read().await.status().iter().map(|g| g.group().to_string()).collect();
+        RequestError::UnknownPrimary { given: group.to_owned(), known }
     }
 
     fn receiving(&self) -> Result<&Copies, RequestError> {

@@ -11,7 +11,8 @@ use proto::{Identity, Name};
 use replicator::{GroupSpec, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
 
 use super::exports::{ExportError, Exports};
-use crate::api::PrimaryStatus;
+use super::failover::RequestError;
+use crate::api::{PrimaryStatus, Verification};
 use crate::config::GroupConfig;
 
 /// How long flushes may wait for a receiver once the node is told to stop: less than clients have to finish their requests, so that
@@ -69,6 +70,32 @@ impl Primaries {
         self.groups.iter().map(one).collect()
     }
 
+    fn replicator(&self, group: &str) -> Option<Result<&Replicator, RequestError>> {
+        let primary = self.groups.iter().find(|g| g.name.as_str() == group)?;
+        Some(primary.run.as_ref().map_err(|error| RequestError::NotRunning { group: group.to_owned(), error: error.clone() }))
+    }
+
+    /// Starts to compare the disks of a group with its copy; `None` if it is none of these.
+    pub(crate) fn verify(&self, group: &str) -> Option<Result<Verification, RequestError>> {
+        let replicator = self.replicator(group)?;
+        let begun = replicator.and_then(|replicator| Ok(replicator.verify()?));
+        match begun {
+            Ok(()) => self.verification(group),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// How the comparison that runs fares, or the last one.
+    pub(crate) fn verification(&self, group: &str) -> Option<Result<Verification, RequestError>> {
+        let status = self.replicator(group)?.and_then(|replicator| {
+            let (state, verify) = replicator.verify_status();
+            let name = group.to_owned();
+            let verify = verify.ok_or(RequestError::NeverVerified { group: name })?;
+            Ok(Verification { group: replicator.status().group, state, verify })
+        });
+        Some(status)
+    }
+
     /// The node is about to stop: flushes that wait for a receiver fail before their clients are cut off.
     pub(crate) fn end_flushes(&self) {
         self.groups.iter().filter_map(|g| g.run.as_ref().ok()).for_each(|replicator| replicator.end_flushes(FLUSH_DRAIN));
@@ -114,6 +141,7 @@ async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, expo
             durability: config.durability,
             max_lag: config.max_lag,
             rate: config.rate.clone(),
+            scrub_interval: config.scrub_interval,
         },
     };
     let replicator = Replicator::start(spec, identity.clone())?;

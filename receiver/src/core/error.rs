@@ -105,6 +105,19 @@ pub enum SessionError {
         /// Blocks it has; 0 if there is no such volume.
         blocks: u64,
     },
+    /// Too many scrubs at once.
+    #[error("the primary has {} unanswered scrubs: update the older side", proto::scrub::SCRUBS_IN_FLIGHT_MAX)]
+    Scrubs,
+    /// Scrub of what is not there.
+    #[error("the primary scrubs up to block {end} of volume {volume}, which has {blocks}: update the older side")]
+    ScrubRange {
+        /// The volume.
+        volume: u16,
+        /// One past the last block of the message.
+        end: u64,
+        /// Blocks it has; 0 if there is no such volume.
+        blocks: u64,
+    },
     /// Too many groups.
     #[error("client '{client}' has {max} groups, which is its limit: raise it at the receiver, or remove a group")]
     Groups {
@@ -281,6 +294,8 @@ impl SessionError {
             | Self::HashOrder
             | Self::HashQueries
             | Self::HashRange { .. }
+            | Self::Scrubs
+            | Self::ScrubRange { .. }
             | Self::InFlight => CloseCode::Misbehaved,
         }
     }

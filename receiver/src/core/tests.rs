@@ -1,7 +1,8 @@
 //! The state machine without a driver: orders of events that a network makes rare.
 
-use proto::SessionToken;
 use proto::control::VolumeHello;
+use proto::scrub::SCRUBS_IN_FLIGHT_MAX;
+use proto::{BlockExtent, BlockIndex, ScrubOutcome, ScrubRun, SessionToken, VolumeIndex};
 
 use super::*;
 
@@ -238,5 +239,76 @@ fn messages_out_of_place_name_state_and_message() {
     {
         let ended = core.handle(Event::Message(welcome.clone()), &mut Vec::new()).unwrap();
         assert_eq!(ended.to_string(), format!("fenced message while {state}"));
+    }
+}
+
+fn scrub(id: u32, epoch: u64) -> Scrub {
+    let extent = BlockExtent { start: BlockIndex(1), blocks: 1 };
+    Scrub { id, epoch: EpochId(epoch), volume: VolumeIndex(0), runs: vec![ScrubRun { extent, hash: [0; 32] }] }
+}
+
+fn scrub_comes(core: &mut Core, id: u32, epoch: u64) -> Vec<Action> {
+    good(core, Event::Message(Message::Scrub(scrub(id, epoch))))
+}
+
+/// Would catch a comparison with another point than the one that the primary speaks of.
+#[test]
+fn a_scrub_is_compared_at_its_own_epoch() {
+    let stale = |id| Action::Send(Message::Scrubbed(Scrubbed { id, outcome: ScrubOutcome::Stale }));
+    let mut core = streaming();
+    assert_eq!(scrub_comes(&mut core, 1, 0), [stale(1)], "nothing is committed");
+    assert_eq!(scrub_comes(&mut core, 2, 1), [stale(2)], "the seal was on its way");
+    good(&mut core, Event::Message(Message::Seal(seal(1))));
+    assert_eq!(scrub_comes(&mut core, 3, 1), [], "its frames are on their way");
+    good(&mut core, Event::Message(Message::Seal(seal(2))));
+    assert_eq!(scrub_comes(&mut core, 4, 2), []);
+    assert_eq!(scrub_comes(&mut core, 5, 1), []);
+    good(&mut core, Event::Pass(pass(1)));
+    frame_arrives(&mut core, 1);
+    let compared = |id, epoch| Action::Scrub(scrub(id, epoch));
+    assert_eq!(good(&mut core, Event::PassEnd), [Action::Commit(seal(1)), compared(3, 1), compared(5, 1)]);
+    assert_eq!(scrub_comes(&mut core, 6, 1), [compared(6, 1)], "its commit is started, the next one is not");
+    good(&mut core, Event::Pass(pass(2)));
+    frame_arrives(&mut core, 2);
+    assert_eq!(good(&mut core, Event::PassEnd), [Action::Commit(seal(2)), compared(4, 2)]);
+    assert_eq!(scrub_comes(&mut core, 7, 1), [stale(7)], "the view has moved on");
+    let answer = Scrubbed { id: 3, outcome: ScrubOutcome::Compared { differing: vec![0] } };
+    assert_eq!(good(&mut core, Event::Scrubbed(answer.clone())), [Action::Send(Message::Scrubbed(answer))]);
+}
+
+/// Would catch a primary that has the receiver keep or hash without bound, or read beyond a volume.
+#[test]
+fn scrubs_are_bounded() {
+    let mut core = streaming();
+    good(&mut core, Event::Message(Message::Seal(seal(1))));
+    for id in 0..SCRUBS_IN_FLIGHT_MAX as u32 {
+        assert_eq!(scrub_comes(&mut core, id, 1), []);
+    }
+    let ended = core.handle(Event::Message(Message::Scrub(scrub(99, 1))), &mut Vec::new()).unwrap();
+    assert_eq!(ended.to_string(), "the primary has 8 unanswered scrubs: update the older side");
+    assert_eq!(ended.code(), proto::CloseCode::Misbehaved);
+
+    for (volume, start) in [(0, 2), (1, 0)] {
+        let mut core = streaming();
+        let mut scrub = scrub(1, 1);
+        scrub.volume = VolumeIndex(volume);
+        scrub.runs[0].extent.start = BlockIndex(start);
+        let ended = core.handle(Event::Message(Message::Scrub(scrub)), &mut Vec::new()).unwrap();
+        assert!(matches!(ended, SessionError::ScrubRange { .. }) && ended.code() == proto::CloseCode::Misbehaved, "{ended}");
+    }
+}
+
+/// An answer makes room for the next scrub.
+#[test]
+fn answers_make_room() {
+    let mut core = streaming();
+    good(&mut core, Event::Pass(pass(1)));
+    frame_arrives(&mut core, 1);
+    good(&mut core, Event::PassEnd);
+    good(&mut core, Event::Message(Message::Seal(seal(1))));
+    for id in 0..100 {
+        assert_eq!(scrub_comes(&mut core, id, 1), [Action::Scrub(scrub(id, 1))]);
+        let outcome = ScrubOutcome::Compared { differing: vec![] };
+        good(&mut core, Event::Scrubbed(Scrubbed { id, outcome }));
     }
 }

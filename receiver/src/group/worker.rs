@@ -12,7 +12,8 @@ use tokio::sync::{mpsc, watch};
 
 use super::stage::Stage;
 use super::{
-    Claimed, Command, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Usage, next_frame, number_frame,
+    Claimed, Command, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Snapshot, Usage, next_frame,
+    number_frame,
 };
 use crate::batch::Batch;
 use crate::core::{Arrived, Cause};
@@ -81,8 +82,17 @@ impl Worker {
                 state.last_error = Some(reason);
                 state.journal_bytes = self.journal.bytes();
             }
+            Command::Snapshot { session, reply } if self.has(session) => {
+                let state = self.shared.state.read();
+                let point = state.points.last().map(|p| p.point).or(self.superblock.get().base);
+                let _ = reply.send(Snapshot { point, index: state.index.clone() });
+            }
             // Of a session that lost the group.
-            Command::Append { .. } | Command::Commit { .. } | Command::Abandon { .. } | Command::Release { .. } => {}
+            Command::Append { .. }
+            | Command::Commit { .. }
+            | Command::Abandon { .. }
+            | Command::Snapshot { .. }
+            | Command::Release { .. } => {}
             Command::Promote { point, reply } => {
                 let _ = reply.send(self.promote(point));
             }
@@ -132,6 +142,9 @@ impl Worker {
             return Err(JournalError::Full { path: self.shared.folder.journal() }.into());
         }
         drop(table);
+        if self.journal.tail_path().is_some_and(|tail| self.shared.findings.is_damaged(&tail)) {
+            self.journal.end_segment();
+        }
         let (segment, mut offset) = self.journal.append(&batch.bytes)?;
         self.count();
         self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);

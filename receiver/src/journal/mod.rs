@@ -149,6 +149,8 @@ pub(crate) struct Journal {
     sealed: Option<Mark>,
     next_epoch: EpochId,
     poisoned: bool,
+    /// The tail is ended before anything else is appended.
+    ending: bool,
     /// Bytes of all segments.
     bytes: u64,
     sealed_bytes: u64,
@@ -191,6 +193,7 @@ impl Journal {
             sealed,
             next_epoch: EpochId(0),
             poisoned: false,
+            ending: false,
             bytes,
             sealed_bytes,
         })
@@ -212,6 +215,16 @@ impl Journal {
 
     pub(crate) fn is_poisoned(&self) -> bool {
         self.poisoned
+    }
+
+    /// The segment that is appended to.
+    pub(crate) fn tail_path(&self) -> Option<PathBuf> {
+        self.tail.as_ref().map(|tail| segment_path(&self.folder, tail.number))
+    }
+
+    /// Begins a new segment before anything else is appended: a start reads the payloads of the last one, and refuses what is damaged there.
+    pub(crate) fn end_segment(&mut self) {
+        self.ending = true;
     }
 
     /// Appends whole frames. Returns segment and offset of the first.
@@ -283,7 +296,10 @@ impl Journal {
     fn make_room(&mut self, bytes: u64) -> Result<(), JournalError> {
         match &self.tail {
             None => self.begin_segment(),
-            Some(tail) if tail.bytes + bytes > self.options.segment_bytes_max && tail.bytes > SEGMENT_HEADER_BYTES as u64 => {
+            Some(tail)
+                if (self.ending || tail.bytes + bytes > self.options.segment_bytes_max)
+                    && tail.bytes > SEGMENT_HEADER_BYTES as u64 =>
+            {
                 // Synced before any seal that covers it is written: recovery relies on it.
                 self.sync()?;
                 self.begin_segment()
@@ -318,6 +334,7 @@ impl Journal {
         })?;
         self.bytes += SEGMENT_HEADER_BYTES as u64;
         self.tail = Some(Tail { number, file, bytes: SEGMENT_HEADER_BYTES as u64 });
+        self.ending = false;
         Ok(())
     }
 

@@ -10,8 +10,8 @@ use std::task::{Context, Poll, Waker};
 
 use blockdev::BlockDevice;
 use proto::fencing::GroupRole;
-use proto::hashes::{HashQuery, Hashes, hash_chunks};
-use proto::{BLOCK_BYTES, EpochId, Fingerprint, Message, Name};
+use proto::hashes::{HashQuery, Hashes, UNREADABLE, hash};
+use proto::{BLOCK_BYTES, EpochId, Fingerprint, Message, Name, Scrub, ScrubOutcome, Scrubbed};
 use tokio::sync::{mpsc, watch};
 
 use super::replica::{Output, StreamNo};
@@ -21,6 +21,7 @@ use crate::core::{Action, Cause, Core, Event, SessionError, Stored};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
 use crate::input::{ControlInput, PassInput};
 use crate::node::Node;
+use crate::scrub::{compare_now, is_damage};
 
 /// A batch is handed to the journal when it has this many bytes: small, as the disks are.
 const SIM_BATCH_BYTES: usize = 16 << 10;
@@ -257,6 +258,12 @@ impl Session {
                     let event = self.hash(&query).unwrap_or_else(Event::Storage);
                     ended = self.core.handle(event, &mut more).or(ended);
                 }
+                Action::Scrub(scrub) => {
+                    if let Some(event) = self.scrub(&scrub) {
+                        let event = event.unwrap_or_else(Event::Storage);
+                        ended = self.core.handle(event, &mut more).or(ended);
+                    }
+                }
                 Action::Commit(seal) => {
                     if let Some((group, _)) = &self.group {
                         drive(group, group.commit(self.id, seal));
@@ -282,13 +289,35 @@ impl Session {
         let cause = |error: std::io::Error| Arc::new(error) as Cause;
         let Some((group, _)) = &self.group else { return Err(cause(std::io::ErrorKind::NotConnected.into())) };
         let index = group.shared.state.read().index.clone();
-        let views = crate::view::views(&group.shared, index).map_err(|error| Arc::new(error) as Cause)?;
-        let view = views.get(usize::from(query.volume.0)).ok_or_else(|| cause(std::io::ErrorKind::NotFound.into()))?;
-        let mut content = vec![0; query.blocks as usize * BLOCK_BYTES as usize];
-        let (offset, length) = (query.start.0 * BLOCK_BYTES, content.len() as u64);
-        let inside = length.min(view.size().saturating_sub(offset)) as usize;
-        view.read_now(offset, content.get_mut(..inside).unwrap_or_default()).map_err(cause)?;
-        Ok(Event::Hashed(Hashes { id: query.id, hashes: hash_chunks(&content, query.chunk_blocks).collect() }))
+        let view =
+            crate::view::fresh(&group.shared, index, usize::from(query.volume.0)).map_err(|error| Arc::new(error) as Cause)?;
+        let view = view.ok_or_else(|| cause(std::io::ErrorKind::NotFound.into()))?;
+        let (mut hashes, mut at) = (Vec::new(), query.start.0);
+        while at < query.end() {
+            let blocks = u64::from(query.chunk_blocks).min(query.end() - at);
+            let mut content = vec![0; (blocks * BLOCK_BYTES) as usize];
+            let offset = at * BLOCK_BYTES;
+            let inside = (blocks * BLOCK_BYTES).min(view.size().saturating_sub(offset)) as usize;
+            match view.read_now(offset, content.get_mut(..inside).unwrap_or_default()) {
+                Ok(()) => hashes.push(hash(&content)),
+                Err(error) if is_damage(&error) => hashes.push(UNREADABLE),
+                Err(error) => return Err(cause(error)),
+            }
+            at += blocks;
+        }
+        Ok(Event::Hashed(Hashes { id: query.id, hashes }))
+    }
+
+    /// Compares at once: the group has nothing else to do meanwhile. `None` if the session lost the group.
+    fn scrub(&self, scrub: &Scrub) -> Option<Result<Event, Cause>> {
+        let (group, _) = self.group.as_ref()?;
+        let snapshot = drive(group, async { group.snapshot(self.id).await.await.ok() })?;
+        let Some(point) = snapshot.point.filter(|point| point.epoch == scrub.epoch) else {
+            return Some(Ok(Event::Scrubbed(Scrubbed { id: scrub.id, outcome: ScrubOutcome::Stale })));
+        };
+        let view = crate::view::fresh(&group.shared, snapshot.index, usize::from(scrub.volume.0));
+        let compared = view.map(|view| view.map(|view| Event::Scrubbed(compare_now(&view, scrub, point))));
+        compared.map_err(|error| Arc::new(error) as Cause).transpose()
     }
 
     fn send(&mut self, message: &Message) {

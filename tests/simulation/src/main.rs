@@ -60,6 +60,7 @@ fn main() -> ExitCode {
                             total.broken += outcome.broken;
                             total.flushes += outcome.flushes;
                             total.compared_bytes += outcome.compared_bytes;
+                            total.scrubbed_bytes += outcome.scrubbed_bytes;
                             promotions.fetch_add(outcome.promoted.into(), Ordering::Relaxed);
                         }
                         Err(violation) => {
@@ -80,7 +81,7 @@ fn main() -> ExitCode {
     }
     let total = total.into_inner();
     println!(
-        "{} seeds without a violation in {:.0} s: {} points, {} crashes, {} broken connections, {} promotions, {} MiB compared, {} flushes \
+        "{} seeds without a violation in {:.0} s: {} points, {} crashes, {} broken connections, {} promotions, {} MiB compared, {} MiB scrubbed, {} flushes \
          that waited for the receiver",
         cli.seeds,
         started.elapsed().as_secs_f64(),
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
         total.broken,
         promotions.into_inner(),
         total.compared_bytes >> 20,
+        total.scrubbed_bytes >> 20,
         total.flushes
     );
     ExitCode::SUCCESS

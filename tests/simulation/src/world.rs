@@ -46,10 +46,20 @@ pub struct Outcome {
     pub broken: usize,
     /// Bytes compared by hash.
     pub compared_bytes: u64,
+    /// Bytes scrubbed.
+    pub scrubbed_bytes: u64,
     /// Flushes answered because the receiver had what they cover.
     pub flushes: usize,
     /// Whether it ended with a promotion.
     pub promoted: bool,
+}
+
+impl Outcome {
+    /// Adds what a primary did that is gone, or about to be.
+    fn count(&mut self, primary: &Primary, now: Instant) {
+        self.compared_bytes += primary.compared_bytes().0;
+        self.scrubbed_bytes += primary.scrubbed_bytes(now).0;
+    }
 }
 
 /// A promise that was broken.
@@ -228,12 +238,18 @@ impl World {
             76..86 => self.answer()?,
             86..94 => self.tick()?,
             94 => self.upkeep(),
-            95.. if self.wanted => self.connect()?,
+            95 => self.scrub(),
+            96.. if self.wanted => self.connect()?,
             _ => {}
         }
         let (used, limit) = self.primary.as_ref().map_or((0, 0), Primary::queue);
         if used > limit {
             return Err(format!("{used} bytes wait for the network, the limit is {limit}"));
+        }
+        // Nothing is damaged here, so the copy is what the primary says at each of its points.
+        let (_, differing) = self.primary.as_ref().map_or((0, 0), |primary| primary.scrubbed_bytes(self.now));
+        if differing > 0 {
+            return Err(format!("a scrub found {differing} bytes that differ"));
         }
         Ok(())
     }
@@ -343,6 +359,12 @@ impl World {
     fn upkeep(&mut self) {
         if let Some(primary) = &mut self.primary {
             primary.upkeep();
+        }
+    }
+
+    fn scrub(&mut self) {
+        if let Some(primary) = &mut self.primary {
+            primary.scrub(self.now);
         }
     }
 
@@ -515,7 +537,7 @@ impl World {
     fn primary_gone(&mut self) {
         self.operations.clear();
         if let Some(primary) = self.primary.take() {
-            self.outcome.compared_bytes += primary.compared_bytes().0;
+            self.outcome.count(&primary, self.now);
         }
         self.wanted = false;
     }
@@ -533,7 +555,7 @@ impl World {
         }
         self.operations.clear();
         if let Some(primary) = self.primary.take() {
-            self.outcome.compared_bytes += primary.compared_bytes().0;
+            self.outcome.count(&primary, self.now);
             primary.stop();
         }
         self.wanted = false;
@@ -642,7 +664,7 @@ impl World {
                 return Err(format!("the newest point {:?} is not the guest's disk, and nothing is dirty", newest.map(|n| n.0)));
             }
         }
-        self.outcome.compared_bytes += primary.compared_bytes().0;
+        self.outcome.count(primary, self.now);
         let Some(replica) = &self.replica else { return Err("the receiver is down".to_owned()) };
         self.oracle.check(replica, GROUP, true)
     }

@@ -11,14 +11,18 @@ const FOUND_WITHIN: u64 = 200;
 
 #[test]
 fn no_violation() {
-    let (mut points, mut crashes, mut flushes) = (0, 0, 0);
+    let (mut points, mut crashes, mut flushes, mut scrubbed) = (0, 0, 0, 0);
     for seed in 0..SEEDS {
         let outcome = run(seed).unwrap();
         points += outcome.points;
         crashes += outcome.crashes;
         flushes += outcome.flushes;
+        scrubbed += outcome.scrubbed_bytes;
     }
-    println!("{SEEDS} seeds: {points} points, {crashes} crashes, {flushes} flushes that waited for the receiver");
+    println!(
+        "{SEEDS} seeds: {points} points, {crashes} crashes, {flushes} flushes that waited for the receiver, {scrubbed} bytes scrubbed"
+    );
+    assert!(scrubbed > SEEDS * 100 * 4096, "{scrubbed} bytes scrubbed: it tests nothing");
     assert!(flushes > SEEDS as usize, "{flushes} flushes: it tests nothing");
     assert!(points > 5 * SEEDS as usize && crashes > 3 * SEEDS as usize, "{points} points, {crashes} crashes: it tests nothing");
 }
