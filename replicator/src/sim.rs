@@ -62,9 +62,27 @@ pub(crate) fn is_sabotaged(rule: Sabotage) -> bool {
     SABOTAGE.get() == Some(rule)
 }
 
-/// What survives the process besides disks and logs: `group.record`.
+/// What survives the process besides disks and logs: `group.record`, with its two sectors.
 #[derive(Clone, Debug, Default)]
-pub struct DurableRecord(Recorded);
+pub struct DurableRecord {
+    newest: Recorded,
+    older: Recorded,
+}
+
+impl DurableRecord {
+    fn change(&mut self, change: impl FnOnce(&mut Recorded)) {
+        let mut changed = self.newest.clone();
+        change(&mut changed);
+        if changed != self.newest {
+            self.older = std::mem::replace(&mut self.newest, changed);
+        }
+    }
+
+    /// A bit of the newer sector rots: what the next start reads is the older one.
+    pub fn rot(&mut self) {
+        self.newest = self.older.clone();
+    }
+}
 
 /// A group.
 #[derive(Clone, Debug)]
@@ -122,6 +140,8 @@ pub enum Output {
     },
     /// It heard that this is committed.
     Committed(Point),
+    /// It ended the session by itself, because of this; for a trace.
+    Trouble(String),
 }
 
 enum Done {
@@ -151,6 +171,9 @@ pub struct Primary {
     /// Tag of the epoch that is being frozen.
     frozen_tag: Option<u64>,
     outputs: VecDeque<Output>,
+    /// Bytes that the network takes now.
+    room: usize,
+    epochs_in_flight_max: u64,
 }
 
 struct Live {
@@ -207,8 +230,10 @@ impl Primary {
             freeze_budget_bytes: config.freeze_budget_bytes,
             epochs_in_flight: config.epochs_in_flight,
         };
-        let recorded = record.lock().0.clone();
+        let recorded = record.lock().newest.clone();
         Ok(Self {
+            epochs_in_flight_max: core_config.epochs_in_flight.into(),
+            room: usize::MAX,
             core: Core::new(core_config, recorded.generation, recorded.sessions, now),
             taps: taps.collect(),
             ledger,
@@ -273,10 +298,23 @@ impl Primary {
         }
     }
 
-    /// Bytes of frames that wait for the network, and their limit.
+    /// What it keeps, by name, and the limits of that.
     #[must_use]
-    pub fn queue(&self) -> (u64, u64) {
-        self.live.as_ref().map_or((0, 0), |l| (l.queue.used_bytes(), l.queue.limit_bytes()))
+    pub fn bounds(&self) -> [(&'static str, u64, u64); 4] {
+        let (copies, limits) = (self.ledger.summary(), self.ledger.copy_limits());
+        let (used, limit) = self.live.as_ref().map_or((0, 0), |l| (l.queue.used_bytes(), l.queue.limit_bytes()));
+        [
+            ("bytes of frames that wait for the network", used, limit),
+            ("bytes of copies in memory", copies.copied_bytes, limits.memory_bytes),
+            ("bytes of the spill file", copies.spilled_bytes, limits.spill_bytes),
+            ("epochs in flight", self.core.in_flight() as u64, self.epochs_in_flight_max),
+        ]
+    }
+
+    /// The network takes so many bytes of frames now; what is beyond waits in the queue, and capture with it.
+    pub fn set_room(&mut self, bytes: usize) {
+        self.room = bytes;
+        self.collect();
     }
 
     /// When the core wants to be told the time at the latest.
@@ -300,7 +338,7 @@ impl Primary {
     pub fn connected(&mut self, now: Instant, session: SessionToken) {
         let (queue, items) = FrameQueue::new(self.limit_bytes);
         self.live = Some(Live { queue, items, answers: None, control: Vec::new() });
-        let cleared = self.record.lock().0.cleared;
+        let cleared = self.record.lock().newest.cleared;
         self.handle(now, Event::Connected { session, cleared });
     }
 
@@ -345,14 +383,20 @@ impl Primary {
                 self.handle(now, Event::PassDone(load));
             }
             Done::Compared(Ok(())) => self.handle(now, Event::Compared),
-            Done::Pass(Err(CaptureError::Freeze(_)), _) => {
-                self.end();
-                self.outputs.push_back(Output::Disconnect);
-                self.handle(now, Event::Lost { jitter: 0.0, refused: false });
-            }
             Done::Pass(Err(CaptureError::Stopped), _) | Done::Compared(Err(CaptureError::Stopped)) | Done::Upkeep => {}
-            Done::Pass(Err(error), _) | Done::Compared(Err(error)) => panic!("{error}"),
+            Done::Pass(Err(error @ CaptureError::Answer { .. }), _)
+            | Done::Compared(Err(error @ CaptureError::Answer { .. })) => {
+                panic!("{error}")
+            }
+            Done::Pass(Err(error), _) | Done::Compared(Err(error)) => self.give_up(now, error.to_string()),
         }
+    }
+
+    /// Ends the session by itself.
+    fn give_up(&mut self, now: Instant, why: String) {
+        self.end();
+        self.outputs.extend([Output::Trouble(why), Output::Disconnect]);
+        self.handle(now, Event::Lost { jitter: 0.0, refused: false });
     }
 
     /// Starts a round of upkeep of the dirty log.
@@ -361,8 +405,7 @@ impl Primary {
         let devices = self.disks.volumes.clone();
         self.tasks.push(Box::pin(async move {
             let cleared = |point: Option<Point>| {
-                let mut record = record.lock();
-                record.0.cleared = record.0.cleared.max(point);
+                record.lock().change(|r| r.cleared = r.cleared.max(point));
                 Ok(())
             };
             // A disk that lost its power answers with errors; the caller knows.
@@ -372,51 +415,58 @@ impl Primary {
     }
 
     /// A clean stop: the guest has stopped before.
-    pub fn stop(mut self) {
+    ///
+    /// # Errors
+    /// One line, if the log of a clean stop cannot be written; the next start then compares.
+    pub fn stop(mut self) -> Result<(), String> {
         self.end();
         let record = self.record.clone();
         let cleared = |point: Option<Point>| {
-            let mut record = record.lock();
-            record.0.cleared = record.0.cleared.max(point);
+            record.lock().change(|r| r.cleared = r.cleared.max(point));
             Ok(())
         };
-        finish(upkeep::save(&self.log, &self.ledger, &self.disks.volumes, cleared))
-            .expect("the log of a clean stop can be written");
+        finish(upkeep::save(&self.log, &self.ledger, &self.disks.volumes, cleared)).map_err(|e| e.to_string())
     }
 
     fn load(&self) -> Load {
-        let flush_waits = self.ledger.flush_wants_cut();
-        Load { open_bytes: self.ledger.open_bytes(), queued_bytes: self.queue().0, flush_waits }
+        let (flush_waits, queued_bytes) = (self.ledger.flush_wants_cut(), self.live.as_ref().map_or(0, |l| l.queue.used_bytes()));
+        Load { open_bytes: self.ledger.open_bytes(), queued_bytes, flush_waits }
     }
 
     fn handle(&mut self, now: Instant, event: Event) {
         let mut actions = Vec::new();
-        let failed = self.core.handle(now, event, &mut actions).is_err();
+        let mut failed = self.core.handle(now, event, &mut actions).err().map(|e| e.to_string());
         for action in actions {
-            self.perform(action);
+            if let Err(why) = self.perform(action) {
+                failed.get_or_insert(why);
+                // What follows relies on it.
+                break;
+            }
         }
-        if failed {
+        if let Some(why) = failed {
             self.end();
-            self.outputs.push_back(Output::Disconnect);
+            self.outputs.extend([Output::Trouble(why), Output::Disconnect]);
             let mut actions = Vec::new();
             let lost = Event::Lost { jitter: 0.5, refused: false };
             let ended = self.core.handle(now, lost, &mut actions);
             debug_assert!(ended.is_ok());
             for action in actions {
-                self.perform(action);
+                let ended = self.perform(action);
+                debug_assert!(ended.is_ok(), "the end of a session needs no disk");
             }
         }
         self.collect();
     }
 
-    fn perform(&mut self, action: Action) {
+    fn perform(&mut self, action: Action) -> Result<(), String> {
         match action {
             Action::Connect => self.outputs.push_back(Output::Connect),
             Action::Send(message) => self.outputs.push_back(Output::Control(message.encode())),
             Action::Record { generation, sessions, forget_cleared } => {
-                let mut record = self.record.lock();
-                (record.0.generation, record.0.sessions) = (generation, sessions);
-                record.0.cleared = record.0.cleared.filter(|_| !forget_cleared);
+                self.record.lock().change(|record| {
+                    (record.generation, record.sessions) = (generation, sessions);
+                    record.cleared = record.cleared.filter(|_| !forget_cleared);
+                });
                 self.core.recorded(sessions);
             }
             Action::Committed(point) => {
@@ -431,8 +481,7 @@ impl Primary {
             Action::SuspectAll => {
                 self.ledger.suspect_all();
                 let log = self.log.clone();
-                // A disk that lost its power answers with errors; the caller knows.
-                let _ = finish(async move { log.cover_all().await });
+                finish(async move { log.cover_all().await }).map_err(|e| e.to_string())?;
             }
             Action::Compare => self.begin_comparison(),
             Action::Answer(hashes) => {
@@ -448,6 +497,7 @@ impl Primary {
                 self.outputs.push_back(Output::Disconnect);
             }
         }
+        Ok(())
     }
 
     fn begin_comparison(&mut self) {
@@ -514,16 +564,21 @@ impl Primary {
         }
     }
 
-    /// Hands over what the queue holds. The simulated network has its own queues; those bound nothing here.
+    /// Hands over what the queue holds, as much as the network takes; a last frame may go beyond that.
     fn collect(&mut self) {
         let Some(live) = &mut self.live else { return };
-        while let Ok(item) = live.items.try_recv() {
+        while self.room > 0
+            && let Ok(item) = live.items.try_recv()
+        {
             let output = match item {
                 Item::Begin(header) => {
                     self.outputs.push_back(Output::PassOpen);
                     Output::PassData(header.encode().to_vec())
                 }
-                Item::Frame(bytes, _) => Output::PassData(bytes.to_vec()),
+                Item::Frame(bytes, _) => {
+                    self.room = self.room.saturating_sub(bytes.len());
+                    Output::PassData(bytes.to_vec())
+                }
                 Item::End => Output::PassEnd,
                 Item::Seal(seal) => Output::Control(Message::Seal(*seal).encode()),
                 Item::Query(query) => Output::Control(Message::HashQuery(query).encode()),
