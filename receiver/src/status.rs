@@ -141,14 +141,22 @@ impl From<&crate::group::PointEntry> for PointInfo {
     }
 }
 
+/// The queues of an open group.
+pub(crate) fn queues(group: &Group) -> Vec<QueueStatus> {
+    let queue =
+        |name: &str, used: usize, limit: usize| QueueStatus { name: name.to_owned(), used: used as u64, limit: limit as u64 };
+    vec![
+        queue("journal commands", group.queue_used(), crate::group::GROUP_QUEUE_MAX),
+        queue("decoded frame bytes", group.shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
+    ]
+}
+
 /// The state of an open group.
 pub(crate) fn of(group: &Group) -> GroupStatus {
     let shared = &group.shared;
     let state = shared.state.read();
     let committed = state.points.last().map(PointInfo::from);
     let now = crate::clock::unix_us();
-    let queue =
-        |name: &str, used: usize, limit: usize| QueueStatus { name: name.to_owned(), used: used as u64, limit: limit as u64 };
     GroupStatus {
         client: shared.folder.client.clone(),
         group: shared.folder.group.clone(),
@@ -166,10 +174,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
         bytes_received: shared.bytes_received.load(Ordering::Relaxed),
         index_bytes: state.index.memory_bytes() + shared.frames.table.read().memory_bytes(),
         active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point }),
-        queues: vec![
-            queue("journal commands", group.queue_used(), crate::group::GROUP_QUEUE_MAX),
-            queue("decoded frame bytes", shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
-        ],
+        queues: queues(group),
         last_error: state.last_error.clone(),
         scrub: ScrubStatus {
             compared_bytes: shared.findings.compared_bytes.load(Ordering::Relaxed),

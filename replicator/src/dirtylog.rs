@@ -193,15 +193,17 @@ impl LogFile {
                 );
                 let first = (sector * SECTOR_REGIONS) as u64;
                 (first..first + SECTOR_REGIONS as u64).for_each(|region| add(&mut disk, region));
-                self.write(offset, &encode_bits(sector, &disk)).await?;
             }
+            // Also what reads well: after a sync that failed, the system's cache has bits that no later sync brings to the disk.
+            self.write(bits_offset(sector), &encode_bits(sector, &disk)).await?;
         }
         let mut exact = None;
         if let Some(digest) = header.clean.filter(|_| whole) {
             exact = self.load_map(&disk, digest).await?;
             if exact.is_none() {
+                let offset = map_offset(self.volume_bytes, 0);
                 tracing::warn!(
-                    "dirty log {}: the map of a clean stop does not fit its digest; what it covers is compared",
+                    "dirty log {}: the maps of a clean stop, from offset {offset} on, do not fit their digest; what they cover is compared",
                     self.name
                 );
             }

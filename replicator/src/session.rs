@@ -179,6 +179,8 @@ impl Driver {
             for action in actions {
                 if let Err(error) = self.perform(action).await {
                     failed.get_or_insert(error);
+                    // What follows relies on it: a copy of another history is not recorded as known before all is suspect durably.
+                    break;
                 }
             }
             if let Some(error) = failed {

@@ -67,9 +67,27 @@ pub(crate) fn is_sabotaged(rule: Sabotage) -> bool {
     SABOTAGE.get() == Some(rule)
 }
 
-/// What survives the process besides disks and logs: `group.record`.
+/// What survives the process besides disks and logs: `group.record`, with its two sectors.
 #[derive(Clone, Debug, Default)]
-pub struct DurableRecord(Recorded);
+pub struct DurableRecord {
+    newest: Recorded,
+    older: Recorded,
+}
+
+impl DurableRecord {
+    fn change(&mut self, change: impl FnOnce(&mut Recorded)) {
+        let mut changed = self.newest.clone();
+        change(&mut changed);
+        if changed != self.newest {
+            self.older = std::mem::replace(&mut self.newest, changed);
+        }
+    }
+
+    /// A bit of the newer sector rots: what the next start reads is the older one.
+    pub fn rot(&mut self) {
+        self.newest = self.older.clone();
+    }
+}
 
 /// A group.
 #[derive(Clone, Debug)]
@@ -127,6 +145,8 @@ pub enum Output {
     },
     /// It heard that this is committed.
     Committed(Point),
+    /// It ended the session by itself, because of this; for a trace.
+    Trouble(String),
 }
 
 enum Done {
@@ -163,6 +183,9 @@ pub struct Primary {
     /// Tag of the epoch that is being frozen.
     frozen_tag: Option<u64>,
     outputs: VecDeque<Output>,
+    /// Bytes that the network takes now.
+    room: usize,
+    epochs_in_flight_max: u64,
 }
 
 /// A connection. Nothing is sent before its welcome.
@@ -222,9 +245,11 @@ impl Primary {
             freeze_budget_bytes: config.freeze_budget_bytes,
             epochs_in_flight: config.epochs_in_flight,
         };
-        let recorded = record.lock().0.clone();
+        let recorded = record.lock().newest.clone();
         let limit_bytes = usize::try_from(config.freeze_budget_bytes).unwrap_or(usize::MAX).max(OUTBOX_BYTES_MIN);
         Ok(Self {
+            epochs_in_flight_max: core_config.epochs_in_flight.into(),
+            room: usize::MAX,
             core: Core::new(core_config, recorded.generation, recorded.sessions, now),
             taps: taps.collect(),
             ledger,
@@ -298,10 +323,22 @@ impl Primary {
         }
     }
 
-    /// Bytes of frames that wait for the network or may have to be sent again, and their limit.
+    /// What it keeps, by name, and the limits of that.
     #[must_use]
-    pub fn queue(&self) -> (u64, u64) {
-        (self.outbox.held_bytes(), self.outbox.limit_bytes())
+    pub fn bounds(&self) -> [(&'static str, u64, u64); 4] {
+        let (copies, limits) = (self.ledger.summary(), self.ledger.copy_limits());
+        [
+            ("bytes of frames that may have to be sent", self.outbox.held_bytes(), self.outbox.limit_bytes()),
+            ("bytes of copies in memory", copies.copied_bytes, limits.memory_bytes),
+            ("bytes of the spill file", copies.spilled_bytes, limits.spill_bytes),
+            ("epochs in flight", self.core.in_flight() as u64, self.epochs_in_flight_max),
+        ]
+    }
+
+    /// The network takes so many bytes of frames now; what is beyond waits in the queue, and capture with it.
+    pub fn set_room(&mut self, bytes: usize) {
+        self.room = bytes;
+        self.collect();
     }
 
     /// When the core wants to be told the time at the latest.
@@ -324,7 +361,7 @@ impl Primary {
     /// The connection that it wanted stands.
     pub fn connected(&mut self, now: Instant, session: SessionToken) {
         self.live = Some(Live::default());
-        let cleared = self.record.lock().0.cleared;
+        let cleared = self.record.lock().newest.cleared;
         self.handle(now, Event::Connected { session, cleared });
     }
 
@@ -380,17 +417,26 @@ impl Primary {
             }
             Done::Compared(Ok(())) => self.handle(now, Event::Compared),
             Done::Scrub(Ok(())) => {}
-            Done::Pass(Err(CaptureError::Freeze(_)), _) => {
-                self.disconnect();
-                self.outputs.push_back(Output::Disconnect);
-                self.handle(now, Event::Lost { jitter: 0.0, refused: false, resumes: false });
-            }
             Done::Pass(Err(CaptureError::Stopped), _)
             | Done::Compared(Err(CaptureError::Stopped))
             | Done::Scrub(Err(CaptureError::Stopped))
             | Done::Upkeep => {}
-            Done::Pass(Err(error), _) | Done::Compared(Err(error)) | Done::Scrub(Err(error)) => panic!("{error}"),
+            Done::Pass(Err(error @ (CaptureError::Answer { .. } | CaptureError::ScrubAnswer { .. })), _)
+            | Done::Compared(Err(error @ (CaptureError::Answer { .. } | CaptureError::ScrubAnswer { .. })))
+            | Done::Scrub(Err(error @ (CaptureError::Answer { .. } | CaptureError::ScrubAnswer { .. }))) => {
+                panic!("{error}")
+            }
+            Done::Pass(Err(error), _) | Done::Compared(Err(error)) | Done::Scrub(Err(error)) => {
+                self.session_fails(now, error.to_string());
+            }
         }
+    }
+
+    /// Ends the session by itself.
+    fn session_fails(&mut self, now: Instant, why: String) {
+        self.disconnect();
+        self.outputs.extend([Output::Trouble(why), Output::Disconnect]);
+        self.handle(now, Event::Lost { jitter: 0.0, refused: false, resumes: false });
     }
 
     /// Starts a round of upkeep of the dirty log.
@@ -399,8 +445,7 @@ impl Primary {
         let devices = self.disks.volumes.clone();
         self.spawn(false, async move {
             let cleared = |point: Option<Point>| {
-                let mut record = record.lock();
-                record.0.cleared = record.0.cleared.max(point);
+                record.lock().change(|r| r.cleared = r.cleared.max(point));
                 Ok(())
             };
             // A disk that lost its power answers with errors; the caller knows.
@@ -430,18 +475,19 @@ impl Primary {
     }
 
     /// A clean stop: the guest has stopped before.
-    pub fn stop(mut self) {
+    ///
+    /// # Errors
+    /// One line, if the log of a clean stop cannot be written; the next start then compares.
+    pub fn stop(mut self) -> Result<(), String> {
         self.disconnect();
         self.give_up();
         self.ledger.merge_sealed();
         let record = self.record.clone();
         let cleared = |point: Option<Point>| {
-            let mut record = record.lock();
-            record.0.cleared = record.0.cleared.max(point);
+            record.lock().change(|r| r.cleared = r.cleared.max(point));
             Ok(())
         };
-        finish(upkeep::save(&self.log, &self.ledger, &self.disks.volumes, cleared))
-            .expect("the log of a clean stop can be written");
+        finish(upkeep::save(&self.log, &self.ledger, &self.disks.volumes, cleared)).map_err(|e| e.to_string())
     }
 
     fn spawn(&mut self, of_connection: bool, future: impl Future<Output = Done> + 'static) {
@@ -462,31 +508,38 @@ impl Primary {
     fn handle(&mut self, now: Instant, event: Event) {
         let mut actions = Vec::new();
         let failed = self.core.handle(now, event, &mut actions).err();
+        let mut failed = failed.map(|error| (error.to_string(), error.resumes()));
         for action in actions {
-            self.perform(now, action);
+            if let Err(why) = self.perform(now, action) {
+                failed.get_or_insert((why, false));
+                // What follows relies on it.
+                break;
+            }
         }
-        if let Some(error) = failed {
+        if let Some((why, resumes)) = failed {
             self.disconnect();
-            self.outputs.push_back(Output::Disconnect);
+            self.outputs.extend([Output::Trouble(why), Output::Disconnect]);
             let mut actions = Vec::new();
-            let lost = Event::Lost { jitter: 0.5, refused: false, resumes: error.resumes() };
+            let lost = Event::Lost { jitter: 0.5, refused: false, resumes };
             let ended = self.core.handle(now, lost, &mut actions);
             debug_assert!(ended.is_ok());
             for action in actions {
-                self.perform(now, action);
+                let ended = self.perform(now, action);
+                debug_assert!(ended.is_ok(), "the end of a session needs no disk");
             }
         }
         self.collect();
     }
 
-    fn perform(&mut self, now: Instant, action: Action) {
+    fn perform(&mut self, now: Instant, action: Action) -> Result<(), String> {
         match action {
             Action::Connect => self.outputs.push_back(Output::Connect),
             Action::Send(message) => self.outputs.push_back(Output::Control(message.encode())),
             Action::Record { generation, sessions, forget_cleared } => {
-                let mut record = self.record.lock();
-                (record.0.generation, record.0.sessions) = (generation, sessions);
-                record.0.cleared = record.0.cleared.filter(|_| !forget_cleared);
+                self.record.lock().change(|record| {
+                    (record.generation, record.sessions) = (generation, sessions);
+                    record.cleared = record.cleared.filter(|_| !forget_cleared);
+                });
                 self.core.recorded(sessions);
             }
             Action::Committed(point) => {
@@ -511,8 +564,7 @@ impl Primary {
             Action::SuspectAll => {
                 self.ledger.suspect_all();
                 let log = self.log.clone();
-                // A disk that lost its power answers with errors; the caller knows.
-                let _ = finish(async move { log.cover_all().await });
+                finish(async move { log.cover_all().await }).map_err(|e| e.to_string())?;
             }
             Action::Compare => {
                 self.ledger.follow(self.core.generation(), self.core.newest_sealed());
@@ -534,6 +586,7 @@ impl Primary {
                 self.outputs.push_back(Output::Disconnect);
             }
         }
+        Ok(())
     }
 
     fn begin_comparison(&mut self) {
@@ -606,18 +659,23 @@ impl Primary {
         }
     }
 
-    /// Hands over what the queue holds. The simulated network has its own queues; those bound nothing here.
+    /// Hands over what the queue holds, as much as the network takes; a last frame may go beyond that.
     fn collect(&mut self) {
         if !self.live.as_ref().is_some_and(|l| l.sends) {
             return;
         }
-        while let Some(item) = self.outbox.try_next() {
+        while self.room > 0
+            && let Some(item) = self.outbox.try_next()
+        {
             let output = match item {
                 Item::Begin(header) => {
                     self.outputs.push_back(Output::PassOpen);
                     Output::PassData(header.encode().to_vec())
                 }
-                Item::Frame(bytes) => Output::PassData(bytes.to_vec()),
+                Item::Frame(bytes) => {
+                    self.room = self.room.saturating_sub(bytes.len());
+                    Output::PassData(bytes.to_vec())
+                }
                 Item::End => Output::PassEnd,
                 Item::Seal(seal) => Output::Control(Message::Seal(*seal).encode()),
                 Item::Scrub(scrub) => Output::Control(Message::Scrub(*scrub).encode()),

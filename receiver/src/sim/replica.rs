@@ -16,6 +16,7 @@ use crate::disk::Disk;
 use crate::group::{Group, GroupError};
 use crate::journal::GroupId;
 use crate::node::{Means, Node, SelectError, Slot};
+use crate::status::QueueStatus;
 use crate::store::{Store, StoreError};
 use crate::view::View;
 
@@ -232,6 +233,12 @@ impl Replica {
         let group = self.node.select(group)?;
         let state = group.shared.state.read();
         Ok((state.generation, state.role, state.fork.as_ref().map(|f| f.point)))
+    }
+
+    /// The queues of a group and their limits; none if it is not there.
+    #[must_use]
+    pub fn queues(&self, group: &str) -> Vec<QueueStatus> {
+        self.node.select(group).map_or_else(|_| Vec::new(), |group| crate::status::queues(&group))
     }
 
     /// The volumes of a group at a point; read them with [`View::read_now`].

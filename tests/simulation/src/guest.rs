@@ -1,114 +1,17 @@
-//! The guest and its disks: operations of random shape, and a disk that takes its time and remembers what reached it.
+//! The guest: writes, zeroes, flushes and reads of random shape, several at once, and what it may expect of each.
 
-use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use blockdev::{BlockDevice, Buf, CrashDevice, Extent, IoFuture, ZeroMode};
+use blockdev::{BlockDevice, Buf, ZeroMode};
 use parking_lot::Mutex;
 use proto::BLOCK_BYTES;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-thread_local! {
-    /// The tag of the guest operation that is being polled.
-    static TAG: Cell<u64> = const { Cell::new(0) };
-}
-
-/// A change that reached a disk.
-#[derive(Clone, Debug)]
-pub(crate) struct Applied {
-    pub(crate) tag: u64,
-    pub(crate) volume: usize,
-    pub(crate) offset: usize,
-    pub(crate) data: Vec<u8>,
-}
-
-/// A disk that answers after a random number of polls, before and after it did what it was asked.
-pub(crate) struct SlowDisk {
-    volume: usize,
-    pub(crate) disk: Arc<CrashDevice>,
-    applied: Arc<Mutex<Vec<Applied>>>,
-    random: Mutex<SmallRng>,
-}
-
-impl SlowDisk {
-    pub(crate) fn new(volume: usize, disk: Arc<CrashDevice>, applied: Arc<Mutex<Vec<Applied>>>, seed: u64) -> Self {
-        Self { volume, disk, applied, random: Mutex::new(SmallRng::seed_from_u64(seed)) }
-    }
-
-    async fn dawdle(&self) {
-        let times = self.random.lock().random_range(0..4);
-        for _ in 0..times {
-            pause().await;
-        }
-    }
-}
-
-/// Pending once.
-async fn pause() {
-    let mut paused = false;
-    std::future::poll_fn(|cx| {
-        if std::mem::replace(&mut paused, true) {
-            return Poll::Ready(());
-        }
-        // A set of futures polls those that were woken only.
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
-
-impl BlockDevice for SlowDisk {
-    fn size(&self) -> u64 {
-        self.disk.size()
-    }
-
-    fn read<'a>(&'a self, offset: u64, mut buf: Buf) -> IoFuture<'a, Buf> {
-        Box::pin(async move {
-            self.dawdle().await;
-            // A read is not atomic either: its halves may see different instants.
-            let (at, half) = (offset as usize, buf.len() / 2);
-            let length = buf.len();
-            buf[..half].copy_from_slice(&self.disk.snapshot()[at..at + half]);
-            self.dawdle().await;
-            buf[half..].copy_from_slice(&self.disk.snapshot()[at + half..at + length]);
-            Ok(buf)
-        })
-    }
-
-    fn write<'a>(&'a self, offset: u64, data: Buf) -> IoFuture<'a, Buf> {
-        let tag = TAG.get();
-        Box::pin(async move {
-            self.dawdle().await;
-            let back = self.disk.write(offset, data).await?;
-            self.applied.lock().push(Applied { tag, volume: self.volume, offset: offset as usize, data: back.to_vec() });
-            self.dawdle().await;
-            Ok(back)
-        })
-    }
-
-    fn flush<'a>(&'a self) -> IoFuture<'a, ()> {
-        Box::pin(async move {
-            self.dawdle().await;
-            self.disk.flush().await
-        })
-    }
-
-    fn write_zeroes<'a>(&'a self, offset: u64, length: u64, _mode: ZeroMode) -> IoFuture<'a, ()> {
-        Box::pin(async move { self.write(offset, Buf::zeroed(length as usize)).await.map(drop) })
-    }
-
-    fn trim<'a>(&'a self, offset: u64, length: u64) -> IoFuture<'a, ()> {
-        self.write_zeroes(offset, length, ZeroMode::default())
-    }
-
-    fn extents<'a>(&'a self, offset: u64, length: u64, extents_max: usize) -> IoFuture<'a, Vec<Extent>> {
-        self.disk.extents(offset, length, extents_max)
-    }
-}
+use crate::disk::{Applied, set_tag};
 
 /// A guest operation under way.
 pub(crate) struct Operation {
@@ -116,10 +19,23 @@ pub(crate) struct Operation {
     /// Set when it is polled first: that is when it is admitted.
     tag: Option<u64>,
     volume: usize,
-    /// What it changes; `None` for a flush.
-    change: Option<std::ops::Range<usize>>,
+    kind: Kind,
+    /// What it changes or reads; nothing for a flush.
+    range: std::ops::Range<usize>,
     /// Of a flush that began.
     covers: Option<Covered>,
+    /// Changes that had reached a disk when it began.
+    applied: usize,
+    /// What it read.
+    seen: Arc<Mutex<Vec<u8>>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Flush,
+    Zero,
+    Read,
+    Write,
 }
 
 /// What was acknowledged when a flush began.
@@ -155,7 +71,7 @@ impl Covered {
 
 impl Operation {
     /// An operation of random shape on a volume of the primary.
-    pub(crate) fn random(tap: Arc<dyn BlockDevice>, volume: usize, rng: &mut SmallRng) -> Self {
+    pub(crate) fn random(tap: Arc<dyn BlockDevice>, volume: usize, is_noise: bool, rng: &mut SmallRng) -> Self {
         let size = tap.size();
         let offset = match rng.random_range(0..3) {
             0 => rng.random_range(0..size / BLOCK_BYTES) * BLOCK_BYTES,
@@ -163,28 +79,42 @@ impl Operation {
         };
         let longest = if rng.random_bool(0.1) { size } else { 3 * BLOCK_BYTES };
         let length = rng.random_range(1..=longest).min(size - offset);
-        let kind = rng.random_range(0..10);
+        let kind = match rng.random_range(0..11) {
+            0 => Kind::Flush,
+            1 => Kind::Zero,
+            2 => Kind::Read,
+            _ => Kind::Write,
+        };
         let byte = rng.random_range(1..=255_u8);
+        let seen: Arc<Mutex<Vec<u8>>> = Arc::default();
+        let read = seen.clone();
         let future: Pin<Box<dyn Future<Output = std::io::Result<()>>>> = Box::pin(async move {
             match kind {
-                0 => tap.flush().await,
-                1 => tap.write_zeroes(offset, length, ZeroMode::default()).await,
-                _ => {
+                Kind::Flush => tap.flush().await,
+                Kind::Zero => tap.write_zeroes(offset, length, ZeroMode::default()).await,
+                Kind::Read => {
+                    *read.lock() = tap.read(offset, Buf::zeroed(length as usize)).await?.to_vec();
+                    Ok(())
+                }
+                Kind::Write => {
                     let mut data = Buf::zeroed(length as usize);
                     for (i, b) in data.iter_mut().enumerate() {
                         *b = byte.wrapping_add((i / 512) as u8);
+                    }
+                    if is_noise {
+                        SmallRng::seed_from_u64(offset ^ u64::from(byte) << 48).fill(&mut data[..]);
                     }
                     tap.write(offset, data).await.map(drop)
                 }
             }
         });
-        let change = (kind > 0).then_some(offset as usize..(offset + length) as usize);
-        Self { future, tag: None, volume, change, covers: None }
+        let range = if kind == Kind::Flush { 0..0 } else { offset as usize..(offset + length) as usize };
+        Self { future, tag: None, volume, kind, range, covers: None, applied: 0, seen }
     }
 
     /// Whether it is a flush.
     pub(crate) fn is_flush(&self) -> bool {
-        self.change.is_none()
+        self.kind == Kind::Flush
     }
 
     /// Whether it is a flush that has yet to be polled.
@@ -194,8 +124,8 @@ impl Operation {
 
     /// What a flush that begins now covers.
     pub(crate) fn covered(operations: &[Self], applied: usize) -> Covered {
-        let open = operations.iter().filter_map(|o| Some((o.volume, o.change.clone()?)));
-        Covered { applied, open: open.collect() }
+        let changes = operations.iter().filter(|o| matches!(o.kind, Kind::Write | Kind::Zero));
+        Covered { applied, open: changes.map(|o| (o.volume, o.range.clone())).collect() }
     }
 
     /// See [`Covered`].
@@ -208,10 +138,41 @@ impl Operation {
         self.covers.take()
     }
 
-    /// Polls it once. `tag` is what a write gets that is admitted now.
-    pub(crate) fn poll(&mut self, tag: u64) -> Poll<std::io::Result<()>> {
-        TAG.set(*self.tag.get_or_insert(tag));
+    /// Polls it once. `tag` is what a write gets that is admitted now, `applied` the changes that have reached a disk.
+    pub(crate) fn poll(&mut self, tag: u64, applied: usize) -> Poll<std::io::Result<()>> {
+        if self.tag.is_none() {
+            self.applied = applied;
+        }
+        set_tag(*self.tag.get_or_insert(tag));
         self.future.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// Checks what it read, if it did: every byte is what it was when it began, or came there since.
+    pub(crate) fn check_read(&self, base: &[Vec<u8>], applied: &[Applied]) -> Result<(), String> {
+        if self.kind != Kind::Read {
+            return Ok(());
+        }
+        let seen = self.seen.lock();
+        let mut before = base[self.volume][self.range.clone()].to_vec();
+        let mut right = vec![false; seen.len()];
+        for (index, change) in applied.iter().enumerate().filter(|(_, c)| c.volume == self.volume) {
+            let (from, to) = (change.offset.max(self.range.start), (change.offset + change.data.len()).min(self.range.end));
+            for at in from..to {
+                let (byte, here) = (change.data[at - change.offset], at - self.range.start);
+                if index < self.applied {
+                    before[here] = byte;
+                } else {
+                    right[here] |= seen[here] == byte;
+                }
+            }
+        }
+        for (right, (seen, before)) in right.iter_mut().zip(seen.iter().zip(&before)) {
+            *right |= seen == before;
+        }
+        match right.iter().position(|right| !right) {
+            None => Ok(()),
+            Some(at) => Err(format!("byte {} of volume {} was read and never written", self.range.start + at, self.volume)),
+        }
     }
 }
 

@@ -1,6 +1,12 @@
-//! A connection between the two sites: ordered streams whose bytes arrive in pieces of any size, each stream in its own time.
+//! The network between the two sites: a path with delay, a rate, partitions and connections that break, and one connection on it, with
+//! ordered streams whose bytes arrive in pieces of any size, each stream in its own time.
+//!
+//! What it injects: a byte arrives no sooner than the path lets it (delay, and the rate that both directions have each for themselves); while
+//! the path is cut nothing arrives; a connection on a flapping path carries so many bytes and no more. What it keeps: what
+//! arrives of a stream is a prefix of what was sent, unchanged.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use proto::SessionToken;
 use rand::Rng;
@@ -8,12 +14,101 @@ use rand::rngs::SmallRng;
 
 use crate::recovery::{Replica, SessionNo, StreamNo};
 
+/// What travels as one on a path that has a rate: a datagram.
+const PACKET_BYTES: usize = 1400;
+
+/// The path between the sites, for all connections of a run.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Path {
+    /// From one end to the other.
+    pub(crate) delay: Duration,
+    /// Bytes a second of virtual time, each way.
+    pub(crate) bytes_per_s: Option<u64>,
+    /// A connection carries so many bytes, both ways together, and breaks.
+    pub(crate) bytes_per_connection: Option<u64>,
+    /// Bytes that the primary may have under way; the rest waits in its own queue.
+    pub(crate) window_bytes: Option<usize>,
+    /// Until then nothing arrives.
+    pub(crate) cut_until: Option<Instant>,
+}
+
+impl Path {
+    pub(crate) fn is_cut(&self, now: Instant) -> bool {
+        self.cut_until.is_some_and(|until| now < until)
+    }
+}
+
+/// Bytes of one stream on their way, with the time at which they arrive.
+#[derive(Debug, Default)]
+struct Lane {
+    packets: VecDeque<(Instant, usize)>,
+    bytes: VecDeque<u8>,
+}
+
+impl Lane {
+    fn push(&mut self, arrives: Instant, bytes: &[u8]) {
+        self.bytes.extend(bytes);
+        match self.packets.back_mut() {
+            Some((at, length)) if *at == arrives => *length += bytes.len(),
+            _ => self.packets.push_back((arrives, bytes.len())),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    fn next_arrival(&self) -> Option<Instant> {
+        self.packets.front().map(|(at, _)| *at)
+    }
+
+    /// A piece of what has arrived; at most `left` bytes, which it is taken off.
+    fn take(&mut self, now: Instant, left: &mut Option<u64>, rng: &mut SmallRng) -> Option<Vec<u8>> {
+        let arrived: usize = self.packets.iter().take_while(|(at, _)| *at <= now).map(|(_, length)| length).sum();
+        let most = left.map_or(arrived, |left| arrived.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        if most == 0 {
+            return None;
+        }
+        let length = if rng.random_bool(0.7) { most } else { rng.random_range(1..=most) };
+        if let Some(left) = left {
+            *left -= length as u64;
+        }
+        let mut rest = length;
+        while let Some((_, packet)) = self.packets.front_mut() {
+            let taken = rest.min(*packet);
+            (*packet, rest) = (*packet - taken, rest - taken);
+            if *packet > 0 {
+                break;
+            }
+            self.packets.pop_front();
+        }
+        Some(self.bytes.drain(..length).collect())
+    }
+}
+
 /// A pass on its way.
 #[derive(Debug, Default)]
 struct Stream {
     number: Option<StreamNo>,
-    bytes: VecDeque<u8>,
+    lane: Lane,
     ended: bool,
+}
+
+/// One direction of a connection: its packets leave one after the other.
+#[derive(Debug)]
+struct Departures {
+    free_at: Instant,
+}
+
+impl Departures {
+    /// Puts `bytes` on the path.
+    fn send(&mut self, path: &Path, now: Instant, bytes: &[u8], lane: &mut Lane) {
+        let Some(rate) = path.bytes_per_s else { return lane.push(now + path.delay, bytes) };
+        for packet in bytes.chunks(PACKET_BYTES) {
+            self.free_at = self.free_at.max(now) + Duration::from_secs_f64(packet.len() as f64 / rate as f64);
+            lane.push(self.free_at + path.delay, packet);
+        }
+    }
 }
 
 /// See the module.
@@ -21,36 +116,35 @@ struct Stream {
 pub(crate) struct Link {
     pub(crate) session: SessionNo,
     pub(crate) token: SessionToken,
-    to_receiver: VecDeque<u8>,
+    to_receiver: Lane,
     streams: VecDeque<Stream>,
-    to_primary: VecDeque<u8>,
+    to_primary: Lane,
+    there: Departures,
+    back: Departures,
+    /// Bytes that it still carries.
+    left: Option<u64>,
     /// The receiver closed it; what it said before still arrives.
     pub(crate) closed: bool,
 }
 
-fn piece(bytes: &mut VecDeque<u8>, rng: &mut SmallRng) -> Vec<u8> {
-    let all = bytes.len();
-    let length = if rng.random_bool(0.7) { all } else { rng.random_range(1..=all) };
-    bytes.drain(..length).collect()
-}
-
 impl Link {
-    pub(crate) fn new(session: SessionNo, token: SessionToken) -> Self {
+    pub(crate) fn new(session: SessionNo, token: SessionToken, path: &Path, now: Instant) -> Self {
         let (to_receiver, streams, to_primary) = Default::default();
-        Self { session, token, to_receiver, streams, to_primary, closed: false }
+        let (there, back) = (Departures { free_at: now }, Departures { free_at: now });
+        Self { session, token, to_receiver, streams, to_primary, there, back, left: path.bytes_per_connection, closed: false }
     }
 
-    pub(crate) fn send(&mut self, bytes: &[u8]) {
-        self.to_receiver.extend(bytes);
+    pub(crate) fn send(&mut self, path: &Path, now: Instant, bytes: &[u8]) {
+        self.there.send(path, now, bytes, &mut self.to_receiver);
     }
 
     pub(crate) fn open(&mut self) {
         self.streams.push_back(Stream::default());
     }
 
-    pub(crate) fn data(&mut self, bytes: &[u8]) {
+    pub(crate) fn data(&mut self, path: &Path, now: Instant, bytes: &[u8]) {
         if let Some(stream) = self.streams.back_mut() {
-            stream.bytes.extend(bytes);
+            self.there.send(path, now, bytes, &mut stream.lane);
         }
     }
 
@@ -60,27 +154,48 @@ impl Link {
         }
     }
 
-    pub(crate) fn answer(&mut self, bytes: &[u8]) {
-        self.to_primary.extend(bytes);
+    pub(crate) fn answer(&mut self, path: &Path, now: Instant, bytes: &[u8]) {
+        self.back.send(path, now, bytes, &mut self.to_primary);
     }
 
     /// Whether nothing is under way.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.to_receiver.is_empty() && self.to_primary.is_empty() && self.streams.iter().all(|s| s.bytes.is_empty() && !s.ended)
+        self.to_receiver.is_empty() && self.to_primary.is_empty() && self.streams.iter().all(|s| s.lane.is_empty() && !s.ended)
+    }
+
+    /// Bytes on their way to the receiver.
+    pub(crate) fn under_way(&self) -> usize {
+        self.to_receiver.bytes.len() + self.streams.iter().map(|s| s.lane.bytes.len()).sum::<usize>()
+    }
+
+    /// Whether it has carried all that it carries.
+    pub(crate) fn is_used_up(&self) -> bool {
+        self.left == Some(0)
+    }
+
+    /// When something arrives next.
+    pub(crate) fn next_arrival(&self) -> Option<Instant> {
+        let lanes = self.streams.iter().map(|s| &s.lane).chain([&self.to_receiver, &self.to_primary]);
+        lanes.filter_map(Lane::next_arrival).min()
     }
 
     /// Bytes for the primary, if there are any.
-    pub(crate) fn take_answer(&mut self, rng: &mut SmallRng) -> Option<Vec<u8>> {
-        (!self.to_primary.is_empty()).then(|| piece(&mut self.to_primary, rng))
+    pub(crate) fn take_answer(&mut self, now: Instant, rng: &mut SmallRng) -> Option<Vec<u8>> {
+        self.to_primary.take(now, &mut self.left, rng)
     }
 
-    /// Delivers something to the receiver, if there is anything.
-    pub(crate) fn deliver(&mut self, replica: &mut Replica, rng: &mut SmallRng) {
+    /// Whether more may come for the primary.
+    pub(crate) fn owes_answer(&self) -> bool {
+        !self.to_primary.is_empty()
+    }
+
+    /// Delivers something to the receiver, if anything has arrived there.
+    pub(crate) fn deliver(&mut self, replica: &mut Replica, now: Instant, rng: &mut SmallRng) {
         let streams = self.streams.len();
         let choice = rng.random_range(0..=streams);
         if choice == streams {
-            if !self.to_receiver.is_empty() {
-                replica.control(self.session, &piece(&mut self.to_receiver, rng));
+            if let Some(bytes) = self.to_receiver.take(now, &mut self.left, rng) {
+                replica.control(self.session, &bytes);
             }
             return;
         }
@@ -90,9 +205,9 @@ impl Link {
         }
         let stream = &mut self.streams[choice];
         let Some(number) = stream.number else { return };
-        if !stream.bytes.is_empty() {
-            replica.pass_data(self.session, number, &piece(&mut stream.bytes, rng));
-        } else if stream.ended {
+        if let Some(bytes) = stream.lane.take(now, &mut self.left, rng) {
+            replica.pass_data(self.session, number, &bytes);
+        } else if stream.lane.is_empty() && stream.ended {
             replica.pass_end(self.session, number);
             self.streams.remove(choice);
         }

@@ -59,6 +59,9 @@ fn main() -> ExitCode {
                             total.crashes += outcome.crashes;
                             total.broken += outcome.broken;
                             total.flushes += outcome.flushes;
+                            total.disk_faults += outcome.disk_faults;
+                            total.partitions += outcome.partitions;
+                            total.flips += outcome.flips;
                             total.compared_bytes += outcome.compared_bytes;
                             total.scrubbed_bytes += outcome.scrubbed_bytes;
                             promotions.fetch_add(outcome.promoted.into(), Ordering::Relaxed);
@@ -81,13 +84,16 @@ fn main() -> ExitCode {
     }
     let total = total.into_inner();
     println!(
-        "{} seeds without a violation in {:.0} s: {} points, {} crashes, {} broken connections, {} promotions, {} MiB compared, {} MiB scrubbed, {} flushes \
-         that waited for the receiver",
+        "{} seeds without a violation in {:.0} s: {} points, {} crashes, {} broken connections, {} partitions, {} faults of the primary's \
+         disks, {} flipped bits, {} promotions, {} MiB compared, {} MiB scrubbed, {} flushes that waited for the receiver",
         cli.seeds,
         started.elapsed().as_secs_f64(),
         total.points,
         total.crashes,
         total.broken,
+        total.partitions,
+        total.disk_faults,
+        total.flips,
         promotions.into_inner(),
         total.compared_bytes >> 20,
         total.scrubbed_bytes >> 20,

@@ -2,29 +2,69 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use simulation::{Broken, break_rule, run};
+use simulation::{Broken, break_rule, run, run_flapping};
 
 /// Seeds that a test run goes through; `make simulate SEEDS=10000` goes through more.
 const SEEDS: u64 = 100;
+/// The largest disk of a flapping run, and what a connection carries besides.
+const BYTES_OF_AN_EPOCH: u64 = (128 << 12) + (32 << 10);
 /// Within so many seeds a broken rule must be found.
 const FOUND_WITHIN: u64 = 200;
 
 #[test]
 fn no_violation() {
     let (mut points, mut crashes, mut flushes, mut scrubbed) = (0, 0, 0, 0);
+    let (mut disk_faults, mut partitions, mut flips) = (0, 0, 0);
     for seed in 0..SEEDS {
         let outcome = run(seed).unwrap();
         points += outcome.points;
         crashes += outcome.crashes;
         flushes += outcome.flushes;
         scrubbed += outcome.scrubbed_bytes;
+        disk_faults += outcome.disk_faults;
+        partitions += outcome.partitions;
+        flips += outcome.flips;
     }
     println!(
         "{SEEDS} seeds: {points} points, {crashes} crashes, {flushes} flushes that waited for the receiver, {scrubbed} bytes scrubbed"
     );
     assert!(scrubbed > SEEDS * 100 * 4096, "{scrubbed} bytes scrubbed: it tests nothing");
+    println!("{disk_faults} faults of the primary's disks, {partitions} partitions, {flips} flipped bits");
+    let new = [disk_faults, partitions, flips].map(|n| n > SEEDS as usize);
+    assert_eq!(new, [true; 3], "{disk_faults} faults of disks, {partitions} partitions, {flips} flips: it tests nothing");
     assert!(flushes > SEEDS as usize, "{flushes} flushes: it tests nothing");
     assert!(points > 5 * SEEDS as usize && crashes > 3 * SEEDS as usize, "{points} points, {crashes} crashes: it tests nothing");
+}
+
+/// Would catch a session that cannot use what a connection carries: each carries the first epoch, which is half of the disk at most, with a
+/// little besides, and then breaks.
+#[test]
+fn everything_arrives_over_connections_that_carry_an_epoch_and_break() {
+    let (mut points, mut broken) = (0, 0);
+    for seed in 0..20 {
+        let outcome = run_flapping(seed, BYTES_OF_AN_EPOCH).unwrap();
+        points += outcome.points;
+        broken += outcome.broken;
+    }
+    println!("20 seeds: {points} points over connections that broke {broken} times");
+    assert!(points > 20 && broken > 20, "{points} points, {broken} broken connections: it tests nothing");
+}
+
+/// More than a frame, less than the first epoch.
+const BYTES_OF_A_SHORT_CONNECTION: u64 = 150 << 10;
+
+/// Progress is certain whenever there is bandwidth. Would catch a broken pass that begins anew on each connection: none of these carries the
+/// first epoch whole.
+#[test]
+fn points_are_committed_over_connections_that_carry_less_than_an_epoch() {
+    let (mut points, mut broken) = (0, 0);
+    for seed in 0..20 {
+        let outcome = run_flapping(seed, BYTES_OF_A_SHORT_CONNECTION).unwrap();
+        points += outcome.points;
+        broken += outcome.broken;
+    }
+    println!("20 seeds: {points} points over connections that broke {broken} times");
+    assert!(points > 20 && broken > 40, "{points} points, {broken} broken connections: it tests nothing");
 }
 
 fn found(rule: Broken) {
