@@ -68,7 +68,7 @@ impl World {
                 return Err(format!("the newest point {:?} is not the guest's disk, and nothing is dirty", newest.map(|n| n.0)));
             }
         }
-        self.outcome.count(&primary, self.now);
+        self.outcome.count(primary, self.now);
         let Some(replica) = &self.replica else { return Err("the receiver is down".to_owned()) };
         self.oracle.check(replica, GROUP, true, None)
     }
