@@ -84,6 +84,14 @@ struct Comparison<'a> {
     scrub: &'a Scrub,
     point: Point,
     differing: Vec<u16>,
+    places: Vec<Place>,
+}
+
+/// Where the copy is wrong, in bytes, and in which way.
+struct Place {
+    offset: u64,
+    bytes: u64,
+    what: String,
 }
 
 impl Comparison<'_> {
@@ -110,14 +118,26 @@ impl Comparison<'_> {
         };
         shared.findings.differing_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.differing.push(number as u16);
-        let (folder, offset, point) = (&shared.folder, run.extent.start.0 * BLOCK_BYTES, self.point);
-        let (client, group, disk) = (&folder.client, &folder.group, self.view.name());
-        tracing::warn!(
-            "{client}/{group}: disk {disk}: {bytes} bytes at offset {offset} {what} at point {point}; the primary sends them again"
-        );
+        let offset = run.extent.start.0 * BLOCK_BYTES;
+        match self.places.last_mut() {
+            Some(last) if last.offset + last.bytes == offset && last.what == what => last.bytes += bytes,
+            _ => self.places.push(Place { offset, bytes, what }),
+        }
+    }
+
+    /// Says what differs, a line for each stretch of a disk.
+    fn tell(&self) {
+        let (folder, disk, point) = (&self.view.shared().folder, self.view.name(), self.point);
+        let (client, group) = (&folder.client, &folder.group);
+        for Place { offset, bytes, what } in &self.places {
+            tracing::warn!(
+                "{client}/{group}: disk {disk}: {bytes} bytes at offset {offset} {what} at point {point}; the primary sends them again"
+            );
+        }
     }
 
     fn done(self) -> Scrubbed {
+        self.tell();
         Scrubbed { id: self.scrub.id, outcome: ScrubOutcome::Compared { differing: self.differing } }
     }
 }
@@ -141,7 +161,7 @@ impl Zeroes {
 
 /// Compares with a view of `point`, which reads from the disk.
 pub(crate) async fn compare(view: &View, scrub: &Scrub, point: Point) -> Scrubbed {
-    let mut comparison = Comparison { view, scrub, point, differing: Vec::new() };
+    let mut comparison = Comparison { view, scrub, point, differing: Vec::new(), places: Vec::new() };
     let mut zeroes = Zeroes::default();
     for (number, run) in scrub.runs.iter().enumerate() {
         let (offset, inside) = comparison.range(run);
@@ -162,7 +182,7 @@ pub(crate) async fn compare(view: &View, scrub: &Scrub, point: Point) -> Scrubbe
 /// As [`compare`], on this thread, which waits for the disk.
 #[cfg(any(test, feature = "simulation"))]
 pub(crate) fn compare_now(view: &View, scrub: &Scrub, point: Point) -> Scrubbed {
-    let mut comparison = Comparison { view, scrub, point, differing: Vec::new() };
+    let mut comparison = Comparison { view, scrub, point, differing: Vec::new(), places: Vec::new() };
     for (number, run) in scrub.runs.iter().enumerate() {
         let (offset, inside) = comparison.range(run);
         let mut content = vec![0; run.extent.blocks as usize * BLOCK_BYTES as usize];

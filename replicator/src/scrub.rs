@@ -85,7 +85,7 @@ impl Scrub<'_> {
         let within = BlockExtent { start: BlockIndex(range.first), blocks: range.count as u32 };
         let mut runs = unsettled.gaps(within, RUN_BLOCKS_MAX);
         cut_short(&mut taken, &mut runs, |run| *run);
-        let read = self.read(range.volume, runs).await;
+        let read = self.read(taken.walk(), range.volume, runs).await;
         let (point, marked) = watch.end();
         // Without a sealed epoch there is nothing to compare with yet: the range is taken again.
         let Some(point) = point else { return Ok(()) };
@@ -150,16 +150,16 @@ impl Scrub<'_> {
     }
 
     /// A bad sector that the guest may never ask for must not end the session: replication goes on without it.
-    fn cannot_read(&self, volume: usize, run: BlockExtent, error: &io::Error) {
+    fn cannot_read(&self, walk: u64, volume: usize, run: BlockExtent, error: &io::Error) {
         let (offset, bytes) = (run.start.0 * BLOCK_BYTES, u64::from(run.blocks) * BLOCK_BYTES);
         let (group, disk) = (self.board.group(), self.board.disk(volume));
         tracing::error!(
             "group {group}, disk {disk}: cannot read {bytes} bytes at offset {offset}: {error}; they are not compared"
         );
-        self.board.unreadable(run);
+        self.board.unreadable(walk, run);
     }
 
-    async fn read(&self, volume: usize, runs: Vec<BlockExtent>) -> Vec<ReadRun> {
+    async fn read(&self, walk: u64, volume: usize, runs: Vec<BlockExtent>) -> Vec<ReadRun> {
         let device = &*self.devices[volume];
         let reads = futures_util::stream::iter(runs).map(|extent| async move { (extent, content(device, extent).await) });
         let hashed = reads.buffered(READ_AHEAD_RUNS).filter_map(|(extent, content)| {
@@ -167,7 +167,7 @@ impl Scrub<'_> {
                 let hash = content.as_deref().map_or_else(|| self.board.zeroes(extent.blocks), hash);
                 ReadRun { extent, hash, content }
             });
-            std::future::ready(read.map_err(|error| self.cannot_read(volume, extent, &error)).ok())
+            std::future::ready(read.map_err(|error| self.cannot_read(walk, volume, extent, &error)).ok())
         });
         hashed.collect().await
     }

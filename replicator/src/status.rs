@@ -106,6 +106,8 @@ pub struct VerifyStatus {
     pub compared_bytes: u64,
     /// Bytes of them that differed, and are sent again.
     pub differing_bytes: u64,
+    /// Bytes that the disk here did not give, which were not compared.
+    pub unreadable_bytes: u64,
     /// Milliseconds since it began, until it ended.
     pub elapsed_ms: u64,
     /// Bytes of the disks per second since it began.

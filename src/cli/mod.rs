@@ -157,7 +157,7 @@ Examples:
 Reads every block of the disks at full speed while the guest goes on, and
 has the receiver compare it with its newest point. What differs is sent again.
 Asked again while it runs, it shows the one that runs; Ctrl-C leaves it running.
-Exit code 0 if nothing differed, 1 if something did.")]
+Exit code 0 if nothing differed, 1 if something did or could not be read.")]
     Verify {
         /// The group
         group: String,

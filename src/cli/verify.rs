@@ -1,6 +1,6 @@
 //! `twinsite verify`: starts a whole comparison, or joins the one that runs, and shows it to its end.
 
-use std::io::{IsTerminal, Write};
+use std::io::{IsTerminal, Write, stdout};
 use std::path::Path;
 use std::time::Duration;
 
@@ -35,33 +35,43 @@ pub(crate) fn run(socket: &Path, group: &str, json: bool) -> anyhow::Result<()> 
     }
     meter.end();
     if json {
-        println!("{}", serde_json::to_string_pretty(&now)?);
+        writeln!(stdout(), "{}", serde_json::to_string_pretty(&now)?)?;
     } else {
-        print(&now, Paint::stdout());
+        writeln!(stdout(), "{}", told(&now, Paint::stdout()))?;
     }
     if now.verify.differing_bytes > 0 {
         bail!(
-            "group {group}: the copy differed in {}: they are sent again with the next epoch; the log of both nodes has the places, and what was \
+            "group {group}: the copy differed in {}, which are sent again with the next epoch; the log of both nodes has the places, and what was \
              damaged there",
             bytes(now.verify.differing_bytes)
+        );
+    }
+    if now.verify.unreadable_bytes > 0 {
+        bail!(
+            "group {group}: {} of its disks cannot be read here and were not compared; the node's log has the places",
+            bytes(now.verify.unreadable_bytes)
         );
     }
     Ok(())
 }
 
-fn print(done: &Verification, paint: Paint) {
+fn told(done: &Verification, paint: Paint) -> String {
     let verify = &done.verify;
     let verdict = match verify.differing_bytes {
         0 => paint.good("the copy is what it should be"),
         differing => paint.bad(&format!("{} differed", bytes(differing))),
     };
     let (compared, total) = (bytes(verify.compared_bytes), bytes(verify.total_bytes));
-    println!(
-        "group {}: {verdict}: {compared} of {total} compared in {}, {}/s; the rest was just being written and is sent anyway",
+    let rest = match verify.total_bytes - verify.compared_bytes - verify.unreadable_bytes {
+        0 => String::new(),
+        rest => format!("; {} were just being written and are sent anyway", bytes(rest)),
+    };
+    format!(
+        "group {}: {verdict}: {compared} of {total} compared in {}, {}/s{rest}",
         done.group,
         ms(verify.elapsed_ms),
         bytes(verify.rate_bytes_per_s)
-    );
+    )
 }
 
 /// One line on standard error that changes.

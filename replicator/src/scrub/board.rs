@@ -44,13 +44,25 @@ struct Walk {
     done: u64,
     compared: u64,
     differing: u64,
+    unreadable: u64,
     began: Instant,
     ended: Option<Instant>,
 }
 
 impl Walk {
     fn new(number: u64, at: u64, blocks: u64, began: Instant) -> Self {
-        Self { number, at, left: blocks, again: Vec::new(), done: 0, compared: 0, differing: 0, began, ended: None }
+        Self {
+            number,
+            at,
+            left: blocks,
+            again: Vec::new(),
+            done: 0,
+            compared: 0,
+            differing: 0,
+            unreadable: 0,
+            began,
+            ended: None,
+        }
     }
 
     fn has_more(&self) -> bool {
@@ -259,8 +271,12 @@ impl Board {
     }
 
     /// The disk here does not give the run.
-    pub(super) fn unreadable(&self, run: BlockExtent) {
-        self.state.lock().unreadable += u64::from(run.blocks);
+    pub(super) fn unreadable(&self, walk: u64, run: BlockExtent) {
+        let state = &mut *self.state.lock();
+        state.unreadable += u64::from(run.blocks);
+        if let Some(walk) = state.walk(walk) {
+            walk.unreadable += u64::from(run.blocks);
+        }
     }
 
     fn dealt_with(&self, walk: u64, range: &Range, now: Instant) {
@@ -308,6 +324,7 @@ impl Board {
             done_bytes: done,
             compared_bytes: walk.compared * BLOCK_BYTES,
             differing_bytes: walk.differing * BLOCK_BYTES,
+            unreadable_bytes: walk.unreadable * BLOCK_BYTES,
             elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
             rate_bytes_per_s: rate,
             left_s: (total - done).checked_div(rate),
@@ -356,6 +373,11 @@ pub(super) struct Taken<'a> {
 }
 
 impl Taken<'_> {
+    /// Number of the walk that it is of.
+    pub(super) fn walk(&self) -> u64 {
+        self.walk
+    }
+
     pub(super) fn range(&self) -> Range {
         self.range.expect("it is not dealt with yet")
     }

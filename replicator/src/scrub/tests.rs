@@ -1,12 +1,19 @@
 //! The board: every block once whatever happens to the messages, and no faster than it should.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blockdev::{BlockDevice, Buf, Fault, FaultDevice, MemoryDevice, Operation};
+use futures_util::FutureExt;
 use proptest::prelude::*;
 use proto::units::BLOCK_BYTES;
-use proto::{BlockExtent, BlockIndex, EpochId, Generation, Name, Point};
+use proto::{BlockExtent, BlockIndex, DirtyMap, EpochId, Generation, Name, Point, ScrubOutcome, Scrubbed};
 
+use super::Scrub;
 use super::board::Board;
+use crate::capture::{FrameQueue, Item};
+use crate::dirtylog::{DirtyLog, Known, LogFile, log_bytes};
+use crate::ledger::{CopyLimits, Ledger};
 
 const POINT: Point = Point { generation: Generation(1), epoch: EpochId(1) };
 
@@ -136,4 +143,42 @@ fn a_verify_is_limited_by_answers_only() {
     let number = board.verify_status(now).unwrap().number;
     board.verify(now);
     assert_eq!(board.verify_status(now).unwrap().number, number, "the one that runs");
+}
+
+/// Would catch a bad sector, which no guest may ever ask for, that ends the session each time that the scrub comes to it.
+#[test]
+fn what_the_disk_does_not_give_is_left_out() {
+    const SIZE: u64 = 700 * BLOCK_BYTES;
+    let disk = FaultDevice::new(Arc::new(MemoryDevice::new(SIZE)));
+    for at in [10, 300, 699] {
+        disk.write(at * BLOCK_BYTES, Buf::copy_of(&[7; 4096])).now_or_never().unwrap().unwrap();
+    }
+    // EIO.
+    disk.inject(Fault::always(Operation::Read, 5).within(300 * BLOCK_BYTES..301 * BLOCK_BYTES));
+    let devices: Vec<Arc<dyn BlockDevice>> = vec![Arc::new(disk)];
+    let none = || DirtyMap::new(SIZE);
+    let limits = CopyLimits { memory_bytes: 1 << 20, spill_bytes: 0 };
+    let ledger = Ledger::new(vec![SIZE], limits, vec![Known { suspect: none(), dirty: none() }]);
+    ledger.follow(Generation(1), Some(EpochId(1)));
+    let log = LogFile { name: "log".to_owned(), device: Arc::new(MemoryDevice::new(log_bytes(SIZE))), volume_bytes: SIZE };
+    let (log, _) = DirtyLog::open(vec![log]).now_or_never().unwrap().unwrap();
+    let now = Instant::now();
+    let board = Board::new("db".parse().unwrap(), &[("root".parse().unwrap(), SIZE)], None, 0, now);
+    board.verify(now);
+    let (queue, mut items) = FrameQueue::new(1 << 20);
+    let scrub = Scrub { ledger: &ledger, log: &log, devices: &devices, queue: &queue, board: &board };
+    scrub.step(now).now_or_never().unwrap().unwrap();
+    let Ok(Item::Scrub(message)) = items.try_recv() else { panic!("nothing was asked") };
+    let asked: Vec<_> = message.runs.iter().map(|run| (run.extent.start.0, run.extent.blocks)).collect();
+    assert_eq!(asked, [(0, 256), (512, 188)]);
+    let outcome = ScrubOutcome::Compared { differing: vec![1] };
+    scrub.answered(Scrubbed { id: message.id, outcome }, now).now_or_never().unwrap().unwrap();
+    let status = board.verify_status(now).unwrap();
+    assert!(!status.running && status.done_bytes == status.total_bytes);
+    assert_eq!((status.unreadable_bytes, status.differing_bytes), (256 * BLOCK_BYTES, 188 * BLOCK_BYTES));
+    assert_eq!(
+        (ledger.open_bytes(), log.covers(&crate::ledger::Range { volume: 0, first: 512, count: 188 })),
+        (188 * BLOCK_BYTES, true)
+    );
+    assert!(scrub.answered(Scrubbed { id: message.id, outcome: ScrubOutcome::Stale }, now).now_or_never().unwrap().is_err());
 }
