@@ -21,7 +21,7 @@ pub use crash::CrashDevice;
 pub use delay::DelayDevice;
 pub use device::{BlockDevice, Extent, ExtentKind, IoFuture, ZeroMode};
 pub use fault::{Fault, FaultDevice, Operation};
-pub use file::{FileDevice, FileError, OpenOptions};
+pub use file::{FileDevice, FileError, OpenOptions, UncachedReader};
 pub use memory::MemoryDevice;
 pub use ranges::{RangeGuard, RangeLocks};
 pub use uring::{IoThreads, SharedFile};

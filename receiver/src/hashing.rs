@@ -1,5 +1,5 @@
-//! Answers hash queries of primaries from views, on a thread of its own at low priority: a comparison of a whole disk must not
-//! delay an activated copy.
+//! Answers hash queries of primaries from views, on threads of its own at low priority: a comparison of a whole disk must not
+//! delay an activated copy. Each query is answered by one thread; several queries use several processors.
 //!
 //! Holes are not read: the hash of zeroes is computed once an answer.
 
@@ -13,12 +13,14 @@ use proto::hashes::{Hash, HashQuery, Hashes, hash_chunks};
 use crate::core::Cause;
 use crate::view::View;
 
-/// Niceness of the hashing thread.
+/// Niceness of the hashing threads.
 const NICE: i32 = 10;
+/// Threads at most: four hash some 18 GB/s, which is more than disks read.
+const THREADS_MAX: usize = 4;
 /// Most bytes read at once, if a granule is not longer.
 const READ_BYTES_MAX: u64 = 1 << 20;
 
-/// The thread.
+/// The threads: as many as there are processors, up to a limit.
 #[derive(Debug)]
 pub(crate) struct Hasher {
     io: IoThreads,
@@ -26,13 +28,16 @@ pub(crate) struct Hasher {
 
 impl Hasher {
     pub(crate) fn new() -> io::Result<Self> {
-        let io = IoThreads::new(1)?;
-        io.spawn(|| async {
-            // Zero is this very thread. Without the right to be nicer nothing breaks.
-            if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-                tracing::debug!(%error, "the hashing thread keeps its priority");
-            }
-        });
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let io = IoThreads::new(processors.min(THREADS_MAX))?;
+        for index in 0..io.count() {
+            io.spawn_on(index, || async {
+                // Zero is that very thread. Without the right to be nicer nothing breaks.
+                if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+                    tracing::debug!(%error, "a hashing thread keeps its priority");
+                }
+            });
+        }
         Ok(Self { io })
     }
 
@@ -57,6 +62,8 @@ pub(crate) async fn hashes(view: &dyn BlockDevice, query: &HashQuery) -> io::Res
     let end = query.end() * BLOCK_BYTES;
     let mut hashes = Vec::with_capacity(query.count());
     let mut zero: Option<Hash> = None;
+    // One for all pieces: a fresh one of this size costs as much as hashing it.
+    let mut content = Buf::zeroed(piece_bytes.min(end.saturating_sub(query.start.0 * BLOCK_BYTES)) as usize);
     let mut at = query.start.0 * BLOCK_BYTES;
     while at < end {
         let piece = piece_bytes.min(end - at);
@@ -67,9 +74,11 @@ pub(crate) async fn hashes(view: &dyn BlockDevice, query: &HashQuery) -> io::Res
             let zero = *zero.get_or_insert_with(|| *blake3_zeroes(chunk_bytes));
             hashes.extend((0..piece / chunk_bytes).map(|_| zero));
         } else {
-            let mut content = view.read(at, Buf::zeroed(inside as usize)).await?;
-            // What lies between the volume's end and its last block's was allocated zeroed and never written.
+            content.set_len(inside as usize);
+            content = view.read(at, content).await?;
+            // What lies between the volume's end and its last block's is hashed as zeroes.
             content.set_len(piece as usize);
+            content.iter_mut().skip(inside as usize).for_each(|byte| *byte = 0);
             hashes.extend(hash_chunks(&content, query.chunk_blocks));
         }
         at += piece;

@@ -378,6 +378,8 @@ impl Session {
             None => {
                 let index = group.shared.state.read().index.clone();
                 let views = views(&group.shared, index).map_err(|error| Arc::new(error) as Cause)?;
+                let views: Result<Vec<View>, _> = views.into_iter().map(View::in_bulk).collect();
+                let views = views.map_err(|error| Arc::new(error) as Cause)?;
                 Arc::clone(self.compared.insert(Arc::new(views)))
             }
         };

@@ -8,7 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, ZeroMode};
+use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, UncachedReader, ZeroMode};
 use proto::units::BLOCK_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
@@ -25,6 +25,8 @@ pub struct View {
     size: u64,
     base: SharedFile,
     base_path: PathBuf,
+    /// Reads the base for whoever goes through all of it.
+    bulk: Option<UncachedReader>,
 }
 
 /// The views of all volumes of a group from one index.
@@ -37,7 +39,7 @@ pub(crate) fn views(shared: &Arc<Shared>, index: Index) -> Result<Vec<View>, Gro
             what: "open the base of",
             source,
         })?;
-        Ok(View { shared: Arc::clone(shared), index: Arc::clone(&index), volume, size: spec.size_bytes, base, base_path })
+        Ok(View { shared: Arc::clone(shared), index: Arc::clone(&index), volume, size: spec.size_bytes, base, base_path, bulk: None })
     };
     shared.volumes.iter().enumerate().map(view).collect()
 }
@@ -69,7 +71,7 @@ impl View {
             let part = buf.get_mut(from..from + bytes as usize).unwrap_or_default();
             match place {
                 Place::Zero => part.fill(0),
-                Place::Base => self.read_base(at, part).await?,
+                Place::Base => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
                 Place::Frame(frame) => {
                     let decoded = self.shared.frames.load(frame).await.map_err(logged)?;
                     self.copy(&decoded, at, part).ok_or_else(|| logged(self.shared.frames.mismatch(frame)))?;
@@ -100,13 +102,20 @@ impl View {
         Ok(())
     }
 
-    async fn read_base(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
-        let read = self.base.read_exact_at(at, Buf::zeroed(part.len())).await;
-        let content = read.inspect_err(|error| {
+    /// The same view, for a reader of all of it: what the page cache does not have of the base is read past it.
+    pub(crate) fn in_bulk(self) -> io::Result<Self> {
+        let bulk = UncachedReader::over(self.base.file(), self.size)?;
+        Ok(Self { bulk, ..self })
+    }
+
+    async fn read_base(&self, at: u64, buf: Buf) -> io::Result<Buf> {
+        let read = match &self.bulk {
+            Some(bulk) => bulk.read(at, buf).await,
+            None => self.base.read_exact_at(at, buf).await,
+        };
+        read.inspect_err(|error| {
             tracing::error!("{}: cannot read the base at offset {at}: {error}", self.base_path.display());
-        })?;
-        part.copy_from_slice(&content);
-        Ok(())
+        })
     }
 
     /// Copies the content of a frame from byte `at` on; `None` if the frame does not hold all of it.
@@ -180,6 +189,12 @@ impl BlockDevice for View {
 
     fn read<'a>(&'a self, offset: u64, mut buf: Buf) -> IoFuture<'a, Buf> {
         Box::pin(async move {
+            // All of it from the base needs no second buffer.
+            if let Some((Place::Base, _, bytes)) = self.pieces(offset, buf.len() as u64).next()
+                && bytes == buf.len() as u64
+            {
+                return self.read_base(offset, buf).await;
+            }
             self.fill(offset, &mut buf).await?;
             Ok(buf)
         })

@@ -3,6 +3,7 @@
 //! Suspect are the blocks of which nobody knows whether the copy has them: after an unclean stop those of the regions that the dirty log
 //! has marked, after a loss of the history all. A suspect range is hashed in granules of 64 KiB at both sides, a granule that
 //! differs again block by block. Questions are pipelined; nothing is committed meanwhile, so all answers are of one point.
+//! The primary's side is read past the page cache and hashed on threads of its own, as nice to guests as the capture thread.
 //!
 //! A guest may write while its blocks are compared: such a write marks its blocks in the open map before it is issued, so whatever
 //! this comes to about them, they are sent.
@@ -14,7 +15,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockdev::{BlockDevice, Buf, ExtentKind};
+use blockdev::{BlockDevice, Buf, ExtentKind, IoThreads};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::hashes::{HASHES_MAX, Hash, HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX, hash_chunks};
 use proto::units::{BLOCK_BYTES, blocks_of};
@@ -23,22 +24,35 @@ use tokio::sync::mpsc;
 
 use crate::capture::{CaptureError, FrameQueue, Item};
 use crate::ledger::Ledger;
-use crate::tap::read_blocks;
 
 /// Granule of the first question.
 const CHUNK_BLOCKS: u32 = 16;
 /// Blocks of a first question: 16 MiB.
 const QUERY_BLOCKS: u64 = 4096;
-/// Blocks read and hashed at once: 1 MiB, whole granules of every question.
+/// Blocks read and hashed at once: 1 MiB, whole granules of every question. As many are read ahead as questions are in flight.
 const PIECE_BLOCKS: u32 = 256;
+/// Threads that hash, at most: four hash some 18 GB/s, which is more than disks read.
+const HASHERS_MAX: usize = 4;
+/// Their niceness: that of capture.
+const NICE: i32 = 10;
 
-/// How far the comparison is, for `status`.
+/// How far the comparison is, for `status`, and by how many threads it is made.
 #[derive(Debug, Default)]
 pub(crate) struct CompareCounters {
+    /// Threads that hash. Without any the task that compares hashes itself, as the simulator needs it.
+    pub(crate) hashers: usize,
     /// Bytes compared since the start of the process.
     pub(crate) compared_bytes: AtomicU64,
     /// Bytes of them that differed.
     pub(crate) differing_bytes: AtomicU64,
+}
+
+impl CompareCounters {
+    /// As many threads as there are processors, up to a limit.
+    pub(crate) fn on_all_processors() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self { hashers: processors.min(HASHERS_MAX), ..Self::default() }
+    }
 }
 
 /// One comparison, and what it needs.
@@ -60,14 +74,23 @@ impl Compare<'_> {
     /// # Errors
     /// [`CaptureError`]; what was compared until then stays so.
     pub(crate) async fn run(mut self) -> Result<(), CaptureError> {
+        let threads = match self.counters.hashers {
+            0 => None,
+            // They end with the comparison.
+            count => threads(count)
+                .inspect_err(|error| tracing::warn!(%error, "cannot start threads that hash; the capture thread hashes"))
+                .ok(),
+        };
         for volume in 0..self.devices.len() {
-            self.volume(volume).await?;
+            self.volume(volume, threads.as_ref()).await?;
         }
         Ok(())
     }
 
-    async fn volume(&mut self, volume: usize) -> Result<(), CaptureError> {
-        let device = &*self.devices[volume];
+    async fn volume(&mut self, volume: usize, threads: Option<&IoThreads>) -> Result<(), CaptureError> {
+        let all = BlockExtent { start: BlockIndex(0), blocks: 0 };
+        let uncached = self.devices[volume].uncached().map_err(|source| unread(volume, all, source))?;
+        let device = uncached.unwrap_or_else(|| self.devices[volume].clone());
         let mut hashing: FuturesOrdered<Hashing<'_>> = FuturesOrdered::new();
         let mut closer: VecDeque<BlockExtent> = VecDeque::new();
         let (mut at, mut next_id) = (0, 0_u32);
@@ -92,7 +115,14 @@ impl Compare<'_> {
                 };
                 next_id = next_id.wrapping_add(1);
                 self.queue.mark(Item::Query(query))?;
-                hashing.push_back(Box::pin(hash(device, volume, query)));
+                let device = device.clone();
+                hashing.push_back(match threads {
+                    None => Box::pin(async move { hash(&*device, volume, query).await }),
+                    Some(threads) => {
+                        let hashed = threads.call(move || async move { hash(&*device, volume, query).await });
+                        Box::pin(async move { hashed.await.map_err(|source| unread(volume, range, source))? })
+                    }
+                });
             }
             if hashing.is_empty() {
                 return Ok(());
@@ -157,41 +187,71 @@ impl Compare<'_> {
     }
 }
 
+/// Threads that hash.
+fn threads(count: usize) -> io::Result<IoThreads> {
+    let threads = IoThreads::new(count)?;
+    for index in 0..count {
+        threads.spawn_on(index, || async {
+            // Zero is that very thread. Without the right to be nicer nothing breaks.
+            if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+                tracing::debug!(%error, "a hashing thread keeps its priority");
+            }
+        });
+    }
+    Ok(threads)
+}
+
 /// Hashes a range of the primary's disk as the receiver hashes its view, piece by piece: what was just read is still in the
 /// processor's cache when it is hashed, and holes are not read.
 async fn hash(device: &dyn BlockDevice, volume: usize, query: HashQuery) -> Result<(HashQuery, Vec<Hash>), CaptureError> {
     let mut hashes = Vec::with_capacity(query.count());
     let mut zero = None;
+    // One for all pieces: a fresh one of this size costs as much as hashing it.
+    let mut buf = Buf::zeroed((PIECE_BLOCKS.min(query.blocks) as u64 * BLOCK_BYTES) as usize);
     let mut at = query.start.0;
     while at < query.end() {
         let piece = BlockExtent { start: BlockIndex(at), blocks: PIECE_BLOCKS.min((query.end() - at) as u32) };
         at = piece.end();
-        let content = content(device, piece).await.map_err(|source| {
-            let (offset, bytes) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
-            CaptureError::Read { volume, offset, bytes, source }
-        })?;
-        match content {
-            Some(content) => hashes.extend(hash_chunks(&content, query.chunk_blocks)),
-            None => {
-                let zero = *zero.get_or_insert_with(|| {
-                    let zeroes = Buf::zeroed(query.chunk_blocks as usize * BLOCK_BYTES as usize);
-                    hash_chunks(&zeroes, query.chunk_blocks).next().unwrap_or_default()
-                });
-                hashes.extend(std::iter::repeat_n(zero, (piece.blocks / query.chunk_blocks) as usize));
-            }
+        let failed = |source| unread(volume, piece, source);
+        if is_hole(device, piece).await.map_err(failed)? {
+            let zero = *zero.get_or_insert_with(|| {
+                let zeroes = Buf::zeroed(query.chunk_blocks as usize * BLOCK_BYTES as usize);
+                hash_chunks(&zeroes, query.chunk_blocks).next().unwrap_or_default()
+            });
+            hashes.extend(std::iter::repeat_n(zero, (piece.blocks / query.chunk_blocks) as usize));
+        } else {
+            buf = read_into(device, piece, buf).await.map_err(failed)?;
+            hashes.extend(hash_chunks(&buf, query.chunk_blocks));
         }
     }
     Ok((query, hashes))
 }
 
-/// `None` for a hole, if all its granules are whole.
-async fn content(device: &dyn BlockDevice, piece: BlockExtent) -> io::Result<Option<Buf>> {
+fn unread(volume: usize, range: BlockExtent, source: io::Error) -> CaptureError {
+    let (offset, bytes) = (range.start.0 * BLOCK_BYTES, u64::from(range.blocks) * BLOCK_BYTES);
+    CaptureError::Read { volume, offset, bytes, source }
+}
+
+/// Whether all of a piece is a hole, in whole granules.
+async fn is_hole(device: &dyn BlockDevice, piece: BlockExtent) -> io::Result<bool> {
     let (offset, bytes) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
-    if piece.blocks.is_multiple_of(CHUNK_BLOCKS) && offset + bytes <= device.size() {
-        let extents = device.extents(offset, bytes, 1).await?;
-        if extents.first().is_some_and(|e| e.kind != ExtentKind::Data && e.length >= bytes) {
-            return Ok(None);
-        }
+    if !piece.blocks.is_multiple_of(CHUNK_BLOCKS) || offset + bytes > device.size() {
+        return Ok(false);
     }
-    read_blocks(device, piece).await.map(Some)
+    let extents = device.extents(offset, bytes, 1).await?;
+    Ok(extents.first().is_some_and(|e| e.kind != ExtentKind::Data && e.length >= bytes))
+}
+
+/// Reads whole blocks into `buf`, which has room for them; a partial last block is padded with zeroes.
+async fn read_into(device: &dyn BlockDevice, piece: BlockExtent, mut buf: Buf) -> io::Result<Buf> {
+    let (offset, whole) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
+    let inside = whole.min(device.size().saturating_sub(offset)) as usize;
+    buf.set_len(inside);
+    let mut buf = match device.try_read(offset, &mut buf) {
+        Some(result) => result.map(|()| buf)?,
+        None => device.read(offset, buf).await?,
+    };
+    buf.set_len(whole as usize);
+    buf.iter_mut().skip(inside).for_each(|byte| *byte = 0);
+    Ok(buf)
 }

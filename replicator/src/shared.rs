@@ -91,7 +91,7 @@ impl Shared {
             tuning,
             ledger,
             log,
-            compared: CompareCounters::default(),
+            compared: CompareCounters::on_all_processors(),
             counters: CaptureCounters::default(),
             sent_bytes: AtomicU64::new(0),
             epochs_merged: AtomicU64::new(0),

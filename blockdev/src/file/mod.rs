@@ -11,6 +11,7 @@ mod direct;
 mod error;
 mod gate;
 mod lock;
+mod uncached;
 
 use std::fs::File;
 use std::io;
@@ -23,6 +24,7 @@ use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, seek};
 use rustix::io::ReadWriteFlags;
 
 pub use error::FileError;
+pub use uncached::UncachedReader;
 
 use crate::ranges::RangeLocks;
 use crate::uring::SharedFile;
@@ -312,6 +314,14 @@ impl BlockDevice for FileDevice {
         let file = reopen(self.file.file(), std::fs::OpenOptions::new().read(true))?;
         cache::no_read_ahead(&file)?;
         Ok(Some(Arc::new(Self::over(file, None, self.size, true, self.block_device))))
+    }
+
+    fn uncached(&self) -> io::Result<Option<Arc<dyn BlockDevice>>> {
+        if self.direct.is_some() {
+            return Ok(None);
+        }
+        let reader = UncachedReader::over(self.file.file(), self.size)?;
+        Ok(reader.map(|reader| Arc::new(reader) as Arc<dyn BlockDevice>))
     }
 
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
