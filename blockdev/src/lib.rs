@@ -13,6 +13,7 @@ mod file;
 mod memory;
 pub mod nbd;
 mod ranges;
+mod scan;
 mod uring;
 mod waits;
 
@@ -24,4 +25,5 @@ pub use fault::{Fault, FaultDevice, Operation};
 pub use file::{FileDevice, FileError, OpenOptions, UncachedReader};
 pub use memory::MemoryDevice;
 pub use ranges::{RangeGuard, RangeLocks};
+pub use scan::{Piece, SCAN_PIECE_BYTES, scan};
 pub use uring::{IoThreads, SharedFile};

@@ -6,9 +6,9 @@
 use std::io;
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, Buf, ExtentKind, IoThreads};
+use blockdev::{BlockDevice, IoThreads, Piece, scan};
 use proto::BLOCK_BYTES;
-use proto::hashes::{Hash, HashQuery, Hashes, hash_chunks};
+use proto::hashes::{HashQuery, Hashes, hash_chunks, hash_of_zeroes};
 
 use crate::core::Cause;
 use crate::view::View;
@@ -17,8 +17,6 @@ use crate::view::View;
 const NICE: i32 = 10;
 /// Threads at most: four hash some 18 GB/s, which is more than disks read.
 const THREADS_MAX: usize = 4;
-/// Most bytes read at once, if a granule is not longer.
-const READ_BYTES_MAX: u64 = 1 << 20;
 
 /// The threads: as many as there are processors, up to a limit.
 #[derive(Debug)]
@@ -57,55 +55,35 @@ impl Hasher {
 
 /// The answer to `query` from one volume.
 pub(crate) async fn hashes(view: &dyn BlockDevice, query: &HashQuery) -> io::Result<Hashes> {
-    let chunk_bytes = u64::from(query.chunk_blocks) * BLOCK_BYTES;
-    let piece_bytes = (READ_BYTES_MAX / chunk_bytes).max(1) * chunk_bytes;
-    let end = query.end() * BLOCK_BYTES;
-    let mut hashes = Vec::with_capacity(query.count());
-    let mut zero: Option<Hash> = None;
-    // One for all pieces: a fresh one of this size costs as much as hashing it.
-    let mut content = Buf::zeroed(piece_bytes.min(end.saturating_sub(query.start.0 * BLOCK_BYTES)) as usize);
-    let mut at = query.start.0 * BLOCK_BYTES;
-    while at < end {
-        let piece = piece_bytes.min(end - at);
-        let inside = piece.min(view.size().saturating_sub(at));
-        let extents = view.extents(at, inside, 1).await?;
-        let hole = extents.first().is_some_and(|e| e.kind != ExtentKind::Data && e.length >= inside);
-        if hole && piece.is_multiple_of(chunk_bytes) {
-            let zero = *zero.get_or_insert_with(|| *blake3_zeroes(chunk_bytes));
-            hashes.extend((0..piece / chunk_bytes).map(|_| zero));
-        } else {
-            content.set_len(inside as usize);
-            content = view.read(at, content).await?;
-            // What lies between the volume's end and its last block's is hashed as zeroes.
-            content.set_len(piece as usize);
-            content.iter_mut().skip(inside as usize).for_each(|byte| *byte = 0);
-            hashes.extend(hash_chunks(&content, query.chunk_blocks));
+    let granule = u64::from(query.chunk_blocks) * BLOCK_BYTES;
+    let (offset, length) = (query.start.0 * BLOCK_BYTES, u64::from(query.blocks) * BLOCK_BYTES);
+    let (mut hashes, mut zero) = (Vec::with_capacity(query.count()), None);
+    let scanned = scan(view, offset, length, granule, |piece| match piece {
+        Piece::Data(content) => hashes.extend(hash_chunks(content, query.chunk_blocks)),
+        Piece::Hole(bytes) => {
+            let zero = *zero.get_or_insert_with(|| hash_of_zeroes(query.chunk_blocks));
+            hashes.extend(std::iter::repeat_n(zero, (bytes / granule) as usize));
         }
-        at += piece;
-    }
+    });
+    scanned.await.map_err(|(_, error)| error)?;
     Ok(Hashes { id: query.id, hashes })
-}
-
-fn blake3_zeroes(bytes: u64) -> Box<Hash> {
-    let zeroes = Buf::zeroed(bytes as usize);
-    Box::new(hash_chunks(&zeroes, (bytes / BLOCK_BYTES) as u32).next().unwrap_or_default())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockdev::MemoryDevice;
+    use blockdev::{Buf, MemoryDevice, SCAN_PIECE_BYTES};
     use proto::{BlockIndex, VolumeIndex};
 
     /// Holes, data, granules that straddle both, and a volume whose last block is partial.
     #[test]
     fn hashes_are_those_of_the_padded_blocks() {
-        let size = 5 * READ_BYTES_MAX + 1000;
+        let size = 5 * SCAN_PIECE_BYTES + 1000;
         let disk = Arc::new(MemoryDevice::new(size));
         let io = IoThreads::new(1).unwrap();
         let writer = disk.clone();
         io.block_on(move || async move {
-            for at in [70_000, READ_BYTES_MAX + 5, size - 10] {
+            for at in [70_000, SCAN_PIECE_BYTES + 5, size - 10] {
                 writer.write(at, Buf::copy_of(&[7; 10])).await.unwrap();
             }
         })

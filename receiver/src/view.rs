@@ -39,7 +39,15 @@ pub(crate) fn views(shared: &Arc<Shared>, index: Index) -> Result<Vec<View>, Gro
             what: "open the base of",
             source,
         })?;
-        Ok(View { shared: Arc::clone(shared), index: Arc::clone(&index), volume, size: spec.size_bytes, base, base_path, bulk: None })
+        Ok(View {
+            shared: Arc::clone(shared),
+            index: Arc::clone(&index),
+            volume,
+            size: spec.size_bytes,
+            base,
+            base_path,
+            bulk: None,
+        })
     };
     shared.volumes.iter().enumerate().map(view).collect()
 }

@@ -15,9 +15,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockdev::{BlockDevice, Buf, ExtentKind, IoThreads};
+use blockdev::{BlockDevice, IoThreads, Piece, SCAN_PIECE_BYTES, scan};
 use futures_util::stream::{FuturesOrdered, StreamExt};
-use proto::hashes::{HASHES_MAX, Hash, HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX, hash_chunks};
+use proto::hashes::{HASHES_MAX, Hash, HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX, hash_chunks, hash_of_zeroes};
 use proto::units::{BLOCK_BYTES, blocks_of};
 use proto::{BlockExtent, BlockIndex, VolumeIndex};
 use tokio::sync::mpsc;
@@ -29,8 +29,6 @@ use crate::ledger::Ledger;
 const CHUNK_BLOCKS: u32 = 16;
 /// Blocks of a first question: 16 MiB.
 const QUERY_BLOCKS: u64 = 4096;
-/// Blocks read and hashed at once: 1 MiB, whole granules of every question. As many are read ahead as questions are in flight.
-const PIECE_BLOCKS: u32 = 256;
 /// Threads that hash, at most: four hash some 18 GB/s, which is more than disks read.
 const HASHERS_MAX: usize = 4;
 /// Their niceness: that of capture.
@@ -76,6 +74,7 @@ impl Compare<'_> {
     pub(crate) async fn run(mut self) -> Result<(), CaptureError> {
         let threads = match self.counters.hashers {
             0 => None,
+            _ if self.ledger.suspect_bytes() == 0 => None,
             // They end with the comparison.
             count => threads(count)
                 .inspect_err(|error| tracing::warn!(%error, "cannot start threads that hash; the capture thread hashes"))
@@ -201,57 +200,23 @@ fn threads(count: usize) -> io::Result<IoThreads> {
     Ok(threads)
 }
 
-/// Hashes a range of the primary's disk as the receiver hashes its view, piece by piece: what was just read is still in the
-/// processor's cache when it is hashed, and holes are not read.
+/// Hashes a range of the primary's disk as the receiver hashes its view.
 async fn hash(device: &dyn BlockDevice, volume: usize, query: HashQuery) -> Result<(HashQuery, Vec<Hash>), CaptureError> {
-    let mut hashes = Vec::with_capacity(query.count());
-    let mut zero = None;
-    // One for all pieces: a fresh one of this size costs as much as hashing it.
-    let mut buf = Buf::zeroed((PIECE_BLOCKS.min(query.blocks) as u64 * BLOCK_BYTES) as usize);
-    let mut at = query.start.0;
-    while at < query.end() {
-        let piece = BlockExtent { start: BlockIndex(at), blocks: PIECE_BLOCKS.min((query.end() - at) as u32) };
-        at = piece.end();
-        let failed = |source| unread(volume, piece, source);
-        if is_hole(device, piece).await.map_err(failed)? {
-            let zero = *zero.get_or_insert_with(|| {
-                let zeroes = Buf::zeroed(query.chunk_blocks as usize * BLOCK_BYTES as usize);
-                hash_chunks(&zeroes, query.chunk_blocks).next().unwrap_or_default()
-            });
-            hashes.extend(std::iter::repeat_n(zero, (piece.blocks / query.chunk_blocks) as usize));
-        } else {
-            buf = read_into(device, piece, buf).await.map_err(failed)?;
-            hashes.extend(hash_chunks(&buf, query.chunk_blocks));
+    let granule = u64::from(query.chunk_blocks) * BLOCK_BYTES;
+    let (offset, length) = (query.start.0 * BLOCK_BYTES, u64::from(query.blocks) * BLOCK_BYTES);
+    let (mut hashes, mut zero) = (Vec::with_capacity(query.count()), None);
+    let scanned = scan(device, offset, length, granule, |piece| match piece {
+        Piece::Data(content) => hashes.extend(hash_chunks(content, query.chunk_blocks)),
+        Piece::Hole(bytes) => {
+            let zero = *zero.get_or_insert_with(|| hash_of_zeroes(query.chunk_blocks));
+            hashes.extend(std::iter::repeat_n(zero, (bytes / granule) as usize));
         }
-    }
+    });
+    scanned.await.map_err(|(offset, source)| CaptureError::Read { volume, offset, bytes: SCAN_PIECE_BYTES, source })?;
     Ok((query, hashes))
 }
 
 fn unread(volume: usize, range: BlockExtent, source: io::Error) -> CaptureError {
     let (offset, bytes) = (range.start.0 * BLOCK_BYTES, u64::from(range.blocks) * BLOCK_BYTES);
     CaptureError::Read { volume, offset, bytes, source }
-}
-
-/// Whether all of a piece is a hole, in whole granules.
-async fn is_hole(device: &dyn BlockDevice, piece: BlockExtent) -> io::Result<bool> {
-    let (offset, bytes) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
-    if !piece.blocks.is_multiple_of(CHUNK_BLOCKS) || offset + bytes > device.size() {
-        return Ok(false);
-    }
-    let extents = device.extents(offset, bytes, 1).await?;
-    Ok(extents.first().is_some_and(|e| e.kind != ExtentKind::Data && e.length >= bytes))
-}
-
-/// Reads whole blocks into `buf`, which has room for them; a partial last block is padded with zeroes.
-async fn read_into(device: &dyn BlockDevice, piece: BlockExtent, mut buf: Buf) -> io::Result<Buf> {
-    let (offset, whole) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
-    let inside = whole.min(device.size().saturating_sub(offset)) as usize;
-    buf.set_len(inside);
-    let mut buf = match device.try_read(offset, &mut buf) {
-        Some(result) => result.map(|()| buf)?,
-        None => device.read(offset, buf).await?,
-    };
-    buf.set_len(whole as usize);
-    buf.iter_mut().skip(inside).for_each(|byte| *byte = 0);
-    Ok(buf)
 }

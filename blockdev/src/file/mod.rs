@@ -48,7 +48,7 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Create the file, sparse, with this size in bytes if it is not there (or is empty); an existing one must have this size.
     pub create_size: Option<u64>,
-    /// Begin with an empty page cache for the file where what is cached in large pieces makes small writes slow: on ext4 each write
+    /// Empty the page cache of the file, behind the first requests, where what is cached in large pieces makes small writes slow: on ext4 each write
     /// walks all 4 KiB buffers of the folio it hits, up to 512 of them. Whoever made the image left such folios.
     pub drop_cached: bool,
 }
@@ -69,6 +69,7 @@ pub struct FileDevice {
     /// Cleared when the file system turned out not to know the call.
     can_punch: AtomicBool,
     can_zero_range: AtomicBool,
+    _dropping: Option<cache::Dropping>,
 }
 
 impl FileDevice {
@@ -114,11 +115,12 @@ impl FileDevice {
             file.set_len(wanted_bytes).map_err(prepare("cannot set its size"))?;
             size = wanted_bytes;
         }
+        let mut dropping = None;
         if options.drop_cached && cache::large_folios_are_slow(&file) {
-            cache::drop_clean(&file).map_err(prepare("cannot drop its cached pages"))?;
+            dropping = Some(cache::drop_clean_behind(&file, size).map_err(prepare("cannot drop its cached pages"))?);
         }
         let direct = if options.direct { Some(SharedFile::new(open_direct(path, &file, writable)?)) } else { None };
-        Ok(Self::over(file, direct, size, options.read_only, block_device))
+        Ok(Self { _dropping: dropping, ..Self::over(file, direct, size, options.read_only, block_device) })
     }
 
     fn over(file: File, direct: Option<SharedFile>, size: u64, read_only: bool, block_device: bool) -> Self {
@@ -133,6 +135,7 @@ impl FileDevice {
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
             can_zero_range: AtomicBool::new(true),
+            _dropping: None,
         }
     }
 

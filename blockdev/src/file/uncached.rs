@@ -107,18 +107,18 @@ impl BlockDevice for UncachedReader {
 
 /// Pages of a range of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct CachedPages {
+pub(super) struct CachedPages {
     /// In the page cache.
-    present: u64,
+    pub(super) present: u64,
     /// Of them not on the disk yet, or on their way to it.
-    unwritten: u64,
+    pub(super) unwritten: u64,
 }
 
 /// Number of cachestat(2), the same on all architectures; `libc` does not have it on all of them.
 const SYS_CACHESTAT: libc::c_long = 451;
 
 /// cachestat(2).
-fn cached_pages(file: &File, offset: u64, length: u64) -> io::Result<CachedPages> {
+pub(super) fn cached_pages(file: &File, offset: u64, length: u64) -> io::Result<CachedPages> {
     /// `struct cachestat_range` of `include/uapi/linux/mman.h`.
     #[repr(C)]
     struct Range {
