@@ -6,6 +6,7 @@ use std::env;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -27,6 +28,7 @@ pub(crate) struct Bench {
     seconds: Option<u32>,
     commands: RefCell<Vec<String>>,
     logs: Cell<u32>,
+    started: Instant,
 }
 
 impl Bench {
@@ -55,6 +57,7 @@ impl Bench {
             seconds: options.seconds,
             commands: RefCell::default(),
             logs: Cell::new(0),
+            started: Instant::now(),
         })
     }
 
@@ -68,6 +71,11 @@ impl Bench {
         let n = self.logs.get();
         self.logs.set(n + 1);
         format!("{name}{n}")
+    }
+
+    /// How long the experiment has been running.
+    pub(crate) fn took(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// Folder of the results.

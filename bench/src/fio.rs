@@ -133,7 +133,10 @@ pub(crate) fn run_watched(
 
 /// Starts `load` and leaves it running: for a server that ends before its client.
 pub(crate) fn start(bench: &Bench, socket: &Path, load: &Load, span: Span) -> Result<Daemon> {
-    Daemon::spawn(bench, "fio", command(socket, load, span))
+    let mut command = command(socket, load, span);
+    // One process, so that nothing of it outlives its end.
+    command.arg("--thread");
+    Daemon::spawn(bench, "fio", command)
 }
 
 /// A request that was answered.

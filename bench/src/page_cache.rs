@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use crate::os;
 
 /// What `dd bs=1M` reads at once.
 const READ_BYTES: usize = 1 << 20;
+const ALIGN: usize = 4096;
 /// More of a file than this in memory after it was dropped, or less than the rest after it was read, and a measurement would say
 /// something else than it means.
 const TOLERATED_SHARE: f64 = 0.01;
@@ -75,6 +77,34 @@ pub(crate) fn read_through(path: &Path) -> Result<f64> {
         }
     }
     Ok(bytes as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Bytes a second of `readers` who share a file among them, 1 MiB at once, past the page cache. The file is whole MiB.
+pub(crate) fn read_past(path: &Path, readers: usize) -> Result<f64> {
+    let failed = || format!("{}: cannot be read past the page cache", path.display());
+    let start = Instant::now();
+    let bytes: Vec<Result<u64>> = thread::scope(|scope| {
+        let share = |first: usize| {
+            let direct = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+            let file = File::options().read(true).custom_flags(direct).open(path).with_context(failed)?;
+            let size = file.metadata().with_context(failed)?.len();
+            // O_DIRECT wants an aligned buffer.
+            let mut room = vec![0_u8; READ_BYTES + ALIGN];
+            let skip = room.as_ptr().align_offset(ALIGN);
+            let buffer = room.get_mut(skip..skip + READ_BYTES).with_context(failed)?;
+            let mut bytes = 0;
+            for at in (0..size).step_by(READ_BYTES).skip(first).step_by(readers) {
+                os::check_stop()?;
+                file.read_exact_at(buffer, at).with_context(failed)?;
+                bytes += READ_BYTES as u64;
+            }
+            Ok(bytes)
+        };
+        let running: Vec<_> = (0..readers).map(|first| scope.spawn(move || share(first))).collect();
+        running.into_iter().map(|r| r.join().unwrap_or_else(|_| bail!("a reader failed"))).collect()
+    });
+    let total = bytes.into_iter().sum::<Result<u64>>()?;
+    Ok(total as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Every file below `folder`. One that goes away meanwhile is left out.

@@ -115,6 +115,7 @@ impl Report {
             "title": self.title,
             "date": utc(SystemTime::now()),
             "quick": bench.quick,
+            "took_s": bench.took().as_secs(),
             "machine": machine(),
             "versions": versions,
             "parameters": self.parameters,
@@ -125,7 +126,7 @@ impl Report {
         let text = serde_json::to_string_pretty(&document).context("cannot write the results as JSON")? + "\n";
         let json = write(bench.out(), &format!("{}.json", self.name), &text)?;
         let svg = write(bench.out(), &format!("{}.svg", self.name), &self.chart.svg())?;
-        println!("\nwritten: {json}, {svg}");
+        println!("\ntook {} s; written: {json}, {svg}", bench.took().as_secs());
         Ok(self.checks.iter().all(|c| c.pass))
     }
 }

@@ -91,6 +91,15 @@ pub trait BlockDevice: Send + Sync + 'static {
         Ok(None)
     }
 
+    /// Another way to the same content, for a reader that goes through all of it once in pieces of a MiB or so: what the page cache
+    /// has comes from there, the rest past it. `None`, the default, if the device itself is as good.
+    ///
+    /// # Errors
+    /// The system's, if it cannot be opened.
+    fn uncached(&self) -> io::Result<Option<Arc<dyn BlockDevice>>> {
+        Ok(None)
+    }
+
     /// Reads at once if that needs no waiting (the page cache has it), else `None` and nothing has happened.
     fn try_read(&self, _offset: u64, _buf: &mut [u8]) -> Option<io::Result<()>> {
         None

@@ -13,6 +13,7 @@ mod file;
 mod memory;
 pub mod nbd;
 mod ranges;
+mod scan;
 mod uring;
 mod waits;
 
@@ -21,7 +22,8 @@ pub use crash::CrashDevice;
 pub use delay::DelayDevice;
 pub use device::{BlockDevice, Extent, ExtentKind, IoFuture, ZeroMode};
 pub use fault::{Fault, FaultDevice, Operation};
-pub use file::{FileDevice, FileError, OpenOptions};
+pub use file::{FileDevice, FileError, OpenOptions, UncachedReader};
 pub use memory::MemoryDevice;
 pub use ranges::{RangeGuard, RangeLocks};
+pub use scan::{Piece, SCAN_PIECE_BYTES, scan};
 pub use uring::{IoThreads, SharedFile};

@@ -117,6 +117,17 @@ pub fn hash_chunks(content: &[u8], chunk_blocks: u32) -> impl Iterator<Item = Ha
     content.chunks(bytes).map(hash)
 }
 
+/// The hash of a granule of zeroes.
+#[must_use]
+pub fn hash_of_zeroes(chunk_blocks: u32) -> Hash {
+    const BLOCK: [u8; BLOCK_BYTES as usize] = [0; BLOCK_BYTES as usize];
+    let mut hasher = blake3::Hasher::new();
+    for _ in 0..chunk_blocks {
+        hasher.update(&BLOCK);
+    }
+    *hasher.finalize().as_bytes()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,5 +168,6 @@ mod tests {
         assert_eq!(hashes.len(), 3);
         assert_eq!(hashes[0], hashes[1]);
         assert_eq!(hashes[2], *blake3::hash(&content[..4096]).as_bytes());
+        assert_eq!(hash_of_zeroes(3), *blake3::hash(&[0; 3 * 4096]).as_bytes());
     }
 }

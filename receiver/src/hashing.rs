@@ -1,25 +1,25 @@
-//! Answers hash queries and scrubs of primaries from views, on a thread of its own at low priority: a comparison of a whole disk must not
-//! delay an activated copy.
+//! Answers hash queries and scrubs of primaries from views, on threads of its own at low priority: a comparison of a whole disk must not
+//! delay an activated copy. Each query is answered by one thread; several queries use several processors.
 //!
 //! Holes are not read: the hash of zeroes is computed once an answer. A granule that is damaged has no hash, which is an answer too.
 
 use std::io;
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, Buf, ExtentKind, IoThreads};
-use proto::hashes::{Hash, HashQuery, Hashes, UNREADABLE, hash, hash_chunks};
+use blockdev::{BlockDevice, IoThreads, Piece, scan};
+use proto::hashes::{Hash, HashQuery, Hashes, UNREADABLE, hash_chunks, hash_of_zeroes};
 use proto::{BLOCK_BYTES, Point, Scrub, Scrubbed};
 
 use crate::core::Cause;
 use crate::scrub::{compare, is_damage};
 use crate::view::View;
 
-/// Niceness of the hashing thread.
+/// Niceness of the hashing threads.
 const NICE: i32 = 10;
-/// Most bytes read at once, if a granule is not longer.
-const READ_BYTES_MAX: u64 = 1 << 20;
+/// Threads at most: four hash some 18 GB/s, which is more than disks read.
+const THREADS_MAX: usize = 4;
 
-/// The thread; clones share it.
+/// The threads: as many as there are processors, up to a limit; clones share them.
 #[derive(Clone, Debug)]
 pub(crate) struct Hasher {
     io: IoThreads,
@@ -27,13 +27,16 @@ pub(crate) struct Hasher {
 
 impl Hasher {
     pub(crate) fn new() -> io::Result<Self> {
-        let io = IoThreads::new(1)?;
-        io.spawn(|| async {
-            // Zero is this very thread. Without the right to be nicer nothing breaks.
-            if let Err(error) = rustix::process::setpriority_process(None, NICE) {
-                tracing::debug!(%error, "the hashing thread keeps its priority");
-            }
-        });
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let io = IoThreads::new(processors.min(THREADS_MAX))?;
+        for index in 0..io.count() {
+            io.spawn_on(index, || async {
+                // Zero is that very thread. Without the right to be nicer nothing breaks.
+                if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+                    tracing::debug!(%error, "a hashing thread keeps its priority");
+                }
+            });
+        }
         Ok(Self { io })
     }
 
@@ -64,70 +67,58 @@ impl Hasher {
 
 /// The answer to `query` from one volume.
 pub(crate) async fn hashes(view: &dyn BlockDevice, query: &HashQuery) -> io::Result<Hashes> {
-    let chunk_bytes = u64::from(query.chunk_blocks) * BLOCK_BYTES;
-    let piece_bytes = (READ_BYTES_MAX / chunk_bytes).max(1) * chunk_bytes;
-    let end = query.end() * BLOCK_BYTES;
-    let mut hashes = Vec::with_capacity(query.count());
-    let mut zero: Option<Hash> = None;
-    let mut at = query.start.0 * BLOCK_BYTES;
-    while at < end {
-        let piece = piece_bytes.min(end - at);
-        let inside = piece.min(view.size().saturating_sub(at));
-        let extents = view.extents(at, inside, 1).await?;
-        let hole = extents.first().is_some_and(|e| e.kind != ExtentKind::Data && e.length >= inside);
-        if hole && piece.is_multiple_of(chunk_bytes) {
-            let zero = *zero.get_or_insert_with(|| *blake3_zeroes(chunk_bytes));
-            hashes.extend((0..piece / chunk_bytes).map(|_| zero));
-        } else {
-            match padded(view, at, piece).await {
-                Ok(content) => hashes.extend(hash_chunks(&content, query.chunk_blocks)),
-                Err(error) if is_damage(&error) => {
-                    for from in (at..at + piece).step_by(chunk_bytes as usize) {
-                        let chunk = padded(view, from, chunk_bytes.min(at + piece - from)).await;
-                        hashes.push(match chunk {
-                            Ok(content) => hash(&content),
-                            Err(error) if is_damage(&error) => UNREADABLE,
-                            Err(error) => return Err(error),
-                        });
-                    }
-                }
-                Err(error) => return Err(error),
-            }
+    let (granule, mut zero) = (u64::from(query.chunk_blocks) * BLOCK_BYTES, None);
+    let (start, length) = (query.start.0 * BLOCK_BYTES, u64::from(query.blocks) * BLOCK_BYTES);
+    let mut hashes = match scanned(view, (start, length), query.chunk_blocks, &mut zero).await {
+        Err(error) if is_damage(&error) => Vec::with_capacity(query.count()),
+        done => return Ok(Hashes { id: query.id, hashes: done? }),
+    };
+    // Somewhere in it is a frame that is damaged: granule by granule.
+    for offset in (start..start + length).step_by(granule as usize) {
+        match scanned(view, (offset, granule.min(start + length - offset)), query.chunk_blocks, &mut zero).await {
+            Ok(one) => hashes.extend(one),
+            Err(error) if is_damage(&error) => hashes.push(UNREADABLE),
+            Err(error) => return Err(error),
         }
-        at += piece;
     }
     Ok(Hashes { id: query.id, hashes })
 }
 
-/// Reads whole blocks, the last one of the volume padded with zeroes.
-async fn padded(view: &dyn BlockDevice, at: u64, bytes: u64) -> io::Result<Buf> {
-    let inside = bytes.min(view.size().saturating_sub(at));
-    let mut content = view.read(at, Buf::zeroed(inside as usize)).await?;
-    // What lies between the volume's end and its last block's was allocated zeroed and never written.
-    content.set_len(bytes as usize);
-    Ok(content)
-}
-
-fn blake3_zeroes(bytes: u64) -> Box<Hash> {
-    let zeroes = Buf::zeroed(bytes as usize);
-    Box::new(hash_chunks(&zeroes, (bytes / BLOCK_BYTES) as u32).next().unwrap_or_default())
+/// Hashes of the granules of `length` bytes from `offset` on; `zero` keeps that of a hole.
+async fn scanned(
+    view: &dyn BlockDevice,
+    (offset, length): (u64, u64),
+    chunk_blocks: u32,
+    zero: &mut Option<Hash>,
+) -> io::Result<Vec<Hash>> {
+    let granule = u64::from(chunk_blocks) * BLOCK_BYTES;
+    let mut hashes = Vec::with_capacity(length.div_ceil(granule) as usize);
+    let scanned = scan(view, offset, length, granule, |piece| match piece {
+        Piece::Data(content) => hashes.extend(hash_chunks(content, chunk_blocks)),
+        Piece::Hole(bytes) => {
+            let zero = *zero.get_or_insert_with(|| hash_of_zeroes(chunk_blocks));
+            hashes.extend(std::iter::repeat_n(zero, (bytes / granule) as usize));
+        }
+    });
+    scanned.await.map_err(|(_, error)| error)?;
+    Ok(hashes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blockdev::MemoryDevice;
+    use blockdev::{Buf, MemoryDevice, SCAN_PIECE_BYTES};
     use proto::{BlockIndex, VolumeIndex};
 
     /// Holes, data, granules that straddle both, and a volume whose last block is partial.
     #[test]
     fn hashes_are_those_of_the_padded_blocks() {
-        let size = 5 * READ_BYTES_MAX + 1000;
+        let size = 5 * SCAN_PIECE_BYTES + 1000;
         let disk = Arc::new(MemoryDevice::new(size));
         let io = IoThreads::new(1).unwrap();
         let writer = disk.clone();
         io.block_on(move || async move {
-            for at in [70_000, READ_BYTES_MAX + 5, size - 10] {
+            for at in [70_000, SCAN_PIECE_BYTES + 5, size - 10] {
                 writer.write(at, Buf::copy_of(&[7; 10])).await.unwrap();
             }
         })

@@ -413,8 +413,9 @@ impl Session {
             None => {
                 let index = group.shared.state.read().index.clone();
                 let views = views(&group.shared, index).map_err(|error| Arc::new(error) as Cause)?;
-                let fresh = views.into_iter().map(View::reading_fresh).collect();
-                Arc::clone(self.compared.insert(Arc::new(fresh)))
+                let views: Result<Vec<View>, _> = views.into_iter().map(|view| view.reading_fresh().in_bulk()).collect();
+                let views = views.map_err(|error| Arc::new(error) as Cause)?;
+                Arc::clone(self.compared.insert(Arc::new(views)))
             }
         };
         let hasher = self.node.hasher().map_err(|error| Arc::new(error) as Cause)?;

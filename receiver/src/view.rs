@@ -8,7 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, ZeroMode};
+use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, UncachedReader, ZeroMode};
 use proto::units::BLOCK_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
@@ -29,6 +29,8 @@ pub struct View {
     base_path: PathBuf,
     /// Set for a comparison with the primary: frames are read from the disk, and what is damaged is counted.
     fresh: Option<FreshFrames>,
+    /// Reads the base for whoever goes through all of it.
+    bulk: Option<UncachedReader>,
 }
 
 /// The view of one volume for a comparison with the primary: what is decoded in memory does not count.
@@ -51,7 +53,7 @@ fn view(shared: &Arc<Shared>, index: &Arc<Index>, volume: usize, spec: &Volume) 
         source,
     })?;
     let (shared, index) = (Arc::clone(shared), Arc::clone(index));
-    Ok(View { shared, index, volume, size: spec.size_bytes, base, base_path, fresh: None })
+    Ok(View { shared, index, volume, size: spec.size_bytes, base, base_path, fresh: None, bulk: None })
 }
 
 impl View {
@@ -96,7 +98,7 @@ impl View {
             let part = buf.get_mut(from..from + bytes as usize).unwrap_or_default();
             match place {
                 Place::Zero => part.fill(0),
-                Place::Base => self.read_base(at, part).await?,
+                Place::Base => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
                 Place::Frame(frame) => {
                     let decoded = self.shared.frames.load(frame, self.fresh.as_ref()).await;
                     let decoded = decoded.map_err(|error| self.failed(error))?;
@@ -138,13 +140,20 @@ impl View {
         io::Error::other(error)
     }
 
-    async fn read_base(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
-        let read = self.base.read_exact_at(at, Buf::zeroed(part.len())).await;
-        let content = read.inspect_err(|error| {
+    /// The same view, for a reader of all of it: what the page cache does not have of the base is read past it.
+    pub(crate) fn in_bulk(self) -> io::Result<Self> {
+        let bulk = UncachedReader::over(self.base.file(), self.size)?;
+        Ok(Self { bulk, ..self })
+    }
+
+    async fn read_base(&self, at: u64, buf: Buf) -> io::Result<Buf> {
+        let read = match &self.bulk {
+            Some(bulk) => bulk.read(at, buf).await,
+            None => self.base.read_exact_at(at, buf).await,
+        };
+        read.inspect_err(|error| {
             tracing::error!("{}: cannot read the base at offset {at}: {error}", self.base_path.display());
-        })?;
-        part.copy_from_slice(&content);
-        Ok(())
+        })
     }
 
     /// Copies the content of a frame from byte `at` on; `None` if the frame does not hold all of it.
@@ -212,6 +221,12 @@ impl BlockDevice for View {
 
     fn read<'a>(&'a self, offset: u64, mut buf: Buf) -> IoFuture<'a, Buf> {
         Box::pin(async move {
+            // All of it from the base needs no second buffer.
+            if let Some((Place::Base, _, bytes)) = self.pieces(offset, buf.len() as u64).next()
+                && bytes == buf.len() as u64
+            {
+                return self.read_base(offset, buf).await;
+            }
             self.fill(offset, &mut buf).await?;
             Ok(buf)
         })

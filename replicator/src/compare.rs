@@ -3,6 +3,7 @@
 //! Suspect are the blocks of which nobody knows whether the copy has them: after an unclean stop those of the regions that the dirty log
 //! has marked, after a loss of the history all. A suspect range is hashed in granules of 64 KiB at both sides, a granule that
 //! differs again block by block. Questions are pipelined; nothing is committed meanwhile, so all answers are of one point.
+//! The primary's side is read past the page cache and hashed on threads of its own, as nice to guests as the capture thread.
 //!
 //! A guest may write while its blocks are compared: such a write marks its blocks in the open map before it is issued, so whatever
 //! this comes to about them, they are sent.
@@ -14,9 +15,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockdev::{BlockDevice, Buf, ExtentKind};
+use blockdev::{BlockDevice, IoThreads, Piece, SCAN_PIECE_BYTES, scan};
 use futures_util::stream::{FuturesOrdered, StreamExt};
-use proto::hashes::{HASHES_MAX, Hash, HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX, hash_chunks};
+use proto::hashes::{HASHES_MAX, Hash, HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX, hash_chunks, hash_of_zeroes};
 use proto::units::{BLOCK_BYTES, blocks_of};
 use proto::{BlockExtent, BlockIndex, VolumeIndex};
 use tokio::sync::mpsc;
@@ -24,22 +25,33 @@ use tokio::sync::mpsc;
 use crate::capture::CaptureError;
 use crate::ledger::Ledger;
 use crate::outbox::{Item, Outbox};
-use crate::tap::read_blocks;
 
 /// Granule of the first question.
 const CHUNK_BLOCKS: u32 = 16;
 /// Blocks of a first question: 16 MiB.
 const QUERY_BLOCKS: u64 = 4096;
-/// Blocks read and hashed at once: 1 MiB, whole granules of every question.
-const PIECE_BLOCKS: u32 = 256;
+/// Threads that hash, at most: four hash some 18 GB/s, which is more than disks read.
+const HASHERS_MAX: usize = 4;
+/// Their niceness: that of capture.
+const NICE: i32 = 10;
 
-/// How far the comparison is, for `status`.
+/// How far the comparison is, for `status`, and by how many threads it is made.
 #[derive(Debug, Default)]
 pub(crate) struct CompareCounters {
+    /// Threads that hash. Without any the task that compares hashes itself, as the simulator needs it.
+    pub(crate) hashers: usize,
     /// Bytes compared since the start of the process.
     pub(crate) compared_bytes: AtomicU64,
     /// Bytes of them that differed.
     pub(crate) differing_bytes: AtomicU64,
+}
+
+impl CompareCounters {
+    /// As many threads as there are processors, up to a limit.
+    pub(crate) fn on_all_processors() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self { hashers: processors.min(HASHERS_MAX), ..Self::default() }
+    }
 }
 
 /// One comparison, and what it needs.
@@ -61,14 +73,24 @@ impl Compare<'_> {
     /// # Errors
     /// [`CaptureError`]; what was compared until then stays so.
     pub(crate) async fn run(mut self) -> Result<(), CaptureError> {
+        let threads = match self.counters.hashers {
+            0 => None,
+            _ if self.ledger.suspect_bytes() == 0 => None,
+            // They end with the comparison.
+            count => threads(count)
+                .inspect_err(|error| tracing::warn!(%error, "cannot start threads that hash; the capture thread hashes"))
+                .ok(),
+        };
         for volume in 0..self.devices.len() {
-            self.volume(volume).await?;
+            self.volume(volume, threads.as_ref()).await?;
         }
         Ok(())
     }
 
-    async fn volume(&mut self, volume: usize) -> Result<(), CaptureError> {
-        let device = &*self.devices[volume];
+    async fn volume(&mut self, volume: usize, threads: Option<&IoThreads>) -> Result<(), CaptureError> {
+        let all = BlockExtent { start: BlockIndex(0), blocks: 0 };
+        let uncached = self.devices[volume].uncached().map_err(|source| unread(volume, all, source))?;
+        let device = uncached.unwrap_or_else(|| self.devices[volume].clone());
         let mut hashing: FuturesOrdered<Hashing<'_>> = FuturesOrdered::new();
         let mut closer: VecDeque<BlockExtent> = VecDeque::new();
         let (mut at, mut next_id) = (0, 0_u32);
@@ -93,7 +115,14 @@ impl Compare<'_> {
                 };
                 next_id = next_id.wrapping_add(1);
                 self.queue.mark(Item::Query(query))?;
-                hashing.push_back(Box::pin(hash(device, volume, query)));
+                let device = device.clone();
+                hashing.push_back(match threads {
+                    None => Box::pin(async move { hash(&*device, volume, query).await }),
+                    Some(threads) => {
+                        let hashed = threads.call(move || async move { hash(&*device, volume, query).await });
+                        Box::pin(async move { hashed.await.map_err(|source| unread(volume, range, source))? })
+                    }
+                });
             }
             if hashing.is_empty() {
                 return Ok(());
@@ -158,41 +187,37 @@ impl Compare<'_> {
     }
 }
 
-/// Hashes a range of the primary's disk as the receiver hashes its view, piece by piece: what was just read is still in the
-/// processor's cache when it is hashed, and holes are not read.
-async fn hash(device: &dyn BlockDevice, volume: usize, query: HashQuery) -> Result<(HashQuery, Vec<Hash>), CaptureError> {
-    let mut hashes = Vec::with_capacity(query.count());
-    let mut zero = None;
-    let mut at = query.start.0;
-    while at < query.end() {
-        let piece = BlockExtent { start: BlockIndex(at), blocks: PIECE_BLOCKS.min((query.end() - at) as u32) };
-        at = piece.end();
-        let content = content(device, piece).await.map_err(|source| {
-            let (offset, bytes) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
-            CaptureError::Read { volume, offset, bytes, source }
-        })?;
-        match content {
-            Some(content) => hashes.extend(hash_chunks(&content, query.chunk_blocks)),
-            None => {
-                let zero = *zero.get_or_insert_with(|| {
-                    let zeroes = Buf::zeroed(query.chunk_blocks as usize * BLOCK_BYTES as usize);
-                    hash_chunks(&zeroes, query.chunk_blocks).next().unwrap_or_default()
-                });
-                hashes.extend(std::iter::repeat_n(zero, (piece.blocks / query.chunk_blocks) as usize));
+/// Threads that hash.
+fn threads(count: usize) -> io::Result<IoThreads> {
+    let threads = IoThreads::new(count)?;
+    for index in 0..count {
+        threads.spawn_on(index, || async {
+            // Zero is that very thread. Without the right to be nicer nothing breaks.
+            if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+                tracing::debug!(%error, "a hashing thread keeps its priority");
             }
-        }
+        });
     }
+    Ok(threads)
+}
+
+/// Hashes a range of the primary's disk as the receiver hashes its view.
+async fn hash(device: &dyn BlockDevice, volume: usize, query: HashQuery) -> Result<(HashQuery, Vec<Hash>), CaptureError> {
+    let granule = u64::from(query.chunk_blocks) * BLOCK_BYTES;
+    let (offset, length) = (query.start.0 * BLOCK_BYTES, u64::from(query.blocks) * BLOCK_BYTES);
+    let (mut hashes, mut zero) = (Vec::with_capacity(query.count()), None);
+    let scanned = scan(device, offset, length, granule, |piece| match piece {
+        Piece::Data(content) => hashes.extend(hash_chunks(content, query.chunk_blocks)),
+        Piece::Hole(bytes) => {
+            let zero = *zero.get_or_insert_with(|| hash_of_zeroes(query.chunk_blocks));
+            hashes.extend(std::iter::repeat_n(zero, (bytes / granule) as usize));
+        }
+    });
+    scanned.await.map_err(|(offset, source)| CaptureError::Read { volume, offset, bytes: SCAN_PIECE_BYTES, source })?;
     Ok((query, hashes))
 }
 
-/// `None` for a hole, if all its granules are whole.
-async fn content(device: &dyn BlockDevice, piece: BlockExtent) -> io::Result<Option<Buf>> {
-    let (offset, bytes) = (piece.start.0 * BLOCK_BYTES, u64::from(piece.blocks) * BLOCK_BYTES);
-    if piece.blocks.is_multiple_of(CHUNK_BLOCKS) && offset + bytes <= device.size() {
-        let extents = device.extents(offset, bytes, 1).await?;
-        if extents.first().is_some_and(|e| e.kind != ExtentKind::Data && e.length >= bytes) {
-            return Ok(None);
-        }
-    }
-    read_blocks(device, piece).await.map(Some)
+fn unread(volume: usize, range: BlockExtent, source: io::Error) -> CaptureError {
+    let (offset, bytes) = (range.start.0 * BLOCK_BYTES, u64::from(range.blocks) * BLOCK_BYTES);
+    CaptureError::Read { volume, offset, bytes, source }
 }

@@ -477,11 +477,11 @@ impl Ledger {
         state.frozen = None;
         let building = state.building.take();
         let given_up = building.is_some();
-        if let Some(changes) = building {
-            state.reopen(changes);
-        }
+        let emptied = building.map(|changes| state.reopen(changes));
         drop(state);
         self.changed.notify_waiters();
+        // Freed outside: large maps take a while.
+        drop(emptied);
         given_up
     }
 
@@ -489,12 +489,11 @@ impl Ledger {
     pub(crate) fn merge_sealed(&self) -> usize {
         let mut state = self.state.lock();
         let sealed = std::mem::take(&mut state.sealed);
-        let count = sealed.len();
         state.watches.forget();
-        for changes in sealed {
-            state.reopen(changes);
-        }
-        count
+        let emptied: Vec<Vec<DirtyMap>> = sealed.into_iter().map(|changes| state.reopen(changes)).collect();
+        drop(state);
+        // Freed outside: large maps take a while.
+        emptied.len()
     }
 
     /// Everything is dirty: there is no copy.
@@ -648,11 +647,18 @@ impl State {
         self.sealed.iter().chain(&self.building).filter_map(|c| c.first_write).chain(self.open_first_write).min()
     }
 
-    fn reopen(&mut self, changes: Changes) {
-        for (open, map) in self.open.iter_mut().zip(&changes.maps) {
+    /// Returns marks to the open maps. The smaller map goes into the larger, whichever is which: guests wait for this, and of an epoch
+    /// that was long in the making and the writes since its cut one is small as a rule. What is left over is returned.
+    fn reopen(&mut self, changes: Changes) -> Vec<DirtyMap> {
+        let mut maps = changes.maps;
+        for (open, map) in self.open.iter_mut().zip(&mut maps) {
+            if map.count() > open.count() {
+                std::mem::swap(open, map);
+            }
             open.merge(map);
         }
         self.open_first_write = self.open_first_write.into_iter().chain(changes.first_write).min();
+        maps
     }
 }
 

@@ -95,7 +95,7 @@ impl Shared {
             tuning,
             ledger,
             log,
-            compared: CompareCounters::default(),
+            compared: CompareCounters::on_all_processors(),
             scrub,
             counters: CaptureCounters::default(),
             sent_bytes: AtomicU64::new(0),

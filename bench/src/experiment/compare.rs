@@ -25,6 +25,50 @@ const SYNC_MAX: Duration = Duration::from_secs(600);
 /// How often status is asked while it compares: it shares the cores.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// Readers at once that a disk's own speed is shown for.
+const READERS: usize = 4;
+/// What both sites hash at once, see `proto::hashes`.
+const GRANULE: usize = 64 << 10;
+const HASH_TIME: Duration = Duration::from_millis(500);
+
+/// What this machine can do at all, for the arithmetic in `docs/bench.md`.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Machine {
+    processors: usize,
+    /// BLAKE3 of what is in the processor's cache, on one core.
+    hash_mb_per_s: f64,
+    /// The disk, by several readers past the page cache.
+    direct_mb_per_s: f64,
+}
+
+impl Machine {
+    fn look(disk: &Path) -> Result<Self> {
+        page_cache::drop_file(disk)?;
+        Ok(Self {
+            processors: thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            hash_mb_per_s: hash_bytes_per_s() / 1e6,
+            direct_mb_per_s: page_cache::read_past(disk, READERS)? / 1e6,
+        })
+    }
+
+    /// What two sites that share all processors, and do nothing but copy out of the page cache and hash, can compare at most.
+    fn ceiling_mb_per_s(&self, reader_mb_per_s: f64) -> f64 {
+        self.processors as f64 / (2.0 * (1.0 / self.hash_mb_per_s + 1.0 / reader_mb_per_s))
+    }
+}
+
+fn hash_bytes_per_s() -> f64 {
+    let content: Vec<u8> = (0..16 * GRANULE).map(|i| (i % 251) as u8).collect();
+    let (start, mut bytes) = (Instant::now(), 0_usize);
+    while start.elapsed() < HASH_TIME {
+        for granule in content.chunks(GRANULE) {
+            std::hint::black_box(blake3::hash(granule));
+        }
+        bytes += content.len();
+    }
+    bytes as f64 / start.elapsed().as_secs_f64()
+}
+
 /// What is in the page cache when it begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cache {
@@ -89,6 +133,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     eprintln!("compare: first copy of {} MiB", size >> 20);
     let mut daemon = primary.start(bench)?;
     primary.settle(&mut daemon, SYNC_MAX)?;
+    let machine = Machine::look(&file)?;
     let (mut samples, mut turns) = (Vec::new(), 0_u8);
     for round in 0..rounds as usize {
         for turn in 0..CACHES.len() {
@@ -117,7 +162,7 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     }
     daemon.stop()?;
     receiving.stop()?;
-    Ok(report(&samples, rounds, size))
+    Ok(report(&samples, machine, rounds, size))
 }
 
 /// Writes a block of every region, each time others.
@@ -193,7 +238,7 @@ fn ours(bench: &Bench, cache: Cache, primary: &Primary, receiving: &Daemon, size
     Ok((daemon, sample))
 }
 
-fn report(samples: &[Sample], rounds: u32, size: u64) -> Report {
+fn report(samples: &[Sample], machine: Machine, rounds: u32, size: u64) -> Report {
     let head = [
         "state",
         "reader MB/s",
@@ -235,12 +280,23 @@ fn report(samples: &[Sample], rounds: u32, size: u64) -> Report {
             bound: Some(BOUND * reader),
         });
     }
+    let head = ["", "MB/s"];
+    let mut limits = Table::new("what the machine can do", &head);
+    let readers = samples.iter().filter(|s| s.cache == Cache::Warm.title()).map(|s| s.reader_mb_per_s).collect::<Vec<_>>();
+    let ceiling = machine.ceiling_mb_per_s(median(&readers));
+    for (what, mb_per_s) in [
+        (format!("BLAKE3 of {} KiB in the processor's cache, one core", GRANULE >> 10), machine.hash_mb_per_s),
+        (format!("the disk, {READERS} readers past the page cache"), machine.direct_mb_per_s),
+        (format!("copying out of the page cache and hashing, both sites on {} cores", machine.processors), ceiling),
+    ] {
+        limits.row(vec![what, whole(mb_per_s)]);
+    }
     Report {
         name: "compare",
         title: format!("{} MiB, all suspect, compared with the copy on the same machine", size >> 20),
         parameters: json!({ "rounds": rounds, "disk_bytes": size, "interval": INTERVAL }),
-        results: json!(samples),
-        tables: vec![table],
+        results: json!({ "machine": machine, "samples": samples }),
+        tables: vec![table, limits],
         checks,
         chart: Chart { title: "Comparing after an unclean stop".to_owned(), panels },
         tools: Vec::new(),

@@ -28,16 +28,17 @@ struct Case {
 }
 
 const CASES: [Case; 3] = [
-    Case { title: "16 GiB", disk_bytes: 16 << 30, load: load("4 KiB random write over 16 GiB, depth 32", EVERYWHERE) },
+    Case { title: "16 GiB", disk_bytes: 16 << 30, load: load("4 KiB random write over 16 GiB, 5,000 a second", EVERYWHERE) },
     Case {
         title: "1 TiB, its first 16 GiB written",
         disk_bytes: 1 << 40,
-        load: load("4 KiB random write to 16 of 1024 GiB, depth 32", FIRST),
+        load: load("4 KiB random write to 16 of 1024 GiB, 5,000 a second", FIRST),
     },
-    Case { title: "1 TiB", disk_bytes: 1 << 40, load: load("4 KiB random write over 1 TiB, depth 32", EVERYWHERE) },
+    Case { title: "1 TiB", disk_bytes: 1 << 40, load: load("4 KiB random write over 1 TiB, 5,000 a second", EVERYWHERE) },
 ];
-const EVERYWHERE: &[&str] = &["--norandommap", "--random_generator=tausworthe64"];
-const FIRST: &[&str] = &["--norandommap", "--random_generator=tausworthe64", "--size=16g"];
+/// A rate at which epochs keep up: little differs at the kill, and all that a comparison costs counts against little.
+const EVERYWHERE: &[&str] = &["--norandommap", "--random_generator=tausworthe64", "--rate_iops=5000"];
+const FIRST: &[&str] = &["--norandommap", "--random_generator=tausworthe64", "--rate_iops=5000", "--size=16g"];
 
 /// Sent at most: so many times what differed, and so many MiB more.
 const TIMES: f64 = 4.0;
@@ -54,6 +55,9 @@ const CLEAN_MAX: Duration = Duration::from_secs(180);
 const RESYNC_MAX: Duration = Duration::from_secs(3600);
 const FAILOVER_MAX: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(20);
+/// From the start of the process to a guest's first write, and to the answer to a look at status: whatever the disk's size.
+const START_MAX_S: f64 = 5.0;
+const BLOCK: usize = 4096;
 
 const fn load(title: &'static str, more: &'static [&'static str]) -> Load {
     Load { title, rw: "randwrite", bs: "4k", iodepth: 32, bandwidth: false, more }
@@ -71,7 +75,13 @@ struct Sample {
     found_differing_bytes: u64,
     frame_bytes: u64,
     udp_bytes: u64,
-    /// From the start of the process until the copy was as the disk.
+    /// From the start of the process until its control socket answered.
+    control_s: f64,
+    /// Until a block was read over NBD and written back.
+    first_write_s: f64,
+    /// The longest that status took, from then until the copy was as the disk.
+    slowest_status_s: f64,
+    /// Until the copy was as the disk.
     in_sync_s: f64,
     /// Found by reading both images at the end.
     left_differing_bytes: u64,
@@ -86,7 +96,7 @@ impl Sample {
 pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let needed = vec![tools::FIO, tools::CP];
     tools::require(&needed)?;
-    let (rounds, seconds) = (bench.rounds(1, 2), bench.seconds(3, 5));
+    let (rounds, seconds) = (bench.rounds(1, 2), bench.seconds(4, 8));
     let mut samples = Vec::new();
     for round in 0..rounds as usize {
         eprintln!(
@@ -150,8 +160,8 @@ impl Group {
             thread::sleep(LOOK);
         };
         daemon.kill()?;
-        // Its server is gone, so how it ends means nothing.
-        drop(load);
+        // Its server is gone, so how it ends means nothing. At a fixed rate it would go on to say so for each request.
+        load.kill()?;
         // The store is at rest while it is copied.
         receiving.stop()?;
         let differing_bytes = differing(bench, &file, &receiver, &primary)?;
@@ -159,10 +169,28 @@ impl Group {
         let receiving = receiver.start(bench)?;
         let start = Instant::now();
         let mut daemon = primary.start(bench)?;
-        let mut suspect_bytes = 0;
-        primary.settle_watched(&mut daemon, RESYNC_MAX, LOOK, &mut |status| {
-            suspect_bytes = suspect_bytes.max(status.suspect_bytes)
-        })?;
+        let control_s = start.elapsed().as_secs_f64();
+        let mut guest = NbdClient::connect(&primary.socket(), DISK)?;
+        let mut block = [0; BLOCK];
+        guest.read(0, &mut block)?;
+        guest.write(0, &block)?;
+        let first_write_s = start.elapsed().as_secs_f64();
+        drop(guest);
+        let (mut suspect_bytes, mut slowest_status_s) = (0, 0.0_f64);
+        let resynced_by = Instant::now() + RESYNC_MAX;
+        loop {
+            os::check_stop()?;
+            daemon.check_alive()?;
+            let asked = Instant::now();
+            let status = primary.status()?;
+            slowest_status_s = slowest_status_s.max(asked.elapsed().as_secs_f64());
+            suspect_bytes = suspect_bytes.max(status.suspect_bytes);
+            if status.state == "streaming" && status.committed.is_some() && status.dirty_bytes == 0 {
+                break;
+            }
+            ensure!(asked < resynced_by, "{}: not in sync after {} s", case.title, RESYNC_MAX.as_secs());
+            thread::sleep(LOOK);
+        }
         let in_sync_s = start.elapsed().as_secs_f64();
         let status = primary.status()?;
         daemon.stop()?;
@@ -180,6 +208,9 @@ impl Group {
             found_differing_bytes: status.differing_bytes,
             frame_bytes: status.sent_bytes,
             udp_bytes: status.wire_bytes,
+            control_s,
+            first_write_s,
+            slowest_status_s,
             in_sync_s,
             left_differing_bytes,
         })
@@ -216,6 +247,8 @@ fn report(samples: &[Sample], rounds: u32, seconds: u32, tools: Vec<tools::Tool>
         "lowest..highest",
     ];
     let mut table = Table::new("after a restart (median)", &head);
+    let head = ["disk", "control socket answers after s", "first write after s", "slowest status s"];
+    let mut starts = Table::new("the start itself (slowest)", &head);
     let (mut checks, mut bars) = (Vec::new(), Vec::new());
     for case in &CASES {
         let of_case: Vec<&Sample> = samples.iter().filter(|s| s.case == case.title).collect();
@@ -234,6 +267,13 @@ fn report(samples: &[Sample], rounds: u32, seconds: u32, tools: Vec<tools::Tool>
             format!("{:.1}", of(&|s| s.in_sync_s)),
             format!("{low:.1}..{high:.1}"),
         ]);
+        let slowest = |pick: &dyn Fn(&Sample) -> f64| all(pick).into_iter().reduce(f64::max).unwrap_or(f64::NAN);
+        let (control, write) = (slowest(&|s| s.control_s), slowest(&|s| s.first_write_s));
+        let status = slowest(&|s| s.slowest_status_s);
+        starts.row(vec![case.title.to_owned(), format!("{control:.2}"), format!("{write:.2}"), format!("{status:.3}")]);
+        let what = |of: &str| format!("{}: {of}, slowest round", case.title);
+        checks.push(Check::at_most(what("from the start to the guest's first write"), write, START_MAX_S, "s"));
+        checks.push(Check::at_most(what("answer to a look at status"), status, START_MAX_S, "s"));
         let worst = of_case.iter().max_by(|a, b| share(a).total_cmp(&share(b)));
         let (sent, allowed) = worst.map_or((f64::NAN, 0.0), |s| (mib(s.udp_bytes), s.allowed_mib()));
         let what =
@@ -253,7 +293,7 @@ fn report(samples: &[Sample], rounds: u32, seconds: u32, tools: Vec<tools::Tool>
         title: "a primary killed under random writes, and what it sends when it is started again".to_owned(),
         parameters: json!({ "rounds": rounds, "seconds_of_writes": seconds, "interval": INTERVAL, "disks": disks }),
         results: json!(samples),
-        tables: vec![table],
+        tables: vec![table, starts],
         checks,
         chart: Chart {
             title: "Sent again after a kill".to_owned(),

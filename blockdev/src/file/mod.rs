@@ -11,6 +11,7 @@ mod direct;
 mod error;
 mod gate;
 mod lock;
+mod uncached;
 
 use std::fs::File;
 use std::io;
@@ -23,6 +24,7 @@ use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, seek};
 use rustix::io::ReadWriteFlags;
 
 pub use error::FileError;
+pub use uncached::UncachedReader;
 
 use crate::ranges::RangeLocks;
 use crate::uring::SharedFile;
@@ -46,7 +48,7 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Create the file, sparse, with this size in bytes if it is not there (or is empty); an existing one must have this size.
     pub create_size: Option<u64>,
-    /// Begin with an empty page cache for the file where what is cached in large pieces makes small writes slow: on ext4 each write
+    /// Empty the page cache of the file, behind the first requests, where what is cached in large pieces makes small writes slow: on ext4 each write
     /// walks all 4 KiB buffers of the folio it hits, up to 512 of them. Whoever made the image left such folios.
     pub drop_cached: bool,
 }
@@ -67,6 +69,7 @@ pub struct FileDevice {
     /// Cleared when the file system turned out not to know the call.
     can_punch: AtomicBool,
     can_zero_range: AtomicBool,
+    _dropping: Option<cache::Dropping>,
 }
 
 impl FileDevice {
@@ -112,11 +115,12 @@ impl FileDevice {
             file.set_len(wanted_bytes).map_err(prepare("cannot set its size"))?;
             size = wanted_bytes;
         }
+        let mut dropping = None;
         if options.drop_cached && cache::large_folios_are_slow(&file) {
-            cache::drop_clean(&file).map_err(prepare("cannot drop its cached pages"))?;
+            dropping = Some(cache::drop_clean_behind(&file, size).map_err(prepare("cannot drop its cached pages"))?);
         }
         let direct = if options.direct { Some(SharedFile::new(open_direct(path, &file, writable)?)) } else { None };
-        Ok(Self::over(file, direct, size, options.read_only, block_device))
+        Ok(Self { _dropping: dropping, ..Self::over(file, direct, size, options.read_only, block_device) })
     }
 
     fn over(file: File, direct: Option<SharedFile>, size: u64, read_only: bool, block_device: bool) -> Self {
@@ -131,6 +135,7 @@ impl FileDevice {
             poisoned: AtomicBool::new(false),
             can_punch: AtomicBool::new(true),
             can_zero_range: AtomicBool::new(true),
+            _dropping: None,
         }
     }
 
@@ -312,6 +317,14 @@ impl BlockDevice for FileDevice {
         let file = reopen(self.file.file(), std::fs::OpenOptions::new().read(true))?;
         cache::no_read_ahead(&file)?;
         Ok(Some(Arc::new(Self::over(file, None, self.size, true, self.block_device))))
+    }
+
+    fn uncached(&self) -> io::Result<Option<Arc<dyn BlockDevice>>> {
+        if self.direct.is_some() {
+            return Ok(None);
+        }
+        let reader = UncachedReader::over(self.file.file(), self.size)?;
+        Ok(reader.map(|reader| Arc::new(reader) as Arc<dyn BlockDevice>))
     }
 
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {

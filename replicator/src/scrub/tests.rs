@@ -11,9 +11,9 @@ use proto::{BlockExtent, BlockIndex, DirtyMap, EpochId, Generation, Name, Point,
 
 use super::Scrub;
 use super::board::Board;
-use crate::capture::{FrameQueue, Item};
 use crate::dirtylog::{DirtyLog, Known, LogFile, log_bytes};
 use crate::ledger::{CopyLimits, Ledger};
+use crate::outbox::{Item, Outbox};
 
 const POINT: Point = Point { generation: Generation(1), epoch: EpochId(1) };
 
@@ -165,10 +165,10 @@ fn what_the_disk_does_not_give_is_left_out() {
     let now = Instant::now();
     let board = Board::new("db".parse().unwrap(), &[("root".parse().unwrap(), SIZE)], None, 0, now);
     board.verify(now);
-    let (queue, mut items) = FrameQueue::new(1 << 20);
+    let queue = Outbox::new(1 << 20);
     let scrub = Scrub { ledger: &ledger, log: &log, devices: &devices, queue: &queue, board: &board };
     scrub.step(now).now_or_never().unwrap().unwrap();
-    let Ok(Item::Scrub(message)) = items.try_recv() else { panic!("nothing was asked") };
+    let Some(Item::Scrub(message)) = queue.try_next() else { panic!("nothing was asked") };
     let asked: Vec<_> = message.runs.iter().map(|run| (run.extent.start.0, run.extent.blocks)).collect();
     assert_eq!(asked, [(0, 256), (512, 188)]);
     let outcome = ScrubOutcome::Compared { differing: vec![1] };
