@@ -312,7 +312,7 @@ async fn frames_and_seals_that_do_not_fit_end_the_session() {
 async fn a_primary_that_does_not_read_its_control_stream_is_closed() {
     let mut scene = Scene::new(|_| ()).await;
     let mut settings = proto::transport::settings(false);
-    // Room for the welcome and for one commit.
+    // Once the welcome is read there is room for two commits.
     settings.stream_receive_window(60_u32.into());
     let (to, identity) = (scene.receiver.local_addr().unwrap(), &scene.site.clients[0].1);
     let connection = dial_with(to, identity, scene.site.identity.fingerprint(), settings).await.unwrap();
@@ -326,13 +326,11 @@ async fn a_primary_that_does_not_read_its_control_stream_is_closed() {
     let quinn::ConnectionError::ApplicationClosed(close) = closed else { panic!("closed by {closed}") };
     assert_eq!(close.error_code.into_inner(), CloseCode::Misbehaved as u64);
     assert_eq!(close.reason, "the primary does not read its control stream");
-    // What it sent and sealed is committed all the same, and its next session is told.
-    let deadline = Instant::now() + DEADLINE;
-    while scene.receiver.points("a/web").unwrap().len() < 4 {
-        assert!(Instant::now() < deadline, "{:?}", scene.receiver.points("a/web"));
-        tokio::task::yield_now().await;
-    }
-    assert_eq!(Primary::open(scene.connect().await, hello("web", &[("root", SIZE)])).await.next, 5);
+    // The commit that it could not be told of is one all the same, and its next session is told. Whether the fourth seal was read before the
+    // session ended is a race.
+    let next = Primary::open(scene.connect().await, hello("web", &[("root", SIZE)])).await.next;
+    assert!((4..=5).contains(&next), "{:?}", scene.receiver.points("a/web"));
+    assert_eq!(scene.receiver.points("a/web").unwrap().len() as u64 + 1, next);
     scene.unharmed().await;
 }
 
