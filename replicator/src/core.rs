@@ -49,6 +49,18 @@ pub(crate) enum Event {
     Lost { jitter: f64, refused: bool, resumes: bool },
 }
 
+impl Event {
+    /// A message came; `continues` is asked whether the outbox holds all that a receiver needs which expects this epoch and has this of it.
+    pub(crate) fn said(message: Message, continues: impl FnOnce(EpochId, Option<&Staged>) -> bool) -> Self {
+        let Message::Welcome { version, generation, committed, writer, epochs_in_flight_max: in_flight_max, staged } = message
+        else {
+            return Self::Message(message);
+        };
+        let welcome = Welcome { version, generation, committed, writer, in_flight_max, staged };
+        Self::Welcome { welcome, continues: continues(welcome.next_epoch(), welcome.staged.as_ref()) }
+    }
+}
+
 /// How much waits at the primary.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Load {

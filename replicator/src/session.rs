@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use crate::capture::{CaptureError, Pass};
 use crate::compare::Compare;
 use crate::compress::Compressor;
-use crate::core::{Action, Core, Event, Load, SessionError, Welcome};
+use crate::core::{Action, Core, Event, Load, SessionError};
 use crate::ledger::FlushRefused;
 use crate::link::{self, ControlError, Link, LinkError, read_message};
 use crate::outbox::{Item, Outbox, StagedError};
@@ -287,12 +287,7 @@ impl Driver {
     }
 
     fn said(&self, message: Message) -> Event {
-        let Message::Welcome { version, generation, committed, writer, epochs_in_flight_max: in_flight_max, staged } = message
-        else {
-            return Event::Message(message);
-        };
-        let welcome = Welcome { version, generation, committed, writer, in_flight_max, staged };
-        Event::Welcome { welcome, continues: self.outbox.continues(welcome.next_epoch(), staged.as_ref()) }
+        Event::said(message, |next, staged| self.outbox.continues(next, staged))
     }
 
     fn why_ended(&self, error: ControlError) -> EndError {

@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 use crate::capture::{CaptureCounters, CaptureError, Pass};
 use crate::compare::{Compare, CompareCounters};
 use crate::compress::Compressor;
-use crate::core::{Action, Core, CoreConfig, Event, Load, Phase, Welcome};
+use crate::core::{Action, Core, CoreConfig, Event, Load, Phase};
 use crate::dirtylog::{DirtyLog, LogFile};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::outbox::{Item, Outbox};
@@ -381,18 +381,9 @@ impl Primary {
             let Some(body) = rest.get(..length) else { return };
             let message = Message::decode(body).expect("the receiver keeps the rules");
             live.control.drain(..4 + length);
-            let event = self.said(message);
+            let event = Event::said(message, |next, staged| self.outbox.continues(next, staged));
             self.handle(now, event);
         }
-    }
-
-    fn said(&self, message: Message) -> Event {
-        let Message::Welcome { version, generation, committed, writer, epochs_in_flight_max: in_flight_max, staged } = message
-        else {
-            return Event::Message(message);
-        };
-        let welcome = Welcome { version, generation, committed, writer, in_flight_max, staged };
-        Event::Welcome { welcome, continues: self.outbox.continues(welcome.next_epoch(), staged.as_ref()) }
     }
 
     /// Polls one of its tasks, the one that `choose` picks out of so many.
