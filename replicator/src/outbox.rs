@@ -99,6 +99,8 @@ struct State {
     /// The pass to open again before anything is sent.
     reopen: Option<PassHeader>,
     unsent_bytes: u64,
+    /// The connection that may take. One that is gone may still be running: it must not take what the next one is to send.
+    connection: u64,
     closed: bool,
 }
 
@@ -214,12 +216,21 @@ impl Outbox {
         Ok(())
     }
 
-    /// The next to send; `None` once the outbox is closed. One connection asks at a time.
-    pub(crate) async fn next(&self) -> Option<Item> {
+    /// A connection begins to send; whoever did so before gets nothing more. Returns its number.
+    pub(crate) fn attach(&self) -> u64 {
+        let mut state = self.0.state.lock();
+        state.connection += 1;
+        state.connection
+    }
+
+    /// The next to send; `None` once the outbox is closed, or another connection sends.
+    pub(crate) async fn next(&self, connection: u64) -> Option<Item> {
         loop {
             {
                 let mut state = self.0.state.lock();
-                if state.closed {
+                if state.closed || state.connection != connection {
+                    // Two may wait for a moment, and what woke this one was meant for the other too.
+                    self.0.wake.notify_one();
                     return None;
                 }
                 if let Some(item) = state.next() {

@@ -409,7 +409,8 @@ impl Driver {
         if let Some(live) = &mut self.live
             && let Some(control) = live.control.take()
         {
-            let sending = send_items(live.connection.clone(), control, self.outbox.clone(), self.shared.clone());
+            let outbox = (self.outbox.clone(), self.outbox.attach());
+            let sending = send_items(live.connection.clone(), control, outbox, self.shared.clone());
             live.sender = Some(tokio::spawn(sending));
         }
     }
@@ -570,10 +571,10 @@ fn new_outbox(shared: &Shared) -> Outbox {
 
 /// Sends what the outbox has, in order: passes on streams of their own, seals on the control stream. Ends with the connection,
 /// which the driver notices by itself, or with the outbox.
-async fn send_items(connection: Connection, mut control: SendStream, outbox: Outbox, shared: Arc<Shared>) {
+async fn send_items(connection: Connection, mut control: SendStream, (outbox, number): (Outbox, u64), shared: Arc<Shared>) {
     let mut stream: Option<SendStream> = None;
     let mut bucket = Bucket::new(Instant::now());
-    while let Some(item) = outbox.next().await {
+    while let Some(item) = outbox.next(number).await {
         let sent = match item {
             Item::Begin(header) => match connection.open_uni().await {
                 Ok(mut opened) => {

@@ -183,9 +183,13 @@ async fn room_comes_back_when_the_receiver_has_a_frame() {
     let outbox = Outbox::with_limit(100);
     outbox.mark(Item::Begin(PassHeader { epoch: EpochId(1), pass: 0, kind: PassKind::Frozen, continued: false })).unwrap();
     outbox.frame(vec![0; 60], (0, 1)).await.unwrap();
+    let connection = outbox.attach();
     let mut second = Box::pin(outbox.frame(vec![0; 60], (0, 1)));
     assert!(futures_util::poll!(&mut second).is_pending());
-    assert!(matches!((outbox.next().await, outbox.next().await), (Some(Item::Begin(_)), Some(Item::Frame(_)))));
+    assert!(matches!(
+        (outbox.next(connection).await, outbox.next(connection).await),
+        (Some(Item::Begin(_)), Some(Item::Frame(_)))
+    ));
     assert!(futures_util::poll!(&mut second).is_pending(), "sent is not received");
     outbox.staged(EpochId(1), 1).unwrap();
     second.await.unwrap();
@@ -193,7 +197,7 @@ async fn room_comes_back_when_the_receiver_has_a_frame() {
     assert!(futures_util::poll!(&mut third).is_pending());
     outbox.close();
     assert!(matches!(third.await, Err(CaptureError::Stopped)));
-    assert!(outbox.next().await.is_none());
+    assert!(outbox.next(connection).await.is_none());
 }
 
 /// Questions are of a connection: one that was not sent is not sent on the next.
@@ -206,4 +210,17 @@ fn a_question_is_not_asked_twice() {
     assert!(matches!(outbox.try_next(), Some(Item::Query(_))));
     outbox.resume(EpochId(1), 0);
     assert!(outbox.try_next().is_none());
+}
+
+/// Would catch a task of a broken connection that takes what the next one is to send: the receiver would miss it.
+#[tokio::test]
+async fn a_connection_that_is_gone_takes_nothing() {
+    let outbox = Outbox::new(0);
+    put(&outbox, 1, &[2]);
+    let gone = outbox.attach();
+    assert!(matches!(outbox.next(gone).await, Some(Item::Begin(_))));
+    outbox.resume(EpochId(1), 0);
+    let connection = outbox.attach();
+    assert!(outbox.next(gone).await.is_none());
+    assert!(matches!(outbox.next(connection).await, Some(Item::Begin(_))));
 }
