@@ -10,10 +10,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use proto::control::{Hello, PassHeader, PassKind, Staged, VERSION_MAX, VERSION_MIN};
+use proto::control::{Hello, PassHeader, Staged, VERSION_MAX, VERSION_MIN};
 use proto::fencing::{Admission, GroupRole, admit};
 use proto::frame::FRAME_HEADER_BYTES;
-use proto::hashes::{HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX};
+use proto::hashes::{HashQuery, Hashes};
 use proto::seal::Tally;
 use proto::units::{BLOCK_BYTES, blocks_of};
 use proto::{EpochId, FrameHeader, FrameKind, Generation, Message, Name, Point, Scrub, Scrubbed, Seal, SessionToken};
@@ -22,10 +22,12 @@ use crate::superblock::Volume;
 
 mod error;
 mod scrub;
+mod streaming;
 #[cfg(test)]
 mod tests;
 
 pub use error::SessionError;
+use streaming::{OpenEpoch, Streaming};
 
 /// Epochs whose seal has arrived and whose commit is not done. A primary that sends more is ended as misbehaving; it was told.
 pub const EPOCHS_IN_FLIGHT_MAX: u16 = 16;
@@ -218,36 +220,6 @@ impl State {
             Self::Opening | Self::Closed => None,
         }
     }
-}
-
-#[derive(Debug)]
-struct Streaming {
-    group: Name,
-    generation: Generation,
-    volume_blocks: Vec<u64>,
-    /// The last epoch whose commit was started.
-    sealed: EpochId,
-    open: Option<OpenEpoch>,
-    pass: Option<PassHeader>,
-    /// Seals that came before the end of their last pass.
-    seals: VecDeque<Seal>,
-    committing: VecDeque<Point>,
-    /// Hash queries that are not answered yet.
-    hashing: usize,
-    /// Scrubs of epochs whose seal is here and whose frames are not.
-    scrubs: Vec<Scrub>,
-    /// Scrubs that are being compared.
-    scrubbing: usize,
-}
-
-#[derive(Debug)]
-struct OpenEpoch {
-    epoch: EpochId,
-    passes: u32,
-    complete: bool,
-    /// Of a session that broke; nothing of it has come in this one.
-    suspended: bool,
-    tally: Tally,
 }
 
 impl Core {
@@ -469,123 +441,4 @@ fn same_volumes(group: &Name, stored: &[Volume], given: &[Volume]) -> Result<(),
         }
     }
     Ok(())
-}
-
-impl OpenEpoch {
-    fn new(epoch: EpochId) -> Self {
-        Self { epoch, passes: 0, complete: false, suspended: false, tally: Tally::default() }
-    }
-
-    fn suspended(arrived: Arrived) -> Self {
-        let Arrived { epoch, pass, tally } = arrived;
-        Self { epoch, passes: pass.into(), complete: false, suspended: true, tally }
-    }
-}
-
-impl Streaming {
-    fn pass(mut self, header: PassHeader, out: &mut Vec<Action>) -> Result<Self, SessionError> {
-        match &mut self.open {
-            Some(open) if open.suspended && header.continued => open.suspended = false,
-            // The primary has given it up.
-            Some(open) if open.suspended => {
-                self.open = None;
-                out.push(Action::Abandon);
-            }
-            _ if header.continued => return Err(SessionError::NotSuspended { epoch: header.epoch }),
-            _ => {}
-        }
-        let due = self.open.as_ref().filter(|o| !o.complete).map_or((self.sealed.next(), 0), |o| (o.epoch, o.passes));
-        if (header.epoch, u32::from(header.pass)) != due || self.pass.is_some() {
-            let (due_epoch, due_pass) = due;
-            return Err(SessionError::Order { epoch: header.epoch, pass: header.pass, due_epoch, due_pass });
-        }
-        self.open.get_or_insert_with(|| OpenEpoch::new(header.epoch));
-        self.pass = Some(header);
-        Ok(self)
-    }
-
-    fn pass_end(mut self, out: &mut Vec<Action>) -> Result<Self, SessionError> {
-        if let (Some(pass), Some(open)) = (self.pass.take(), self.open.as_mut()) {
-            open.passes += 1;
-            open.complete = pass.kind == PassKind::Frozen;
-        }
-        self.try_commit(out)
-    }
-
-    /// The epoch begins again from pass 0, if it does. Seals that are here already stay: a primary seals an epoch after all of
-    /// its passes, so a seal of the epoch whose pass was reset is of its next try, and overtook the reset.
-    fn pass_reset(mut self, out: &mut Vec<Action>) -> Self {
-        self.pass = None;
-        self.open = None;
-        out.push(Action::Abandon);
-        self
-    }
-
-    fn seal(mut self, seal: Seal, out: &mut Vec<Action>) -> Result<Self, SessionError> {
-        if seal.generation != self.generation {
-            return Err(SessionError::SealGeneration { ours: self.generation, theirs: seal.generation });
-        }
-        let due = self.seals.back().map_or(self.sealed, |s| s.epoch).next();
-        if seal.epoch != due {
-            return Err(SessionError::SealOrder { epoch: seal.epoch, due });
-        }
-        if self.seals.len() + self.committing.len() >= usize::from(EPOCHS_IN_FLIGHT_MAX) {
-            return Err(SessionError::InFlight);
-        }
-        self.seals.push_back(seal);
-        self.try_commit(out)
-    }
-
-    fn try_commit(mut self, out: &mut Vec<Action>) -> Result<Self, SessionError> {
-        let complete = self.open.as_ref().is_some_and(|o| o.complete);
-        let Some(seal) = self.seals.pop_front_if(|_| complete) else { return Ok(self) };
-        let Some(open) = self.open.take() else { return Ok(self) };
-        let epoch = seal.epoch;
-        let t = &open.tally;
-        let differ = |what| Err(SessionError::SealMismatch { epoch, what });
-        if open.passes != seal.passes {
-            return differ("passes");
-        }
-        if (t.frames, t.frame_bytes, t.data_blocks, t.zero_blocks)
-            != (seal.frames, seal.frame_bytes, seal.data_blocks, seal.zero_blocks)
-        {
-            return differ("counts");
-        }
-        if !t.matches(&seal) {
-            return differ("digests");
-        }
-        // A primary cuts an epoch when something changed; empty ones would be points without end that cost it nothing.
-        if seal.frames == 0 {
-            return Err(SessionError::EmptyEpoch { epoch });
-        }
-        self.sealed = epoch;
-        self.committing.push_back(seal.point());
-        out.push(Action::Commit(seal));
-        self.scrub_waiting(epoch, out);
-        Ok(self)
-    }
-
-    /// Hashes are of the newest point, so none may be asked for while that is about to change.
-    fn hash(mut self, query: HashQuery, out: &mut Vec<Action>) -> Result<Self, SessionError> {
-        if self.open.as_ref().is_some_and(|o| !o.suspended) || !self.seals.is_empty() || !self.committing.is_empty() {
-            return Err(SessionError::HashOrder);
-        }
-        if self.hashing >= QUERIES_IN_FLIGHT_MAX {
-            return Err(SessionError::HashQueries);
-        }
-        let blocks = self.volume_blocks.get(usize::from(query.volume.0)).copied().unwrap_or(0);
-        if query.end() > blocks {
-            return Err(SessionError::HashRange { volume: query.volume.0, end: query.end(), blocks });
-        }
-        self.hashing += 1;
-        out.push(Action::Hash(query));
-        Ok(self)
-    }
-
-    fn committed(mut self, point: Point, out: &mut Vec<Action>) -> Self {
-        debug_assert_eq!(self.committing.front(), Some(&point), "commits are done in order");
-        self.committing.pop_front();
-        out.push(Action::Send(Message::Committed { point }));
-        self
-    }
 }

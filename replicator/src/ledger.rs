@@ -23,6 +23,7 @@ use tokio::sync::Notify;
 use crate::dirtylog::Known;
 
 mod flushes;
+mod suspects;
 mod watch;
 
 pub(crate) use self::flushes::FlushRefused;
@@ -507,63 +508,6 @@ impl Ledger {
         // Freed outside: large maps take a while.
         drop(state);
         drop(old);
-    }
-
-    /// Everything is suspect: the copy is of another history.
-    pub(crate) fn suspect_all(&self) {
-        let suspect = self.sizes.iter().map(|s| DirtyMap::full(*s)).collect();
-        let mut state = self.state.lock();
-        state.committed = None;
-        state.flushes.copy_is_known();
-        let old = std::mem::replace(&mut state.suspect, suspect);
-        drop(state);
-        drop(old);
-    }
-
-    /// Bytes that must be compared with the copy.
-    pub(crate) fn suspect_bytes(&self) -> u64 {
-        self.state.lock().suspect.iter().map(DirtyMap::bytes).sum()
-    }
-
-    /// The first suspect run of `volume` at or after `from`, within one region.
-    pub(crate) fn suspect_run(&self, volume: usize, from: u64) -> Option<BlockExtent> {
-        self.state.lock().suspect.get(volume)?.next_run(from, u32::MAX)
-    }
-
-    /// These blocks were compared: they are suspect no longer, and dirty if they differ.
-    pub(crate) fn settle(&self, volume: usize, runs: &[BlockExtent], differ: bool) {
-        let mut state = self.state.lock();
-        for run in runs {
-            state.suspect[volume].clear(run.start.0, run.blocks.into());
-            if differ {
-                state.open[volume].mark(run.start.0, run.blocks.into());
-            }
-        }
-        drop(state);
-        self.flushes_changed();
-    }
-
-    /// Calls `clean` for those of `regions` in which every block is as it is in the newest commit, while no write can be admitted. Returns
-    /// that commit, if there is one; without one nothing is clean.
-    pub(crate) fn clean_regions(&self, volume: usize, regions: &[u64], mut clean: impl FnMut(u64)) -> Option<Point> {
-        let state = self.state.lock();
-        let point = state.committed?;
-        let changes = state.sealed.iter().chain(&state.building).map(|c| &c.maps);
-        let maps: Vec<&DirtyMap> = changes.chain([&state.open, &state.suspect]).filter_map(|maps| maps.get(volume)).collect();
-        for region in regions {
-            if !maps.iter().any(|map| map.touches_region(*region)) {
-                clean(*region);
-            }
-        }
-        Some(point)
-    }
-
-    /// What is dirty when nothing is under way any more: the exact maps for the next start. `None` while blocks are suspect or an
-    /// epoch is not committed.
-    pub(crate) fn settled(&self) -> Option<Vec<DirtyMap>> {
-        let state = self.state.lock();
-        let quiet = state.building.is_none() && state.sealed.is_empty() && state.suspect.iter().all(DirtyMap::is_empty);
-        (quiet && state.in_flight.iter().all(|w| w.writes == 0)).then(|| state.open.clone())
     }
 
     /// When the oldest write that is not committed was admitted.

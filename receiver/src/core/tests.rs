@@ -1,5 +1,6 @@
 //! The state machine without a driver: orders of events that a network makes rare.
 
+use proto::control::PassKind;
 use proto::control::VolumeHello;
 use proto::scrub::SCRUBS_IN_FLIGHT_MAX;
 use proto::{BlockExtent, BlockIndex, ScrubOutcome, ScrubRun, SessionToken, VolumeIndex};
