@@ -15,22 +15,22 @@ pub const REGION_BYTES: u64 = REGION_BLOCKS * BLOCK_BYTES;
 /// Regions in a page of the directory: a page covers 2 GiB.
 pub const PAGE_REGIONS: usize = 512;
 
-type Page<T> = [Option<Arc<T>>; PAGE_REGIONS];
+type Page<S> = [Option<S>; PAGE_REGIONS];
 
-/// A sparse map from region number to `T`.
+/// A sparse map from region number to small values that are cheap to clone, such as an `Arc`.
 #[derive(Debug)]
-pub struct RegionMap<T> {
-    pages: Vec<Option<Arc<Page<T>>>>,
+pub struct RegionSlots<S> {
+    pages: Vec<Option<Arc<Page<S>>>>,
 }
 
-impl<T> Clone for RegionMap<T> {
+impl<S> Clone for RegionSlots<S> {
     /// A snapshot: O(volume / 2 GiB), content shared.
     fn clone(&self) -> Self {
         Self { pages: self.pages.clone() }
     }
 }
 
-impl<T> RegionMap<T> {
+impl<S> RegionSlots<S> {
     /// An empty map for a volume of `size_bytes`.
     #[must_use]
     pub fn new(size_bytes: u64) -> Self {
@@ -42,23 +42,13 @@ impl<T> RegionMap<T> {
 
     /// The value of `region`, if it was ever touched.
     #[must_use]
-    pub fn get(&self, region: u64) -> Option<&T> {
+    pub fn get(&self, region: u64) -> Option<&S> {
         let (page, slot) = split(region);
-        self.pages.get(page)?.as_ref()?.get(slot)?.as_deref()
-    }
-
-    /// Forgets `region`. Returns whether it held a value.
-    pub fn remove(&mut self, region: u64) -> bool {
-        let (page, slot) = split(region);
-        let Some(Some(page)) = self.pages.get_mut(page) else { return false };
-        if page.get(slot).is_none_or(Option::is_none) {
-            return false;
-        }
-        Arc::make_mut(page).get_mut(slot).is_some_and(|s| s.take().is_some())
+        self.pages.get(page)?.as_ref()?.get(slot)?.as_ref()
     }
 
     /// The touched regions from `first` on, in order.
-    pub fn iter_from(&self, first: u64) -> impl Iterator<Item = (u64, &T)> {
+    pub fn iter_from(&self, first: u64) -> impl Iterator<Item = (u64, &S)> {
         let (first_page, first_slot) = split(first);
         self.pages.iter().enumerate().skip(first_page).filter_map(|(p, page)| Some((p, page.as_ref()?))).flat_map(
             move |(p, page)| {
@@ -66,9 +56,73 @@ impl<T> RegionMap<T> {
                 page.iter()
                     .enumerate()
                     .skip(skip)
-                    .filter_map(move |(s, value)| Some(((p * PAGE_REGIONS + s) as u64, value.as_deref()?)))
+                    .filter_map(move |(s, value)| Some(((p * PAGE_REGIONS + s) as u64, value.as_ref()?)))
             },
         )
+    }
+}
+
+impl<S: Clone> RegionSlots<S> {
+    /// The slot of `region`, made if need be.
+    ///
+    /// # Panics
+    /// If `region` lies beyond the volume: ranges are validated long before.
+    pub fn slot(&mut self, region: u64) -> &mut Option<S> {
+        let (page, slot) = split(region);
+        assert!(page < self.pages.len(), "region {region} beyond the volume");
+        let page = self.pages[page].get_or_insert_with(|| Arc::new(std::array::from_fn(|_| None)));
+        &mut Arc::make_mut(page)[slot]
+    }
+
+    /// Forgets `region`. Returns its value.
+    pub fn remove(&mut self, region: u64) -> Option<S> {
+        self.get(region)?;
+        self.slot(region).take()
+    }
+
+    /// The touched regions in order, by value; each page is given back as soon as it was gone through.
+    pub fn into_values(self) -> impl Iterator<Item = (u64, S)> {
+        self.pages.into_iter().enumerate().filter_map(|(p, page)| Some((p, page?))).flat_map(|(p, page)| {
+            let number = move |s| (p * PAGE_REGIONS + s) as u64;
+            Arc::unwrap_or_clone(page).into_iter().enumerate().filter_map(move |(s, value)| Some((number(s), value?)))
+        })
+    }
+}
+
+/// A sparse map from region number to `T`.
+#[derive(Debug)]
+pub struct RegionMap<T> {
+    slots: RegionSlots<Arc<T>>,
+}
+
+impl<T> Clone for RegionMap<T> {
+    /// A snapshot: O(volume / 2 GiB), content shared.
+    fn clone(&self) -> Self {
+        Self { slots: self.slots.clone() }
+    }
+}
+
+impl<T> RegionMap<T> {
+    /// An empty map for a volume of `size_bytes`.
+    #[must_use]
+    pub fn new(size_bytes: u64) -> Self {
+        Self { slots: RegionSlots::new(size_bytes) }
+    }
+
+    /// The value of `region`, if it was ever touched.
+    #[must_use]
+    pub fn get(&self, region: u64) -> Option<&T> {
+        self.slots.get(region).map(|value| &**value)
+    }
+
+    /// Forgets `region`. Returns whether it held a value.
+    pub fn remove(&mut self, region: u64) -> bool {
+        self.slots.remove(region).is_some()
+    }
+
+    /// The touched regions from `first` on, in order.
+    pub fn iter_from(&self, first: u64) -> impl Iterator<Item = (u64, &T)> {
+        self.slots.iter_from(first).map(|(region, value)| (region, &**value))
     }
 
     /// The touched regions in order.
@@ -83,10 +137,7 @@ impl<T: Clone + Default> RegionMap<T> {
     /// # Panics
     /// If `region` lies beyond the volume: ranges are validated long before.
     pub fn get_or_default(&mut self, region: u64) -> &mut T {
-        let (page, slot) = split(region);
-        assert!(page < self.pages.len(), "region {region} beyond the volume");
-        let page = self.pages[page].get_or_insert_with(|| Arc::new(std::array::from_fn(|_| None)));
-        Arc::make_mut(Arc::make_mut(page)[slot].get_or_insert_with(Arc::default))
+        Arc::make_mut(self.slots.slot(region).get_or_insert_with(Arc::default))
     }
 }
 
@@ -115,5 +166,8 @@ mod tests {
         assert_eq!(map.iter_from(1).map(|(r, _)| r).collect::<Vec<_>>(), [513]);
         assert_eq!(map.get(5), None);
         assert_eq!(map.get(u64::MAX), None);
+        // By value, while another still looks at the same pages.
+        let values = |map: &RegionMap<u32>| map.slots.clone().into_values().map(|(r, v)| (r, *v)).collect::<Vec<_>>();
+        assert_eq!((values(&map), values(&snapshot)), (vec![(0, 3), (513, 4)], vec![(0, 1), (262_143, 2)]));
     }
 }

@@ -283,7 +283,7 @@ struct Recovered<'a> {
 impl Sink for Recovered<'_> {
     fn frame(&mut self, segment: u32, offset: u64, header: &FrameHeader, extents: &[BlockExtent]) {
         let id = number_frame(&mut self.frames.table.write(), segment, offset, header.kind);
-        self.stage.add(|| self.committed.clone(), (header.volume, header.kind, id), extents);
+        self.stage.add(&self.committed, (header.volume, header.kind, id), extents);
     }
 
     fn sealed(&mut self, seal: &Seal, end: Mark) {
@@ -508,14 +508,17 @@ impl Shared {
         let folder = self.folder.journal();
         let list = |source| JournalError::Io { path: folder.clone(), what: "list", source };
         let mut walker = Walker::new(&folder, self.expected.clone(), Some(entry.end), (Payloads::Skip, 0)).map_err(list)?;
-        let (mut index, mut table) = (empty(), crate::index::FrameTable::default());
+        let (mut index, mut stage, mut table) = (empty(), Stage::default(), crate::index::FrameTable::default());
         loop {
             match walker.next() {
                 Ok(Some(Item::Frame { segment, offset, header, extents, .. })) => {
                     let id = number_frame(&mut table, segment, offset, header.kind);
-                    index.apply(header.volume, header.kind, &extents, id);
+                    stage.add(&index, (header.volume, header.kind, id), &extents);
                 }
-                Ok(Some(Item::Seal { seal, .. })) if seal.point() == point => return Ok(index),
+                Ok(Some(Item::Seal { seal, .. })) if seal.point() == point => {
+                    stage.seal(&mut index);
+                    return Ok(index);
+                }
                 Ok(Some(Item::Seal { .. })) => {}
                 Ok(None) => return Err(GroupError::NoPoint { group: group(), point }),
                 Err(bad) if bad.is_io() => return Err(JournalError::Unreadable { bad: bad.into() }.into()),

@@ -1,13 +1,15 @@
 //! Where each block of each volume is, at one point.
 //!
-//! Per region of 4 MiB a sorted list of runs of 8 bytes. Regions are shared copy on write, so a
-//! snapshot is a clone and the index of the epoch that is arriving is a clone that nobody sees until it is committed.
+//! Per region of 4 MiB a sorted list of runs of 8 bytes, exactly as long as it must be. Regions are shared copy on write, so a
+//! snapshot is a clone.
 //! A block that no run covers is in the base. While nothing was folded into the base it is all zeroes, and zeroes over an
 //! untouched region are no entry: a peer that zeroes petabytes costs no memory.
 
-use proto::region::{REGION_BLOCKS, RegionMap};
-use proto::units::VolumeIndex;
-use proto::{BlockExtent, FrameKind};
+use std::sync::Arc;
+
+use proto::BlockExtent;
+use proto::region::{REGION_BLOCKS, REGION_BYTES, RegionSlots};
+use proto::units::{BLOCK_BYTES, VOLUME_BYTES_MAX};
 
 /// Number of a data frame in the order of the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,55 +38,40 @@ impl Run {
     }
 }
 
-/// The runs of a region in rising order; they do not overlap.
-#[derive(Clone, Debug, Default)]
-struct Region {
-    runs: Vec<Run>,
-}
-
-impl Region {
-    /// Makes `new` what holds for its blocks. Returns the change in number of runs.
-    fn put(&mut self, new: Run) -> i64 {
-        let before = self.runs.len() as i64;
-        let first = self.runs.partition_point(|r| r.end() <= new.start);
-        let last = first + self.runs[first..].partition_point(|r| r.start < new.end());
-        // What is left of the runs that `new` cuts.
-        let head = self.runs[first..last].first().filter(|r| r.start < new.start);
-        let head = head.map(|r| Run { len: new.start - r.start, ..*r });
-        let tail = self.runs[first..last].last().filter(|r| r.end() > new.end());
-        let tail = tail.map(|r| Run { start: new.end(), len: r.end() - new.end(), ..*r });
-        let (mut new, mut first, mut last) = (new, first, last);
-        let mut tail = tail;
-        if new.frame == FrameId::ZERO {
-            // Zeroes need no position within a frame, so neighbours join: a trimmed region is one run.
-            let near = |r: &Run| r.frame == FrameId::ZERO;
-            if let Some(h) = head.filter(near) {
-                new = Run { start: h.start, len: h.len + new.len, ..new };
-            } else if head.is_none()
-                && let Some(r) = first.checked_sub(1).map(|i| self.runs[i]).filter(|r| near(r) && r.end() == new.start)
-            {
-                new = Run { start: r.start, len: r.len + new.len, ..new };
-                first -= 1;
-            }
-            if let Some(t) = tail.filter(near) {
-                new.len += t.len;
-                tail = None;
-            } else if tail.is_none()
-                && let Some(r) = self.runs.get(last).copied().filter(|r| near(r) && r.start == new.end())
-            {
-                new.len += r.len;
-                last += 1;
-            }
+/// Makes `new` what holds for its blocks. `runs` are in rising order and do not overlap.
+fn put(runs: &mut Vec<Run>, new: Run) {
+    let first = runs.partition_point(|r| r.end() <= new.start);
+    let last = first + runs[first..].partition_point(|r| r.start < new.end());
+    // What is left of the runs that `new` cuts.
+    let head = runs[first..last].first().filter(|r| r.start < new.start);
+    let head = head.map(|r| Run { len: new.start - r.start, ..*r });
+    let tail = runs[first..last].last().filter(|r| r.end() > new.end());
+    let tail = tail.map(|r| Run { start: new.end(), len: r.end() - new.end(), ..*r });
+    let (mut new, mut first, mut last) = (new, first, last);
+    let mut tail = tail;
+    if new.frame == FrameId::ZERO {
+        // Zeroes need no position within a frame, so neighbours join: a trimmed region is one run.
+        let near = |r: &Run| r.frame == FrameId::ZERO;
+        if let Some(h) = head.filter(near) {
+            new = Run { start: h.start, len: h.len + new.len, ..new };
+        } else if head.is_none()
+            && let Some(r) = first.checked_sub(1).map(|i| runs[i]).filter(|r| near(r) && r.end() == new.start)
+        {
+            new = Run { start: r.start, len: r.len + new.len, ..new };
+            first -= 1;
         }
-        let head = head.filter(|h| h.end() <= new.start);
-        // Small lists stay exact: most regions of a random load hold a handful of runs.
-        let spare = self.runs.capacity() - self.runs.len();
-        if spare < 2 && last - first < 2 {
-            self.runs.reserve_exact(4 + self.runs.len() / 8);
+        if let Some(t) = tail.filter(near) {
+            new.len += t.len;
+            tail = None;
+        } else if tail.is_none()
+            && let Some(r) = runs.get(last).copied().filter(|r| near(r) && r.start == new.end())
+        {
+            new.len += r.len;
+            last += 1;
         }
-        self.runs.splice(first..last, head.into_iter().chain([new]).chain(tail));
-        self.runs.len() as i64 - before
     }
+    let head = head.filter(|h| h.end() <= new.start);
+    runs.splice(first..last, head.into_iter().chain([new]).chain(tail));
 }
 
 /// What an index says about a run of blocks.
@@ -98,53 +85,122 @@ pub(crate) enum Place {
     Frame(FrameId),
 }
 
+/// Blocks of one region of a volume.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Placed {
+    region: u32,
+    run: Run,
+}
+
+const _: () = assert!(std::mem::size_of::<Placed>() == 12 && VOLUME_BYTES_MAX / REGION_BYTES <= u32::MAX as u64);
+
 /// The index of one volume.
 #[derive(Clone, Debug)]
 pub(crate) struct VolumeIndexMap {
-    regions: RegionMap<Region>,
+    regions: RegionSlots<Arc<[Run]>>,
     blocks: u64,
     /// Nothing was folded into the base: an untouched region reads as zeroes anyway.
     base_is_zero: bool,
     runs: u64,
     regions_used: u64,
+    /// What a region holds that is zeroes as a whole: one for all of them.
+    zeroes: Arc<[Run]>,
 }
 
 impl VolumeIndexMap {
     pub(crate) fn new(size_bytes: u64, base_is_zero: bool) -> Self {
-        let (regions, blocks) = (RegionMap::new(size_bytes), proto::units::blocks_of(size_bytes));
-        Self { regions, blocks, base_is_zero, runs: 0, regions_used: 0 }
+        let (regions, blocks) = (RegionSlots::new(size_bytes), proto::units::blocks_of(size_bytes));
+        let zeroes = Arc::new([Run { start: 0, len: REGION_BLOCKS as u16, frame: FrameId::ZERO }]);
+        Self { regions, blocks, base_is_zero, runs: 0, regions_used: 0, zeroes }
     }
 
-    /// Makes `place` what holds for `extent`, which lies within the volume.
-    pub(crate) fn put(&mut self, extent: BlockExtent, frame: FrameId) {
+    /// Cuts `extent` of `frame`, which lies within the volume, at the regions' borders.
+    pub(crate) fn cut(&self, extent: BlockExtent, frame: FrameId) -> impl Iterator<Item = Placed> + use<> {
         let (mut at, end) = (extent.start.0, extent.end().min(self.blocks));
-        while at < end {
+        std::iter::from_fn(move || {
             let number = at / REGION_BLOCKS;
-            if self.base_is_zero && frame == FrameId::ZERO && self.regions.get(number).is_none() {
-                let Some((next, _)) = self.regions.iter_from(number).next() else { break };
-                at = next * REGION_BLOCKS;
-                continue;
-            }
             let stop = ((number + 1) * REGION_BLOCKS).min(end);
-            let run = Run { start: (at % REGION_BLOCKS) as u16, len: (stop - at) as u16, frame };
-            let region = self.regions.get_or_default(number);
-            self.regions_used += u64::from(region.runs.is_empty());
-            let change = region.put(run);
-            self.runs = self.runs.saturating_add_signed(change);
+            let len = stop.checked_sub(at).filter(|len| *len > 0)?;
+            let run = Run { start: (at % REGION_BLOCKS) as u16, len: len as u16, frame };
             at = stop;
+            Some(Placed { region: u32::try_from(number).unwrap_or(u32::MAX), run })
+        })
+    }
+
+    /// Makes each of `placed` what holds for its blocks, in their order. Leaves them empty.
+    pub(crate) fn enter(&mut self, placed: &mut Vec<Placed>) {
+        let mut runs = Vec::new();
+        placed.sort_by_key(|p| p.region);
+        for of_region in placed.chunk_by(|a, b| a.region == b.region) {
+            let Some(number) = of_region.first().map(|p| u64::from(p.region)) else { continue };
+            runs.extend_from_slice(self.regions.get(number).map_or(&[], |runs| &**runs));
+            for placed in of_region {
+                put(&mut runs, placed.run);
+            }
+            self.set(number, &runs);
+            runs.clear();
         }
+        placed.clear();
+    }
+
+    /// Enters what `later` says, an index of what was written after this one.
+    pub(crate) fn merge(&mut self, later: Self) {
+        let mut runs = Vec::new();
+        for (number, theirs) in later.regions.into_values() {
+            match self.regions.get(number) {
+                Some(ours) => {
+                    runs.extend_from_slice(ours);
+                    for run in theirs.iter() {
+                        put(&mut runs, *run);
+                    }
+                    self.set(number, &runs);
+                    runs.clear();
+                }
+                None => self.place(number, theirs),
+            }
+        }
+    }
+
+    fn set(&mut self, number: u64, runs: &[Run]) {
+        let runs = if *runs == *self.zeroes { Arc::clone(&self.zeroes) } else { Arc::from(runs) };
+        self.place(number, runs);
+    }
+
+    fn place(&mut self, number: u64, runs: Arc<[Run]>) {
+        let before = self.regions.get(number).map(|runs| runs.len() as u64);
+        if before.is_none() && self.base_is_zero && runs.iter().all(|r| r.frame == FrameId::ZERO) {
+            return;
+        }
+        self.regions_used += u64::from(before.is_none());
+        self.runs = (self.runs + runs.len() as u64).saturating_sub(before.unwrap_or(0));
+        *self.regions.slot(number) = Some(runs);
+    }
+
+    /// The first region from `number` on that has an entry.
+    pub(crate) fn next_region(&self, number: u64) -> Option<u64> {
+        self.regions.iter_from(number).next().map(|(number, _)| number)
+    }
+
+    /// Whether zeroes over an untouched region are no entry.
+    pub(crate) fn base_is_zero(&self) -> bool {
+        self.base_is_zero
+    }
+
+    /// The same volume, with no entry at all: what comes into it is kept whatever the base holds.
+    pub(crate) fn blank(&self) -> Self {
+        Self::new(self.blocks * BLOCK_BYTES, false)
     }
 
     /// Where block `at` is, and for how many blocks from there that holds (at most `max`, at least 1).
     pub(crate) fn find(&self, at: u64, max: u64) -> (Place, u64) {
         let number = at / REGION_BLOCKS;
         let in_region = (REGION_BLOCKS - at % REGION_BLOCKS).min(max).max(1);
-        let Some(region) = self.regions.get(number) else {
+        let Some(runs) = self.regions.get(number) else {
             return (Place::Base, self.base_run(number, in_region, max));
         };
         let block = (at % REGION_BLOCKS) as u16;
-        let i = region.runs.partition_point(|r| r.end() <= block);
-        match region.runs.get(i) {
+        let i = runs.partition_point(|r| r.end() <= block);
+        match runs.get(i) {
             Some(run) if run.start <= block => {
                 let place = if run.frame == FrameId::ZERO { Place::Zero } else { Place::Frame(run.frame) };
                 (place, u64::from(run.end() - block).min(in_region))
@@ -159,14 +215,14 @@ impl VolumeIndexMap {
         if in_region >= max {
             return in_region;
         }
-        let next = self.regions.iter_from(number).next().map_or(self.blocks, |(n, _)| n * REGION_BLOCKS);
+        let next = self.next_region(number).map_or(self.blocks, |n| n * REGION_BLOCKS);
         let from = (number + 1) * REGION_BLOCKS;
         (in_region + next.saturating_sub(from)).min(max)
     }
 
-    /// Resident bytes, estimated: runs with their spare room, and what a region costs in allocations.
+    /// Resident bytes, estimated: runs, and what a region costs in its page and in an allocation.
     fn memory_bytes(&self) -> u64 {
-        self.runs * 9 + self.regions_used * 96
+        self.runs * 8 + self.regions_used * 40
     }
 }
 
@@ -182,17 +238,12 @@ impl Index {
         Self { volumes: sizes.into_iter().map(|size| VolumeIndexMap::new(size, base_is_zero)).collect() }
     }
 
-    /// Applies a frame. `frame` is ignored for zero frames.
-    pub(crate) fn apply(&mut self, volume: VolumeIndex, kind: FrameKind, extents: &[BlockExtent], frame: FrameId) {
-        let Some(map) = self.volumes.get_mut(usize::from(volume.0)) else { return };
-        let frame = if kind == FrameKind::Zero { FrameId::ZERO } else { frame };
-        for extent in extents {
-            map.put(*extent, frame);
-        }
-    }
-
     pub(crate) fn volume(&self, volume: usize) -> Option<&VolumeIndexMap> {
         self.volumes.get(volume)
+    }
+
+    pub(crate) fn volumes_mut(&mut self) -> &mut [VolumeIndexMap] {
+        &mut self.volumes
     }
 
     pub(crate) fn memory_bytes(&self) -> u64 {

@@ -150,6 +150,8 @@ impl Worker {
         self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
         let mut extents = batch.extents.as_slice();
         let mut rest = batch.bytes.as_slice();
+        // In the order in which readers take them: the state, then the table.
+        let state = self.shared.state.read();
         table = self.shared.frames.table.write();
         for frame in &batch.frames {
             let (now, later) = extents.split_at(usize::from(frame.extents));
@@ -161,11 +163,11 @@ impl Worker {
             self.arrived.pass = frame.pass;
             rest = rest.get(frame.bytes as usize..).unwrap_or_default();
             let id = number_frame(&mut table, segment, offset, frame.kind);
-            self.stage.add(|| self.shared.state.read().index.clone(), (frame.volume, frame.kind, id), now);
+            self.stage.add(&state.index, (frame.volume, frame.kind, id), now);
             extents = later;
             offset += u64::from(frame.bytes);
         }
-        drop(table);
+        drop((table, state));
         // Segments are shorter than that in tests only.
         let every_bytes = STAGED_EVERY_BYTES.min(self.journal.segment_bytes_max());
         if self.arrived.tally.frame_bytes - self.told_bytes >= every_bytes {

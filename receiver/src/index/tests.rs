@@ -22,7 +22,37 @@ fn check(map: &VolumeIndexMap, oracle: &BTreeMap<u64, FrameId>) {
     }
 }
 
+fn put(map: &mut VolumeIndexMap, extent: BlockExtent, frame: FrameId) {
+    let mut placed = map.cut(extent, frame).collect();
+    map.enter(&mut placed);
+}
+
 proptest! {
+    /// Entered one by one, all at once, or as an index of its own: the same.
+    #[test]
+    fn entering_and_merging_agree(
+        ops in prop::collection::vec((0..BLOCKS, prop_oneof![1..4u32, 1..2000u32], prop::bool::weighted(0.3)), 1..60),
+        half in 0..60_usize,
+    ) {
+        let empty = VolumeIndexMap::new(BLOCKS * BLOCK_BYTES - 5, false);
+        let (mut single, mut listed, mut first) = (empty.clone(), Vec::new(), empty.clone());
+        for (i, (start, blocks, zero)) in ops.iter().enumerate() {
+            let frame = if *zero { FrameId::ZERO } else { FrameId(i as u32) };
+            let extent = BlockExtent { start: BlockIndex(*start), blocks: *blocks };
+            put(&mut single, extent, frame);
+            listed.extend(empty.cut(extent, frame));
+            if i == half {
+                first.enter(&mut listed);
+            }
+        }
+        let mut later = empty.blank();
+        later.enter(&mut listed);
+        first.merge(later);
+        let content = |map: &VolumeIndexMap| map.regions.iter_from(0).map(|(n, runs)| (n, runs.to_vec())).collect::<Vec<_>>();
+        prop_assert_eq!(content(&first), content(&single));
+        prop_assert_eq!((first.runs, first.regions_used), (single.runs, single.regions_used));
+    }
+
     /// Against a plain map of blocks, with snapshots taken on the way that must stay as they were.
     #[test]
     fn behaves_like_a_map_of_blocks(
@@ -32,7 +62,7 @@ proptest! {
         let mut snapshots = Vec::new();
         for (i, (start, blocks, zero)) in ops.into_iter().enumerate() {
             let frame = if zero { FrameId::ZERO } else { FrameId(i as u32) };
-            map.put(BlockExtent { start: BlockIndex(start), blocks }, frame);
+            put(&mut map, BlockExtent { start: BlockIndex(start), blocks }, frame);
             oracle.extend((start..(start + u64::from(blocks)).min(BLOCKS)).map(|b| (b, frame)));
             if i % 7 == 0 {
                 snapshots.push((map.clone(), oracle.clone()));
@@ -42,11 +72,11 @@ proptest! {
         for (map, oracle) in &snapshots {
             check(map, oracle);
         }
-        let counted: usize = map.regions.iter().map(|(_, r)| r.runs.len()).sum();
+        let counted: usize = map.regions.iter_from(0).map(|(_, r)| r.len()).sum();
         prop_assert_eq!(map.runs, counted as u64);
-        for (_, region) in map.regions.iter() {
-            prop_assert!(region.runs.windows(2).all(|w| w[0].end() <= w[1].start));
-            prop_assert!(region.runs.windows(2).all(|w| w[0].frame != FrameId::ZERO
+        for (_, runs) in map.regions.iter_from(0) {
+            prop_assert!(runs.windows(2).all(|w| w[0].end() <= w[1].start));
+            prop_assert!(runs.windows(2).all(|w| w[0].frame != FrameId::ZERO
                 || w[1].frame != FrameId::ZERO || w[0].end() < w[1].start), "zeroes join");
         }
     }
@@ -73,24 +103,7 @@ fn the_base_is_one_run_over_untouched_regions() {
     let mut map = VolumeIndexMap::new(1 << 40, false);
     let blocks = (1_u64 << 40) / BLOCK_BYTES;
     assert_eq!(map.find(0, blocks), (Place::Base, blocks));
-    map.put(BlockExtent { start: BlockIndex(5000), blocks: 1 }, FrameId(1));
+    put(&mut map, BlockExtent { start: BlockIndex(5000), blocks: 1 }, FrameId(1));
     assert_eq!(map.find(3, blocks - 3), (Place::Base, 4096 - 3));
     assert_eq!(map.find(4096, blocks - 4096), (Place::Base, 904));
-}
-
-/// Would catch a peer that fills memory with zeroes over nothing: 16 TiB of them are 4 million regions.
-#[test]
-fn zeroes_over_an_empty_base_cost_nothing() {
-    let mut map = VolumeIndexMap::new(1 << 44, true);
-    let blocks = (1_u64 << 44) / BLOCK_BYTES;
-    let all = BlockExtent { start: BlockIndex(0), blocks: u32::MAX };
-    map.put(all, FrameId::ZERO);
-    assert_eq!((map.memory_bytes(), map.find(0, blocks)), (0, (Place::Base, blocks)));
-    map.put(BlockExtent { start: BlockIndex(1_000_000), blocks: 2 }, FrameId(1));
-    map.put(BlockExtent { start: BlockIndex(1_000_001), blocks: u32::MAX - 2_000_000 }, FrameId::ZERO);
-    assert_eq!(map.find(1_000_000, 5), (Place::Frame(FrameId(1)), 1));
-    assert_eq!(map.find(1_000_001, 5), (Place::Zero, 5));
-    map.put(all, FrameId::ZERO);
-    assert_eq!(map.find(1_000_000, 5).0, Place::Zero);
-    assert_eq!((map.regions_used, map.find(2_000_000, 5)), (1, (Place::Base, 5)));
 }
