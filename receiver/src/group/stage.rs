@@ -160,7 +160,8 @@ mod tests {
     fn zeroes_over_an_empty_base_cost_nothing() {
         let (mut committed, mut stage) = (Index::new([1 << 44], true), Stage::default());
         let zero = |from, blocks| ((VolumeIndex(0), FrameKind::Zero, FrameId(7)), [extent(from, blocks)]);
-        let add = |stage: &mut Stage, committed: &Index, (what, extents): (_, [BlockExtent; 1])| stage.add(committed, what, &extents);
+        let add =
+            |stage: &mut Stage, committed: &Index, (what, extents): (_, [BlockExtent; 1])| stage.add(committed, what, &extents);
         add(&mut stage, &committed, zero(0, u32::MAX));
         add(&mut stage, &committed, zero(5_000_000, 10));
         stage.seal(&mut committed);
