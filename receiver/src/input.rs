@@ -40,7 +40,7 @@ pub(crate) struct PassInput {
 
 impl PassInput {
     /// Takes from `bytes`: the header to the core, frames to the assembler. Returns why the session ended, if it did. Stops behind the header if
-    /// that asks for something, which the caller has to do before it comes back with the rest.
+    /// that asks for something, and when the assembler is full: the caller has to see to that before it comes back with the rest.
     pub(crate) fn take(
         &mut self,
         bytes: &mut &[u8],
@@ -62,13 +62,14 @@ impl PassInput {
                 return ended;
             }
         }
+        let (now, later) = bytes.split_at(bytes.len().min(assembler.room()));
+        *bytes = later;
         // Counted afterwards: the core cannot decide on a frame and count another at once.
         let mut arrived = Vec::new();
         let rules = &*core;
-        let pushed =
-            assembler.push::<SessionError>(std::mem::take(bytes), &mut |header| rules.frame_begins(header), &mut |frame| {
-                arrived.push((*frame.header, *frame.head, frame.blocks));
-            });
+        let pushed = assembler.push::<SessionError>(now, &mut |header| rules.frame_begins(header), &mut |frame| {
+            arrived.push((*frame.header, *frame.head, frame.blocks));
+        });
         for (header, head, blocks) in arrived {
             core.frame_arrived(&header, &head, blocks);
         }

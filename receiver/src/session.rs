@@ -244,7 +244,7 @@ impl Session {
                 self.pass = Some(PassReader { stream, input: PassInput::default() });
                 None
             }
-            Input::Data(count) => self.data(chunks.get(..count).unwrap_or_default(), actions).await,
+            Input::Data(count) => self.data(chunks.get_mut(..count).unwrap_or_default(), actions).await,
             Input::DataEnd => {
                 let whole = self.pass.take().map_or(Ok(()), |pass| pass.input.end(&self.assembler));
                 if let Err(error) = whole {
@@ -270,9 +270,11 @@ impl Session {
         }
     }
 
-    async fn data(&mut self, chunks: &[bytes::Bytes], actions: &mut Vec<Action>) -> Option<SessionError> {
+    async fn data(&mut self, chunks: &mut [bytes::Bytes], actions: &mut Vec<Action>) -> Option<SessionError> {
         for chunk in chunks {
-            let mut rest: &[u8] = chunk;
+            // Given back at once: a chunk may be as large as the window.
+            let chunk = std::mem::take(chunk);
+            let mut rest: &[u8] = &chunk;
             while !rest.is_empty() {
                 let pass = self.pass.as_mut()?;
                 let ended = pass.input.take(&mut rest, &mut self.core, &mut self.assembler, actions);
