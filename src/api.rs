@@ -3,7 +3,7 @@
 //! Field names are an interface: they are added to, not changed.
 
 use proto::{Fingerprint, Generation, Name, Point};
-use replicator::{GroupStatus, LinkState, QueueStatus, VerifyStatus};
+use replicator::{GroupStatus, HandbackStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
 
 /// `GET /v1/id`.
@@ -302,4 +302,35 @@ pub struct Verification {
 pub struct ApiError {
     /// One line.
     pub error: String,
+}
+
+/// `POST /v1/handback` and `POST /v1/handback/plan`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandbackRequest {
+    /// The group; this node has its disks.
+    pub group: String,
+    /// The point to go back to (rollback); `None`: what the activated copy has become (failback).
+    pub point: Option<Point>,
+}
+
+/// `GET /v1/handback`, and the answer to its `POST`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HandbackProgress {
+    /// The group.
+    pub group: Name,
+    /// The handback that runs, or the last one.
+    pub handback: HandbackStatus,
+}
+
+/// `POST /v1/switchover`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SwitchoverRequest {
+    /// `group` or `client/group`.
+    pub group: String,
+    /// Where the disks are served.
+    pub export: String,
+    /// How long the primary may take to commit what it has; a minute by default.
+    pub within_ms: Option<u64>,
 }

@@ -2,8 +2,9 @@
 //! bottom of a stack (file, memory, fault, delay) and the NBD export at the top.
 //!
 //! A stack is a composition of one trait: the primary is `Export(Tap(File))`, an activated copy is
-//! `Export(Tap(Fork(View)))`. This crate knows nothing of epochs, groups or peers.
+//! `Export(Tap(Fork(View)))`. This crate knows nothing of epochs, groups or peers; of the wire it knows the frame, whose blocks it reads and writes.
 
+mod blocks;
 mod buf;
 mod crash;
 mod delay;
@@ -17,6 +18,7 @@ mod scan;
 mod uring;
 mod waits;
 
+pub use blocks::{apply_frame, read_blocks};
 pub use buf::Buf;
 pub use crash::CrashDevice;
 pub use delay::DelayDevice;

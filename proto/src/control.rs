@@ -4,6 +4,7 @@
 //! are how two versions find out that they do not fit.
 
 use crate::codec::{DecodeError, Reader, bounded, printable};
+use crate::handback::{Ask, Ready, Want};
 use crate::hashes::{HashQuery, Hashes};
 use crate::name::{NAME_BYTES_MAX, Name};
 use crate::scrub::{Scrub, Scrubbed};
@@ -173,6 +174,45 @@ pub enum Message {
         /// The generation that holds.
         generation: Generation,
     },
+    /// Primary to receiver, first, in place of a hello: give the group's disks back.
+    Handback(Ask),
+    /// Receiver to primary: it can.
+    Ready(Ready),
+    /// Primary to receiver: what it had written of its own was sent on a stream, so many frames with this digest.
+    Diverged {
+        /// Frames.
+        frames: u64,
+        /// BLAKE3 of their fixed parts in order, as in a seal.
+        digest: [u8; 32],
+    },
+    /// Receiver to primary: that is on stable storage, as a fork of this name.
+    Kept {
+        /// The fork.
+        name: Name,
+    },
+    /// Primary to receiver: it needs these blocks besides those that the receiver knows to differ.
+    Want(Want),
+    /// Primary to receiver: send.
+    Give,
+    /// Primary to receiver: this pass is on its disks; the last one durably.
+    Applied {
+        /// The pass.
+        pass: u16,
+    },
+    /// Receiver to primary: the primary may write now.
+    Handed {
+        /// The point that both sides hold.
+        point: Point,
+        /// The generation of the primary's epochs from here on.
+        generation: Generation,
+    },
+    /// Receiver to primary: stop taking writes, and commit what there is.
+    Drain,
+    /// Primary to receiver: it takes no writes, and all of them are committed, up to this point.
+    Drained {
+        /// The newest commit.
+        point: Point,
+    },
     /// Either way, last: why the session ends, for the other side's log.
     Close {
         /// Why.
@@ -193,6 +233,16 @@ const HASHES: u8 = 8;
 const STAGED: u8 = 9;
 const SCRUB: u8 = 10;
 const SCRUBBED: u8 = 11;
+const HANDBACK: u8 = 12;
+const READY: u8 = 13;
+const DIVERGED: u8 = 14;
+const KEPT: u8 = 15;
+const WANT: u8 = 16;
+const GIVE: u8 = 17;
+const APPLIED: u8 = 18;
+const HANDED: u8 = 19;
+const DRAIN: u8 = 20;
+const DRAINED: u8 = 21;
 
 impl Message {
     /// A close message; the reason is cut to its limit.
@@ -216,6 +266,16 @@ impl Message {
             Self::Scrub(_) => "scrub",
             Self::Scrubbed(_) => "scrubbed",
             Self::Fenced { .. } => "fenced",
+            Self::Handback(_) => "handback",
+            Self::Ready(_) => "ready",
+            Self::Diverged { .. } => "diverged",
+            Self::Kept { .. } => "kept",
+            Self::Want(_) => "want",
+            Self::Give => "give",
+            Self::Applied { .. } => "applied",
+            Self::Handed { .. } => "handed",
+            Self::Drain => "drain",
+            Self::Drained { .. } => "drained",
             Self::Close { .. } => "close",
         }
     }
@@ -235,11 +295,7 @@ impl Message {
                 put_name(&mut body, &h.group);
                 body.extend_from_slice(&h.generation.0.to_le_bytes());
                 body.extend_from_slice(&h.committed.0.to_le_bytes());
-                body.extend_from_slice(&(h.volumes.len() as u16).to_le_bytes());
-                for volume in &h.volumes {
-                    put_name(&mut body, &volume.name);
-                    body.extend_from_slice(&volume.size_bytes.to_le_bytes());
-                }
+                put_volumes(&mut body, &h.volumes);
             }
             Self::Welcome { version, generation, committed, writer, epochs_in_flight_max, staged } => {
                 body.push(WELCOME);
@@ -267,8 +323,7 @@ impl Message {
             }
             Self::Committed { point } => {
                 body.push(COMMITTED);
-                body.extend_from_slice(&point.generation.0.to_le_bytes());
-                body.extend_from_slice(&point.epoch.0.to_le_bytes());
+                put_point(&mut body, *point);
             }
             Self::HashQuery(query) => {
                 body.push(HASH_QUERY);
@@ -289,6 +344,42 @@ impl Message {
             Self::Fenced { generation } => {
                 body.push(FENCED);
                 body.extend_from_slice(&generation.0.to_le_bytes());
+            }
+            Self::Handback(ask) => {
+                body.push(HANDBACK);
+                ask.encode(&mut body);
+            }
+            Self::Ready(ready) => {
+                body.push(READY);
+                ready.encode(&mut body);
+            }
+            Self::Diverged { frames, digest } => {
+                body.push(DIVERGED);
+                body.extend_from_slice(&frames.to_le_bytes());
+                body.extend_from_slice(digest);
+            }
+            Self::Kept { name } => {
+                body.push(KEPT);
+                put_name(&mut body, name);
+            }
+            Self::Want(want) => {
+                body.push(WANT);
+                want.encode(&mut body);
+            }
+            Self::Give => body.push(GIVE),
+            Self::Applied { pass } => {
+                body.push(APPLIED);
+                body.extend_from_slice(&pass.to_le_bytes());
+            }
+            Self::Handed { point, generation } => {
+                body.push(HANDED);
+                put_point(&mut body, *point);
+                body.extend_from_slice(&generation.0.to_le_bytes());
+            }
+            Self::Drain => body.push(DRAIN),
+            Self::Drained { point } => {
+                body.push(DRAINED);
+                put_point(&mut body, *point);
             }
             Self::Close { code, reason } => {
                 body.push(CLOSE);
@@ -336,12 +427,22 @@ impl Message {
             }
             STAGED => Self::Staged { epoch: EpochId(r.u64()?), frames: r.u64()? },
             SEAL => Self::Seal(Seal::decode(r.bytes(crate::seal::SEAL_BYTES)?)?),
-            COMMITTED => Self::Committed { point: Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) } },
+            COMMITTED => Self::Committed { point: get_point(&mut r)? },
             HASH_QUERY => Self::HashQuery(HashQuery::decode(&mut r)?),
             HASHES => Self::Hashes(Hashes::decode(&mut r)?),
             SCRUB => Self::Scrub(Scrub::decode(&mut r)?),
             SCRUBBED => Self::Scrubbed(Scrubbed::decode(&mut r)?),
             FENCED => Self::Fenced { generation: Generation(r.u64()?) },
+            HANDBACK => Self::Handback(Ask::decode(&mut r)?),
+            READY => Self::Ready(Ready::decode(&mut r)?),
+            DIVERGED => Self::Diverged { frames: r.u64()?, digest: r.array()? },
+            KEPT => Self::Kept { name: get_name(&mut r)? },
+            WANT => Self::Want(Want::decode(&mut r)?),
+            GIVE => Self::Give,
+            APPLIED => Self::Applied { pass: r.u16()? },
+            HANDED => Self::Handed { point: get_point(&mut r)?, generation: get_generation(&mut r)? },
+            DRAIN => Self::Drain,
+            DRAINED => Self::Drained { point: get_point(&mut r)? },
             CLOSE => {
                 let code = r.u16()?;
                 let len = bounded("close reason bytes", r.u16()?.into(), REASON_BYTES_MAX as u64)? as usize;
@@ -358,12 +459,33 @@ impl Message {
     }
 }
 
-fn put_name(out: &mut Vec<u8>, name: &Name) {
+pub(crate) fn put_point(out: &mut Vec<u8>, point: Point) {
+    out.extend_from_slice(&point.generation.0.to_le_bytes());
+    out.extend_from_slice(&point.epoch.0.to_le_bytes());
+}
+
+pub(crate) fn get_point(r: &mut Reader<'_>) -> Result<Point, DecodeError> {
+    Ok(Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) })
+}
+
+pub(crate) fn get_generation(r: &mut Reader<'_>) -> Result<Generation, DecodeError> {
+    Ok(Generation(bounded("generation", r.u64()?, GENERATION_MAX)?))
+}
+
+pub(crate) fn put_volumes(out: &mut Vec<u8>, volumes: &[VolumeHello]) {
+    out.extend_from_slice(&(volumes.len() as u16).to_le_bytes());
+    for volume in volumes {
+        put_name(out, &volume.name);
+        out.extend_from_slice(&volume.size_bytes.to_le_bytes());
+    }
+}
+
+pub(crate) fn put_name(out: &mut Vec<u8>, name: &Name) {
     out.push(name.as_str().len() as u8);
     out.extend_from_slice(name.as_str().as_bytes());
 }
 
-fn get_name(r: &mut Reader<'_>) -> Result<Name, DecodeError> {
+pub(crate) fn get_name(r: &mut Reader<'_>) -> Result<Name, DecodeError> {
     let len = bounded("name bytes", r.u8()?.into(), NAME_BYTES_MAX as u64)? as usize;
     let bytes = r.bytes(len)?;
     let rule = DecodeError::Rule { what: "name", rule: "1 to 64 of a-z A-Z 0-9 . _ - starting with a letter or digit" };
@@ -372,28 +494,33 @@ fn get_name(r: &mut Reader<'_>) -> Result<Name, DecodeError> {
 
 fn decode_hello(r: &mut Reader<'_>) -> Result<Hello, DecodeError> {
     r.magic(HELLO_MAGIC)?;
-    let mut hello = Hello {
+    Ok(Hello {
         version_min: r.u16()?,
         version_max: r.u16()?,
         block_bytes: r.u32()?,
         interval_ms: r.u32()?,
         group: get_name(r)?,
-        generation: Generation(bounded("generation", r.u64()?, GENERATION_MAX)?),
+        generation: get_generation(r)?,
         committed: EpochId(r.u64()?),
-        volumes: Vec::new(),
-    };
+        volumes: get_volumes(r)?,
+    })
+}
+
+/// The volumes of a group: at least one, none empty, with names of their own.
+pub(crate) fn get_volumes(r: &mut Reader<'_>) -> Result<Vec<VolumeHello>, DecodeError> {
     let count = bounded("volumes of a group", r.u16()?.into(), GROUP_VOLUMES_MAX as u64)?;
     if count == 0 {
         return Err(DecodeError::Rule { what: "hello", rule: "a group has at least one volume" });
     }
+    let mut volumes: Vec<VolumeHello> = Vec::new();
     for _ in 0..count {
         let volume = VolumeHello { name: get_name(r)?, size_bytes: bounded("volume bytes", r.u64()?, VOLUME_BYTES_MAX)? };
-        if volume.size_bytes == 0 || hello.volumes.iter().any(|v| v.name == volume.name) {
+        if volume.size_bytes == 0 || volumes.iter().any(|v| v.name == volume.name) {
             return Err(DecodeError::Rule { what: "hello", rule: "volumes are not empty and have names of their own" });
         }
-        hello.volumes.push(volume);
+        volumes.push(volume);
     }
-    Ok(hello)
+    Ok(volumes)
 }
 
 /// How a pass was read.

@@ -145,6 +145,20 @@ impl DirtyMap {
         None
     }
 
+    /// Runs of the set at or after `from`, together at most `blocks_max` blocks.
+    #[must_use]
+    pub fn pick(&self, from: u64, blocks_max: u32) -> Vec<BlockExtent> {
+        let (mut runs, mut at, mut left) = (Vec::new(), from, blocks_max);
+        while left > 0
+            && let Some(run) = self.next_run(at, left)
+        {
+            left -= run.blocks;
+            at = run.end();
+            runs.push(run);
+        }
+        runs
+    }
+
     fn change(&mut self, first: u64, count: u64, value: bool) {
         let end = first.saturating_add(count).min(self.blocks);
         for (region, from, to) in pieces(first, end) {

@@ -6,7 +6,8 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use crate::codec::Reader;
-use crate::control::{MESSAGE_BYTES_MAX, Message, PASS_HEADER_BYTES, PASS_MAGIC, PassHeader, REASON_BYTES_MAX};
+use crate::control::{GENERATION_MAX, MESSAGE_BYTES_MAX, Message, PASS_HEADER_BYTES, PASS_MAGIC, PassHeader, REASON_BYTES_MAX};
+use crate::handback::{Ready, WANT_EXTENTS_MAX};
 use crate::hashes::{HASHES_MAX, QUERY_BLOCKS_MAX};
 use crate::name::NAME_BYTES_MAX;
 use crate::scrub::{RUN_BLOCKS_MAX, SCRUB_BLOCKS_MAX, SCRUB_RUNS_MAX, ScrubOutcome};
@@ -124,7 +125,27 @@ fn message(body: &[u8]) {
             }
         }
         Message::Welcome { staged, .. } => assert!(staged.is_none_or(|s| s.frames > 0)),
-        Message::Staged { .. } | Message::Seal(_) | Message::Committed { .. } | Message::Fenced { .. } => {}
+        Message::Handback(ask) => {
+            assert!((1..=GROUP_VOLUMES_MAX).contains(&ask.volumes.len()) && ask.generation.0 <= GENERATION_MAX);
+            assert!(ask.volumes.iter().all(|v| (1..=VOLUME_BYTES_MAX).contains(&v.size_bytes)));
+        }
+        Message::Want(want) => {
+            assert!(want.extents.len() <= WANT_EXTENTS_MAX && want.extents.iter().all(|e| e.blocks > 0));
+            assert!(want.extents.windows(2).all(|w| w[0].end() <= w[1].start.0));
+        }
+        Message::Ready(Ready { generation, .. }) | Message::Handed { generation, .. } => {
+            assert!(generation.0 <= GENERATION_MAX);
+        }
+        Message::Kept { name } => assert!(name.as_str().len() <= NAME_BYTES_MAX),
+        Message::Staged { .. }
+        | Message::Seal(_)
+        | Message::Committed { .. }
+        | Message::Fenced { .. }
+        | Message::Diverged { .. }
+        | Message::Give
+        | Message::Applied { .. }
+        | Message::Drain
+        | Message::Drained { .. } => {}
     }
     let encoded = message.encode();
     let (prefix, again) = encoded.split_first_chunk::<4>().expect("a length prefix");

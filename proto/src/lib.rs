@@ -14,8 +14,10 @@ pub mod frame;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod handback;
 pub mod hashes;
 pub mod name;
+pub mod pack;
 pub mod region;
 pub mod scrub;
 pub mod seal;

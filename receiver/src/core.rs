@@ -136,6 +136,8 @@ pub enum Event {
     Scrubbed(Scrubbed),
     /// The epoch of [`Action::Commit`] is durable.
     Committed(Point),
+    /// The primary is to take no more writes.
+    Drain,
     /// A newer session has the group.
     Superseded,
     /// The group was promoted.
@@ -175,6 +177,8 @@ pub enum Action {
     Scrub(Scrub),
     /// Append the seal and make the epoch durable; answer with [`Event::Committed`].
     Commit(Seal),
+    /// The primary takes no more writes, and all that it took are in this point.
+    Drained(Point),
     /// Forget the frames since the last commit.
     Abandon,
     /// Close the connection once what was sent has arrived.
@@ -264,6 +268,11 @@ impl Core {
             _ => Message::close(code, &reason),
         }));
         out.push(Action::Close { code: code as u16, reason });
+    }
+
+    /// Whether nothing was said yet.
+    pub(crate) fn is_opening(&self) -> bool {
+        matches!(self.state, State::Opening)
     }
 
     /// Whether the next pass stream may be read now.
@@ -360,6 +369,14 @@ impl Core {
                 out.push(Action::Send(Message::Scrubbed(scrubbed)));
                 Ok(State::Streaming(s))
             }
+            (State::Streaming(s), Event::Drain) => {
+                out.push(Action::Send(Message::Drain));
+                Ok(State::Streaming(s))
+            }
+            (State::Streaming(s), Event::Message(Message::Drained { point })) => {
+                out.push(Action::Drained(point));
+                Ok(State::Streaming(s))
+            }
             (State::Streaming(s), Event::Committed(point)) => Ok(State::Streaming(s.committed(point, out))),
             (state, Event::Message(message)) => Err(SessionError::Unexpected { state: state.kind(), message: message.kind() }),
             (state, event) => match (event, group) {
@@ -426,7 +443,7 @@ pub(crate) fn total(before: u64, volumes: &[Volume]) -> u64 {
     volumes.iter().fold(before, |sum, v| sum.saturating_add(v.size_bytes))
 }
 
-fn same_volumes(group: &Name, stored: &[Volume], given: &[Volume]) -> Result<(), SessionError> {
+pub(crate) fn same_volumes(group: &Name, stored: &[Volume], given: &[Volume]) -> Result<(), SessionError> {
     if stored.len() != given.len() {
         return Err(SessionError::VolumeCount { group: group.clone(), stored: stored.len(), given: given.len() });
     }

@@ -37,7 +37,7 @@ use worker::Worker;
 /// control stops the primary, and its current epoch grows.
 pub const GROUP_QUEUE_MAX: usize = 16;
 /// Events waiting for a session. Never full: a session has at most so many commits in flight, and one event ends it.
-const SESSION_EVENTS_MAX: usize = crate::core::EPOCHS_IN_FLIGHT_MAX as usize + 4;
+pub(crate) const SESSION_EVENTS_MAX: usize = crate::core::EPOCHS_IN_FLIGHT_MAX as usize + 4;
 
 /// Why a group cannot be opened, read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +93,28 @@ pub enum GroupError {
         client: Name,
         /// The limit.
         max: u64,
+    },
+    /// Role or generation changed meanwhile.
+    #[error("group '{group}' changed hands meanwhile: see `twinsite status`, then try again")]
+    Changed {
+        /// The group.
+        group: Name,
+    },
+    /// Its primary is not there.
+    #[error("the primary of group '{group}' is not connected: a switchover needs both sites (without it, `twinsite failover`)")]
+    NotConnected {
+        /// The group.
+        group: Name,
+    },
+    /// Its primary did not come to an end in time.
+    #[error(
+        "the primary of group '{group}' did not commit all of its writes within {seconds} s: it takes writes again, nothing was changed"
+    )]
+    NotDrained {
+        /// The group.
+        group: Name,
+        /// How long it had.
+        seconds: u64,
     },
     /// Its fork.
     #[error(transparent)]
@@ -150,6 +172,8 @@ pub(crate) struct Peer {
 #[derive(Debug)]
 pub(crate) enum GroupEvent {
     Committed(Point),
+    /// Its primary is asked to take no more writes.
+    Drain,
     Superseded,
     Fenced(Generation),
     Storage(Cause),
@@ -219,6 +243,26 @@ enum Command {
         point: Option<Point>,
         reply: oneshot::Sender<Result<Promoted, GroupError>>,
     },
+    /// Takes the group over to give it back, if it is in that role and generation.
+    ClaimHandback {
+        session: SessionId,
+        peer: Peer,
+        stands: (GroupRole, Generation),
+        events: mpsc::Sender<GroupEvent>,
+        reply: oneshot::Sender<Result<Option<Point>, GroupError>>,
+    },
+    /// Seals what is staged and makes the group a replica of the next generation. Answers `None` to a session that lost the group.
+    Hand {
+        session: SessionId,
+        seal: Seal,
+        reply: oneshot::Sender<Result<Option<Generation>, GroupError>>,
+    },
+    /// Asks the session that has the group to have its primary take no more writes. Answers whether there is one.
+    Drain {
+        reply: oneshot::Sender<bool>,
+    },
+    /// Ends the session, so that its primary comes back and takes writes again.
+    GiveUpDrain,
     Stop,
 }
 
@@ -247,6 +291,9 @@ pub(crate) struct Shared {
     pub(crate) frames: FrameStore,
     pub(crate) bytes_received: AtomicU64,
     pub(crate) findings: Findings,
+    pub(crate) usage: Arc<Usage>,
+    /// The newest commit of a primary that takes no more writes.
+    pub(crate) drained: watch::Sender<Option<Point>>,
 }
 
 /// A handle to a group.
@@ -383,6 +430,8 @@ impl Group {
             frames,
             bytes_received: AtomicU64::new(0),
             findings: Findings::default(),
+            usage: Arc::clone(&usage),
+            drained: watch::Sender::new(None),
         });
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
         let worker = Worker {
@@ -449,6 +498,51 @@ impl Group {
         let (reply, answer) = oneshot::channel();
         let _ = self.commands.send(Command::Promote { point, reply }).await;
         answer.await.unwrap_or_else(|_| Err(GroupError::Closed { group: self.shared.folder.group.clone() }))
+    }
+
+    /// Takes the group over for a handback. Returns its newest point.
+    pub(crate) async fn claim_handback(
+        &self,
+        session: SessionId,
+        peer: Peer,
+        stands: (GroupRole, Generation),
+        events: mpsc::Sender<GroupEvent>,
+    ) -> Result<Point, GroupError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::ClaimHandback { session, peer, stands, events, reply }).await;
+        let group = || self.shared.folder.group.clone();
+        let newest = answer.await.unwrap_or_else(|_| Err(GroupError::Closed { group: group() }))?;
+        newest.ok_or_else(|| GroupError::Changed { group: group() })
+    }
+
+    /// Ends a handback: see [`Command::Hand`].
+    pub(crate) async fn hand(&self, session: SessionId, seal: Seal) -> Result<Option<Generation>, GroupError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Hand { session, seal, reply }).await;
+        answer.await.unwrap_or_else(|_| Err(GroupError::Closed { group: self.shared.folder.group.clone() }))
+    }
+
+    /// Has the primary take no more writes and commit what there is; waits until that is done. Returns the newest point.
+    pub(crate) async fn drain(&self, within: std::time::Duration) -> Result<Point, GroupError> {
+        let group = || self.shared.folder.group.clone();
+        let mut drained = self.shared.drained.subscribe();
+        self.shared.drained.send_replace(None);
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Drain { reply }).await;
+        if !answer.await.map_err(|_| GroupError::Closed { group: group() })? {
+            return Err(GroupError::NotConnected { group: group() });
+        }
+        let waited = tokio::time::timeout(within, drained.wait_for(Option::is_some)).await;
+        let point = waited.ok().and_then(Result::ok).and_then(|point| *point);
+        if point.is_none() {
+            self.give_up_drain().await;
+        }
+        point.ok_or_else(|| GroupError::NotDrained { group: group(), seconds: within.as_secs() })
+    }
+
+    /// Lets the primary take writes again.
+    pub(crate) async fn give_up_drain(&self) {
+        let _ = self.commands.send(Command::GiveUpDrain).await;
     }
 
     /// Performs what is in the queue of a parked group, on this thread. Returns whether there was anything.

@@ -40,6 +40,11 @@ impl Hasher {
         Ok(Self { io })
     }
 
+    /// The threads, for whatever else reads or writes disks of this store and may wait.
+    pub(crate) fn io(&self) -> &IoThreads {
+        &self.io
+    }
+
     /// Hashes a range of a view; the core has checked that it lies in its volume.
     pub(crate) fn answer(
         &self,

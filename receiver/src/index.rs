@@ -7,9 +7,9 @@
 
 use std::sync::Arc;
 
-use proto::BlockExtent;
 use proto::region::{REGION_BLOCKS, REGION_BYTES, RegionSlots};
 use proto::units::{BLOCK_BYTES, VOLUME_BYTES_MAX};
+use proto::{BlockExtent, DirtyMap};
 
 /// Number of a data frame in the order of the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -208,6 +208,23 @@ impl VolumeIndexMap {
             Some(run) => (Place::Base, u64::from(run.start - block).min(in_region)),
             None => (Place::Base, in_region),
         }
+    }
+
+    /// The blocks that may hold something else than in `other`, an index of the same volume: those that another frame is about.
+    pub(crate) fn differing(&self, other: &Self) -> DirtyMap {
+        let mut differing = DirtyMap::new(self.blocks * BLOCK_BYTES);
+        let known = |place| if place == Place::Base && self.base_is_zero { Place::Zero } else { place };
+        let mut at = 0;
+        while at < self.blocks {
+            let (ours, our_run) = self.find(at, self.blocks - at);
+            let (theirs, their_run) = other.find(at, self.blocks - at);
+            let run = our_run.min(their_run);
+            if known(ours) != known(theirs) {
+                differing.mark(at, run);
+            }
+            at += run;
+        }
+        differing
     }
 
     /// Extends a run of the base over the untouched regions that follow, so that a scan of an empty TiB takes no time.

@@ -18,6 +18,7 @@ mod frames;
 #[doc(hidden)]
 pub mod fuzzing;
 mod group;
+mod handback;
 mod hashing;
 mod index;
 mod input;

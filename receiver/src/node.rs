@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use proto::fencing::GroupRole;
 use proto::{Fingerprint, Generation, Name, Point};
+use tokio::sync::watch;
 
 use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
 use crate::core::{Cause, Stored, total};
@@ -81,6 +82,8 @@ pub(crate) struct Node {
     usages: BTreeMap<Name, Arc<Usage>>,
     groups: Mutex<BTreeMap<Key, Slot>>,
     sessions: AtomicU64,
+    /// Counts the groups that were handed back to their primaries.
+    handed: watch::Sender<u64>,
 }
 
 impl Node {
@@ -111,6 +114,7 @@ impl Node {
             usages,
             groups: Mutex::new(groups),
             sessions: AtomicU64::new(1),
+            handed: watch::Sender::new(0),
         })
     }
 
@@ -122,6 +126,15 @@ impl Node {
         // Two at once: one of them is dropped.
         let _ = self.hasher.set(Hasher::new()?);
         self.hasher.get().ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
+
+    /// A group is no longer active: its primary has it back.
+    pub(crate) fn handed(&self) {
+        self.handed.send_modify(|count| *count += 1);
+    }
+
+    pub(crate) fn watch_handed(&self) -> watch::Receiver<u64> {
+        self.handed.subscribe()
     }
 
     pub(crate) fn next_session(&self) -> SessionId {

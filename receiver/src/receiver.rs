@@ -204,6 +204,33 @@ impl Receiver {
         activated(&group, point).await
     }
 
+    /// Has the primary of a group take no more writes and commit what it has. Returns the point that holds all of it. The primary takes writes
+    /// again after [`give_up_drain`](Self::give_up_drain), or if it is not done `within` the time; else the copy is to be activated.
+    ///
+    /// # Errors
+    /// [`ReceiverError`]; nothing was changed then.
+    pub async fn drain(&self, group: &str, within: Duration) -> Result<Point, ReceiverError> {
+        Ok(self.node.select(group)?.drain(within).await?)
+    }
+
+    /// Lets the primary take writes again; does nothing to a group that is active.
+    ///
+    /// # Errors
+    /// [`ReceiverError::Select`].
+    pub async fn give_up_drain(&self, group: &str) -> Result<(), ReceiverError> {
+        let group = self.node.select(group)?;
+        if group.shared.state.read().role == GroupRole::Replica {
+            group.give_up_drain().await;
+        }
+        Ok(())
+    }
+
+    /// Changes whenever a group was given back to its primary, and is active no more.
+    #[must_use]
+    pub fn handed_back(&self) -> watch::Receiver<u64> {
+        self.node.watch_handed()
+    }
+
     /// The groups that are the running server, opened again after a start.
     pub async fn activated(&self) -> Vec<Result<Activated, ReceiverError>> {
         let mut all = Vec::new();

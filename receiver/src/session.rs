@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{FuturesOrdered, StreamExt};
+use proto::handback::Ask;
 use proto::hashes::HashQuery;
 use proto::{CloseCode, DecodeError, EpochId, Fingerprint, Message, Name, Scrub, ScrubOutcome, Scrubbed};
 use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt};
@@ -17,6 +18,7 @@ use crate::batch::Assembler;
 use crate::config::ClientConfig;
 use crate::core::{Action, Cause, ClientPolicy, Core, Event, SessionError};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId, Snapshot};
+use crate::handback::{self, Line};
 use crate::input::{ControlInput, PassInput};
 use crate::node::Node;
 use crate::view::{View, fresh, views};
@@ -24,7 +26,7 @@ use crate::view::{View, fresh, views};
 /// A connection that has not said hello by then is closed.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 /// How long the last message is given to arrive before the connection is closed.
-const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(2);
+pub(crate) const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(2);
 /// Packets taken from a stream at once.
 const CHUNKS: usize = 64;
 
@@ -118,7 +120,12 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
         compared: None,
         hashing: FuturesOrdered::new(),
     };
-    let reason = session.run(stop).await;
+    let reason = session.run(stop.clone()).await;
+    if let End::Handback(ask) = reason {
+        let Session { connection, send, control, node, client, .. } = session;
+        let line = Line { connection, send, recv: control.recv, input: control.input, stop };
+        return handback::serve(line, node, client, *ask).await;
+    }
     if matches!(reason, End::Gone(_)) {
         // Whole frames count, wherever the connection broke.
         session.flush().await;
@@ -126,6 +133,7 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
     let group = session.group.take();
     let label = group.as_ref().map_or_else(|| name.to_string(), |(g, _)| format!("{name}/{}", g.shared.folder.group));
     match &reason {
+        End::Handback(_) => {}
         End::Core(SessionError::Stopping | SessionError::Superseded { .. } | SessionError::PeerClosed { .. }) | End::Gone(_) => {
             tracing::info!("{label} from {peer}: {reason}")
         }
@@ -142,6 +150,9 @@ enum End {
     Core(SessionError),
     #[error("{0}")]
     Gone(#[from] Gone),
+    /// Not a session, but the wish to have the disks back.
+    #[error("handback")]
+    Handback(Box<Ask>),
 }
 
 /// One thing that happened on the connection.
@@ -175,6 +186,10 @@ impl Session {
                     self.perform(actions).await;
                     return End::Core(error);
                 }
+            };
+            let input = match input {
+                Input::Control(Message::Handback(ask)) if self.core.is_opening() => return End::Handback(Box::new(ask)),
+                input => input,
             };
             let mut actions = Vec::new();
             let ended = self.take(input, &mut chunks, &mut actions).await;
@@ -260,6 +275,7 @@ impl Session {
             Input::Group(event) => {
                 let event = match event {
                     GroupEvent::Committed(point) => Event::Committed(point),
+                    GroupEvent::Drain => Event::Drain,
                     GroupEvent::Superseded => Event::Superseded,
                     GroupEvent::Fenced(generation) => Event::Fenced(generation),
                     GroupEvent::Storage(cause) => Event::Storage(cause),
@@ -339,6 +355,11 @@ impl Session {
                 Action::Scrub(scrub) => {
                     if let Err(cause) = self.scrub(scrub).await {
                         ended = self.core.handle(Event::Storage(cause), &mut more).or(ended);
+                    }
+                }
+                Action::Drained(point) => {
+                    if let Some((group, _)) = &self.group {
+                        group.shared.drained.send_replace(Some(point));
                     }
                 }
                 Action::Commit(seal) => {

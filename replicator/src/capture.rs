@@ -11,21 +11,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use blockdev::{BlockDevice, Buf, ExtentKind};
+use blockdev::{BlockDevice, Buf, ExtentKind, read_blocks};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::control::{PassHeader, PassKind};
-use proto::frame::{self, FRAME_CONTENT_BYTES_MAX, FRAME_EXTENTS_MAX, FRAME_HEADER_BYTES};
+use proto::frame::FRAME_HEADER_BYTES;
+use proto::pack::{FRAME_BLOCKS, Packed, Packer, push_block};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
-use proto::{BlockExtent, BlockIndex, DirtyMap, VolumeIndex};
+use proto::{BlockExtent, DirtyMap, VolumeIndex};
 
 use crate::compress::Compressor;
-use crate::ledger::{Copy, FreezeFailure, Ledger, pick_runs};
+use crate::ledger::{Copy, FreezeFailure, Ledger};
 use crate::outbox::{Item, Outbox};
-use crate::tap::read_blocks;
 
-/// Blocks in a frame.
-const FRAME_BLOCKS: u32 = (FRAME_CONTENT_BYTES_MAX as u64 / BLOCK_BYTES) as u32;
 /// Frames whose blocks are being read at once.
 const READ_AHEAD_FRAMES: usize = 8;
 /// From this length on a run is asked for holes before it is read.
@@ -123,7 +121,7 @@ enum Source {
 impl Source {
     fn runs(&self, ledger: &Ledger, volume: usize, from: u64) -> Vec<BlockExtent> {
         match self {
-            Self::Fuzzy(maps) => pick_runs(&maps[volume], from, FRAME_BLOCKS),
+            Self::Fuzzy(maps) => maps[volume].pick(from, FRAME_BLOCKS),
             Self::Frozen => ledger.frozen_runs(volume, from, FRAME_BLOCKS),
         }
     }
@@ -178,7 +176,7 @@ impl Pass<'_> {
 
     async fn volume(&mut self, volume: usize, source: &Source) -> Result<(), CaptureError> {
         let devices = self.devices;
-        let mut packer = Packer::new(volume);
+        let mut packer = Packer::new(VolumeIndex(volume as u16));
         let mut reads = FuturesOrdered::new();
         let (mut at, mut ended) = (0, false);
         loop {
@@ -238,17 +236,13 @@ impl Pass<'_> {
                 if !kept.contains(block) {
                     continue;
                 }
-                if is_zero(bytes) {
-                    packer.zero(BlockExtent { start: BlockIndex(block), blocks: 1 });
-                } else {
-                    packer.data(block, bytes);
-                    if packer.content.len() >= FRAME_CONTENT_BYTES_MAX {
-                        self.flush_data(packer).await?;
-                    }
+                packer.block(block, bytes);
+                if packer.is_full() {
+                    self.flush_data(packer).await?;
                 }
             }
         }
-        if packer.zeroes.len() >= FRAME_EXTENTS_MAX {
+        if packer.has_zeroes() {
             self.flush_zeroes(packer).await?;
         }
         Ok(())
@@ -259,12 +253,12 @@ impl Pass<'_> {
         copied.sort_by_key(|c| (c.volume, c.extent.start));
         let mut packer: Option<Packer> = None;
         for run in copied {
-            if packer.as_ref().is_some_and(|p| p.volume != run.volume)
+            if packer.as_ref().is_some_and(|p| usize::from(p.volume().0) != run.volume)
                 && let Some(mut full) = packer.take()
             {
                 self.flush(&mut full).await?;
             }
-            let packer = packer.get_or_insert_with(|| Packer::new(run.volume));
+            let packer = packer.get_or_insert_with(|| Packer::new(VolumeIndex(run.volume as u16)));
             let content = match run.content {
                 Copy::Memory(content) => content,
                 Copy::Spilled(offset) => self.read_spilled(offset, run.extent).await?,
@@ -301,33 +295,23 @@ impl Pass<'_> {
     }
 
     async fn flush_data(&mut self, packer: &mut Packer) -> Result<(), CaptureError> {
-        if packer.content.is_empty() {
-            return Ok(());
-        }
-        let (volume, epoch, pass) = (VolumeIndex(packer.volume as u16), self.header.epoch, self.header.pass);
         let compressor = &mut self.compressor;
-        let bytes = frame::encode_data_with(volume, epoch, pass, &packer.extents, &packer.content, |content, room| {
-            compressor.compress(content, room)
-        });
-        let blocks = packer.content.len() as u64 / BLOCK_BYTES;
-        packer.extents.clear();
-        packer.content.clear();
-        self.counters.data_bytes.fetch_add(blocks * BLOCK_BYTES, Ordering::Relaxed);
-        self.send(bytes, blocks, 0).await
+        let packed = packer.take_data(self.header.epoch, self.header.pass, |content, room| compressor.compress(content, room));
+        let Some(packed) = packed else { return Ok(()) };
+        self.counters.data_bytes.fetch_add(packed.data_blocks * BLOCK_BYTES, Ordering::Relaxed);
+        self.send(packed).await
     }
 
     async fn flush_zeroes(&mut self, packer: &mut Packer) -> Result<(), CaptureError> {
-        let zeroes = std::mem::take(&mut packer.zeroes);
-        for extents in zeroes.chunks(FRAME_EXTENTS_MAX) {
-            let blocks = extents.iter().map(|e| u64::from(e.blocks)).sum::<u64>();
-            let bytes = frame::encode_zero(VolumeIndex(packer.volume as u16), self.header.epoch, self.header.pass, extents);
-            self.counters.zero_bytes.fetch_add(blocks * BLOCK_BYTES, Ordering::Relaxed);
-            self.send(bytes, 0, blocks).await?;
+        for packed in packer.take_zeroes(self.header.epoch, self.header.pass) {
+            self.counters.zero_bytes.fetch_add(packed.zero_blocks * BLOCK_BYTES, Ordering::Relaxed);
+            self.send(packed).await?;
         }
         Ok(())
     }
 
-    async fn send(&mut self, bytes: Vec<u8>, data_blocks: u64, zero_blocks: u64) -> Result<(), CaptureError> {
+    async fn send(&mut self, packed: Packed) -> Result<(), CaptureError> {
+        let Packed { bytes, data_blocks, zero_blocks, .. } = packed;
         if let Some(head) = bytes.first_chunk::<FRAME_HEADER_BYTES>() {
             self.tally.add(head, bytes.len(), data_blocks, zero_blocks);
         }
@@ -358,46 +342,6 @@ async fn hole_at(device: &dyn BlockDevice, run: BlockExtent) -> Option<BlockExte
     let first = extents.first().filter(|e| e.kind != ExtentKind::Data)?;
     let whole = if first.length >= length { u64::from(run.blocks) } else { first.length / BLOCK_BYTES };
     (whole > 0).then_some(BlockExtent { start: run.start, blocks: whole as u32 })
-}
-
-fn is_zero(bytes: &[u8]) -> bool {
-    // Most blocks differ from zero in their first bytes; the rest is compared as the compiler vectorises best.
-    bytes.iter().take(16).all(|b| *b == 0) && bytes.chunks(64).all(|c| c.iter().fold(0, |a, b| a | b) == 0)
-}
-
-/// Appends `block` to runs that are kept in rising order.
-fn push_block(runs: &mut Vec<BlockExtent>, block: u64) {
-    push_run(runs, BlockExtent { start: BlockIndex(block), blocks: 1 });
-}
-
-fn push_run(runs: &mut Vec<BlockExtent>, run: BlockExtent) {
-    match runs.last_mut() {
-        Some(last) if last.end() == run.start.0 && last.blocks.checked_add(run.blocks).is_some() => last.blocks += run.blocks,
-        _ => runs.push(run),
-    }
-}
-
-/// The frame being packed, and the zero runs that wait for theirs.
-struct Packer {
-    volume: usize,
-    extents: Vec<BlockExtent>,
-    content: Vec<u8>,
-    zeroes: Vec<BlockExtent>,
-}
-
-impl Packer {
-    fn new(volume: usize) -> Self {
-        Self { volume, extents: Vec::new(), content: Vec::with_capacity(FRAME_CONTENT_BYTES_MAX), zeroes: Vec::new() }
-    }
-
-    fn data(&mut self, block: u64, bytes: &[u8]) {
-        push_block(&mut self.extents, block);
-        self.content.extend_from_slice(bytes);
-    }
-
-    fn zero(&mut self, run: BlockExtent) {
-        push_run(&mut self.zeroes, run);
-    }
 }
 
 /// Which blocks of a batch go into the frame.

@@ -105,6 +105,8 @@ pub(crate) enum Action {
     BeginPass { epoch: EpochId, pass: u16, kind: PassKind },
     /// The epoch's passes are queued: queue its seal.
     Seal { epoch: EpochId, generation: Generation, passes: u32 },
+    /// Take no more writes; once all are committed, say so.
+    Drain,
     /// Nothing is committed from here any more: refuse the flushes that wait for it, and all that come.
     RefuseFlushes,
     /// Drop the connection.
@@ -243,6 +245,16 @@ impl Core {
     pub(crate) fn new(config: CoreConfig, generation: Generation, sessions: [SessionToken; 2], now: Instant) -> Self {
         let phase = Phase::Waiting { until: now, refused: false };
         Self { config, phase, suspended: None, attempt: 0, generation, sessions, committed: None, sealed: None }
+    }
+
+    /// Does nothing from here on, until it begins again. Whoever calls this ends what is under way.
+    pub(crate) fn park(&mut self) {
+        (self.phase, self.suspended) = (Phase::Fenced, None);
+    }
+
+    /// Begins again, after a handback or in vain: in this generation, with a receiver whose newest commit is of one of these sessions.
+    pub(crate) fn begin(&mut self, now: Instant, generation: Generation, sessions: [SessionToken; 2]) {
+        *self = Self::new(self.config.clone(), generation, sessions, now);
     }
 
     /// The record that an action asked for is durable.
@@ -530,6 +542,10 @@ impl Core {
                 // A line that breaks again and again is tried again soon, as long as it carries something.
                 self.attempt = 0;
                 out.push(Action::Staged { epoch, frames });
+                Ok(())
+            }
+            Event::Message(Message::Drain) => {
+                out.push(Action::Drain);
                 Ok(())
             }
             Event::Message(message) => Err(SessionError::Unexpected { state: "streaming", message: message.kind() }),

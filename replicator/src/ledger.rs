@@ -384,7 +384,7 @@ impl Ledger {
     /// The next runs at or after `from` that the frozen epoch still needs of `volume`: at most `blocks_max` blocks.
     pub(crate) fn frozen_runs(&self, volume: usize, from: u64, blocks_max: u32) -> Vec<BlockExtent> {
         let state = self.state.lock();
-        state.frozen.as_ref().map_or_else(Vec::new, |f| pick_runs(&f.left[volume], from, blocks_max))
+        state.frozen.as_ref().map_or_else(Vec::new, |f| f.left[volume].pick(from, blocks_max))
     }
 
     /// Bytes that the frozen epoch still needs.
@@ -621,17 +621,4 @@ impl Frozen {
         self.copied = Vec::new();
         self.copied_bytes = 0;
     }
-}
-
-/// Runs of `map` at or after `from`, together at most `blocks_max` blocks.
-pub(crate) fn pick_runs(map: &DirtyMap, from: u64, blocks_max: u32) -> Vec<BlockExtent> {
-    let (mut runs, mut at, mut left) = (Vec::new(), from, blocks_max);
-    while left > 0
-        && let Some(run) = map.next_run(at, left)
-    {
-        left -= run.blocks;
-        at = run.end();
-        runs.push(run);
-    }
-    runs
 }

@@ -12,6 +12,8 @@ mod compare;
 mod compress;
 mod core;
 mod dirtylog;
+mod gate;
+mod handback;
 mod ledger;
 mod link;
 #[cfg(test)]
@@ -43,12 +45,15 @@ use tokio::task::JoinHandle;
 
 use crate::core::{Core, CoreConfig};
 use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
+use crate::gate::Closed;
+use crate::handback::Handback;
+pub use crate::handback::{HandbackError, HandbackPlan, HandbackStatus, HandbackTarget};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::link::Link;
 use crate::pace::{CUTS_PER_MAX_LAG, Pace};
 pub use crate::rate::{RateSchedule, RateWindow};
-use crate::record::Record;
 pub use crate::record::RecordError;
+use crate::record::{Record, Stopped};
 use crate::session::Driver;
 use crate::shared::{LAG_SAMPLE, Shared};
 pub use crate::spec::{
@@ -234,6 +239,7 @@ pub struct Replicator {
     taps: Vec<(Name, Arc<dyn BlockDevice>)>,
     stop: watch::Sender<Option<Instant>>,
     driver: JoinHandle<()>,
+    handback: Arc<Handback>,
     sampler: JoinHandle<()>,
     /// Keeps the capture thread alive.
     _capture: IoThreads,
@@ -285,18 +291,22 @@ impl Replicator {
         let names: Vec<(Name, u64)> =
             volumes.iter().map(|v| v.name.clone()).zip(volumes.iter().map(|v| v.device.size())).collect();
         let pace = tuning.max_lag.map(|_| Arc::new(Pace::new(Instant::now())));
-        let taps = volumes
+        let bare = |(index, device): (usize, &Arc<dyn BlockDevice>)| {
+            Tap::new(device.clone(), ledger.clone(), log.clone(), spill.clone(), index)
+        };
+        // What a handback brings is marked like a guest's writes, and nobody holds it up.
+        let inner = devices.iter().enumerate().map(bare).map(|tap| Arc::new(tap) as Arc<dyn BlockDevice>).collect();
+        let gated: Vec<(Name, Tap)> = volumes
             .into_iter()
-            .enumerate()
-            .map(|(index, v)| {
-                let tap = Tap::new(v.device, ledger.clone(), log.clone(), spill.clone(), index);
-                let tap = tap.with_durability(tuning.durability).with_pace(pace.clone());
-                (v.name, Arc::new(tap) as Arc<dyn BlockDevice>)
-            })
+            .map(|v| v.name)
+            .zip(devices.iter().enumerate().map(bare))
+            .map(|(name, tap)| (name, tap.with_durability(tuning.durability).with_pace(pace.clone())))
             .collect();
+        let hello = |(name, size_bytes): &(Name, u64)| VolumeHello { name: name.clone(), size_bytes: *size_bytes };
+        let hellos: Vec<VolumeHello> = names.iter().map(hello).collect();
         let config = CoreConfig {
             group: group.clone(),
-            volumes: names.iter().map(|(name, size_bytes)| VolumeHello { name: name.clone(), size_bytes: *size_bytes }).collect(),
+            volumes: hellos.clone(),
             interval: tuning.interval,
             freeze_budget_bytes: tuning.freeze_budget_bytes,
             epochs_in_flight: tuning.epochs_in_flight,
@@ -304,9 +314,32 @@ impl Replicator {
         let core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
         let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation, pace));
         let (stop, stopping) = watch::channel(None);
-        let upkeep = Upkeep::new(shared.clone(), record.clone(), devices);
-        let link = Link { peer, identity };
-        let driver = Driver::new(shared.clone(), core, link, record, capture.clone(), upkeep, scanners, spill, stopping);
+        match recorded.stopped {
+            Some(Stopped::Fenced(_)) if shared.tuning.writes_when_fenced => {}
+            Some(Stopped::Fenced(_)) => shared.gate.close(Closed::Fenced),
+            Some(Stopped::Drained) => shared.gate.close(Closed::Drained),
+            Some(Stopped::Handback { .. }) => shared.gate.close(Closed::Handback),
+            None => {}
+        }
+        let gate = |(name, tap): (Name, Tap)| (name, Arc::new(tap.with_gate(shared.gate.clone())) as Arc<dyn BlockDevice>);
+        let taps = gated.into_iter().map(gate).collect();
+        let upkeep = Upkeep::new(shared.clone(), record.clone(), devices.clone());
+        let link = Arc::new(Link { peer, identity });
+        let (orders, inbox) = tokio::sync::mpsc::channel(1);
+        let handback = Arc::new(Handback {
+            shared: shared.clone(),
+            link: link.clone(),
+            record: record.clone(),
+            capture: capture.clone(),
+            volumes: hellos,
+            scanners: scanners.clone(),
+            devices,
+            taps: inner,
+            orders,
+            state: Default::default(),
+            busy: Arc::default(),
+        });
+        let driver = Driver::new(shared.clone(), core, link, record, capture.clone(), upkeep, scanners, spill, stopping, inbox);
         let sampled = shared.clone();
         let sampler = tokio::spawn(async move {
             let mut tick = tokio::time::interval(LAG_SAMPLE);
@@ -316,7 +349,7 @@ impl Replicator {
                 sampled.steer();
             }
         });
-        Ok(Self { shared, taps, stop, driver: tokio::spawn(driver.run()), sampler, _capture: capture })
+        Ok(Self { shared, taps, stop, driver: tokio::spawn(driver.run()), handback, sampler, _capture: capture })
     }
 
     /// The tapped disk `name`, to be exported to the guest.
@@ -355,6 +388,28 @@ impl Replicator {
     #[must_use]
     pub fn verify_status(&self) -> (LinkState, Option<VerifyStatus>) {
         (self.shared.state(), self.shared.scrub.verify_status(Instant::now()))
+    }
+
+    /// What it would take to have the disks back, or to go back to a point. Changes nothing.
+    ///
+    /// # Errors
+    /// [`HandbackError`].
+    pub async fn handback_plan(&self, target: HandbackTarget) -> Result<HandbackPlan, HandbackError> {
+        self.handback.plan(target).await
+    }
+
+    /// Begins to take the disks back, or to go back to a point. From here to the end guests may not write.
+    ///
+    /// # Errors
+    /// [`HandbackError`] if it cannot begin.
+    pub fn begin_handback(&self, target: HandbackTarget) -> Result<(), HandbackError> {
+        self.handback.begin(target)
+    }
+
+    /// The handback that runs, or the last one.
+    #[must_use]
+    pub fn handback_status(&self) -> Option<HandbackStatus> {
+        self.handback.status()
     }
 
     /// The node is about to stop: flushes that still wait for the receiver fail after `within`, so that their guests hear of it.

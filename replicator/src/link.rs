@@ -59,6 +59,18 @@ impl Link {
     /// # Errors
     /// [`LinkError`].
     pub(crate) async fn connect(&self) -> Result<(Endpoint, Connection), LinkError> {
+        self.connect_with(transport::settings(false)).await
+    }
+
+    /// As [`Self::connect`], for a conversation in which the receiver sends passes.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub(crate) async fn connect_for_handback(&self) -> Result<(Endpoint, Connection), LinkError> {
+        self.connect_with(transport::settings(true)).await
+    }
+
+    async fn connect_with(&self, settings: quinn::TransportConfig) -> Result<(Endpoint, Connection), LinkError> {
         let address = self.peer.address.clone();
         let remote = resolve(&address).await?;
         let local = match remote {
@@ -70,7 +82,7 @@ impl Link {
         let mut endpoint = Endpoint::new(self.identity.quic_endpoint(), None, socket, Arc::new(quinn::TokioRuntime))
             .map_err(LinkError::Socket)?;
         let mut config = ClientConfig::new(Arc::new(self.identity.quic_client(self.peer.key)?));
-        config.transport_config(Arc::new(transport::settings(false)));
+        config.transport_config(Arc::new(settings));
         endpoint.set_default_client_config(config);
         let connecting =
             endpoint.connect(remote, SERVER_NAME).map_err(|source| LinkError::Connect { address: address.clone(), source })?;

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use proto::control::{PassHeader, STAGED_EVERY_BYTES, Staged};
 use proto::frame::{FRAME_BYTES_MAX, FRAME_HEADER_BYTES};
 use proto::seal::Tally;
-use proto::{EpochId, HashQuery, Scrub, Seal};
+use proto::{EpochId, HashQuery, Point, Scrub, Seal};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::capture::CaptureError;
@@ -38,11 +38,13 @@ pub(crate) enum Item {
     Query(HashQuery),
     /// Blocks are to be compared at the epoch that was sealed last. Of this connection only, too.
     Scrub(Box<Scrub>),
+    /// No guest writes any more, and all is committed up to this point. Of this connection only, too.
+    Drained(Point),
 }
 
 impl Item {
     fn is_once(&self) -> bool {
-        matches!(self, Self::Query(_) | Self::Scrub(_))
+        matches!(self, Self::Query(_) | Self::Scrub(_) | Self::Drained(_))
     }
 }
 
@@ -84,7 +86,7 @@ impl Front {
                 }
             }
             Item::Seal(seal) => *self = Self { epoch: Some(seal.epoch.next()), ..Self::default() },
-            Item::End | Item::Query(_) | Item::Scrub(_) => {}
+            Item::End | Item::Query(_) | Item::Scrub(_) | Item::Drained(_) => {}
         }
     }
 }
@@ -208,7 +210,7 @@ impl Outbox {
                 state.front.epoch.get_or_insert(header.epoch);
             }
             Item::Frame(bytes) => state.unsent_bytes += bytes.len() as u64,
-            Item::End | Item::Seal(_) | Item::Query(_) | Item::Scrub(_) => {}
+            Item::End | Item::Seal(_) | Item::Query(_) | Item::Scrub(_) | Item::Drained(_) => {}
         }
         state.entries.push_back(entry);
         drop(state);

@@ -54,6 +54,26 @@ pub(crate) struct Recorded {
     /// Regions that were clean at this point, or earlier ones, are not marked in the dirty log any more.
     #[serde(default)]
     pub(crate) cleared: Option<Point>,
+    /// Why no guest may write here, if so.
+    #[serde(default)]
+    pub(crate) stopped: Option<Stopped>,
+}
+
+/// Why no guest may write to a group's disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Stopped {
+    /// The other site may, in this generation.
+    Fenced(Generation),
+    /// The other site was told that there will be no more writes, and may have become the writer.
+    Drained,
+    /// They are being overwritten with what the other site has.
+    Handback {
+        /// The point that ends it carries this.
+        token: SessionToken,
+        /// What was written here of its own is kept there.
+        kept: bool,
+    },
 }
 
 /// The record of one group.
@@ -180,6 +200,12 @@ mod tests {
         record.update(|r| r.generation = Generation(7)).unwrap();
         let cleared = Some(Point { generation: Generation(1 << 48), epoch: proto::EpochId(u64::MAX) });
         record.update(|r| (r.sessions, r.cleared) = ([SessionToken([255; 16]); 2], cleared)).unwrap();
+        let stopped = Some(Stopped::Handback { token: SessionToken([255; 16]), kept: false });
+        record.update(|r| (r.generation, r.stopped) = (Generation(1 << 48), stopped)).unwrap();
+        assert_eq!(open().unwrap().get().stopped, stopped);
+        record.update(|r| (r.generation, r.stopped) = (Generation(7), None)).unwrap();
+        record.update(|r| r.cleared = None).unwrap();
+        record.update(|r| r.cleared = cleared).unwrap();
         let again = open().unwrap().get();
         assert_eq!((again.generation, again.sessions[1], again.cleared), (Generation(7), SessionToken([255; 16]), cleared));
 

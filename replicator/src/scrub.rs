@@ -14,7 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockdev::{BlockDevice, Buf, ExtentKind};
+use blockdev::{BlockDevice, Buf, ExtentKind, read_blocks};
 use futures_util::stream::StreamExt;
 use proto::hashes::{Hash, hash};
 use proto::scrub::{RUN_BLOCKS_MAX, SCRUB_RUNS_MAX};
@@ -28,7 +28,6 @@ use crate::capture::CaptureError;
 use crate::dirtylog::DirtyLog;
 use crate::ledger::{Ledger, Range};
 use crate::outbox::{Item, Outbox};
-use crate::tap::read_blocks;
 
 /// Runs that are read at once.
 const READ_AHEAD_RUNS: usize = 4;

@@ -16,11 +16,12 @@ use crate::capture::{CaptureError, Pass};
 use crate::compare::Compare;
 use crate::compress::Compressor;
 use crate::core::{Action, Core, Event, Load, SessionError};
+use crate::gate::Closed;
 use crate::ledger::FlushRefused;
 use crate::link::{self, ControlError, Link, LinkError, read_message};
 use crate::outbox::{Item, Outbox, StagedError};
 use crate::rate::Bucket;
-use crate::record::{Record, RecordError};
+use crate::record::{Record, RecordError, Stopped};
 use crate::scrub::Scrub;
 use crate::shared::Shared;
 use crate::upkeep::Upkeep;
@@ -125,6 +126,17 @@ pub(crate) struct Driver {
     tally: Option<Box<Tally>>,
     cut_unix_us: u64,
     pass: Option<PassHeader>,
+    orders: mpsc::Receiver<Order>,
+    /// The receiver waits for the word that all is committed.
+    draining: bool,
+}
+
+/// What a handback has the driver do.
+pub(crate) enum Order {
+    /// End what is under way and do nothing more; answer when that is done.
+    Park(oneshot::Sender<()>),
+    /// Begin again.
+    Begin { generation: Generation, sessions: [SessionToken; 2] },
 }
 
 impl Driver {
@@ -132,15 +144,15 @@ impl Driver {
     pub(crate) fn new(
         shared: Arc<Shared>,
         core: Core,
-        link: Link,
+        link: Arc<Link>,
         record: Arc<Record>,
         capture: IoThreads,
         upkeep: Upkeep,
         scanners: Arc<[Arc<dyn BlockDevice>]>,
         spill: Arc<dyn BlockDevice>,
         stop: watch::Receiver<Option<Instant>>,
+        orders: mpsc::Receiver<Order>,
     ) -> Self {
-        let link = Arc::new(link);
         let outbox = new_outbox(&shared);
         Self {
             shared,
@@ -161,6 +173,8 @@ impl Driver {
             tally: None,
             cut_unix_us: 0,
             pass: None,
+            orders,
+            draining: false,
         }
     }
 
@@ -184,6 +198,9 @@ impl Driver {
                 }
             }
             if let Some(error) = failed {
+                if let EndError::Session(SessionError::Fenced { generation }) = &error {
+                    self.fenced(*generation);
+                }
                 let event = self.lost(error).await;
                 let mut actions = Vec::new();
                 if let Err(error) = self.core.handle(Instant::now(), event, &mut actions) {
@@ -198,6 +215,7 @@ impl Driver {
             if self.core.follows() && self.scrubbing.is_none() {
                 self.begin_scrub();
             }
+            self.tell_drained();
             self.shared.publish(&self.core, self.live.as_ref().map(|l| &l.connection), &self.outbox, self.pass);
         }
         self.disconnect("this node is stopping").await;
@@ -206,6 +224,62 @@ impl Driver {
         self.shared.ledger.refuse_flushes(FlushRefused::Stopping);
         self.upkeep.finish(&self.capture).await;
         self.shared.stopped();
+    }
+
+    /// The other site may write: guests here may not, unless the user wants it so. A disk that was being given back stays what it is.
+    fn fenced(&mut self, generation: Generation) {
+        let stopped = |record: &mut crate::record::Recorded| {
+            let given = matches!(record.stopped, Some(Stopped::Handback { .. }));
+            record.stopped = record.stopped.filter(|_| given).or(Some(Stopped::Fenced(generation)));
+        };
+        if let Err(error) = self.record.update(stopped) {
+            tracing::error!(group = %self.shared.group, %error, "that the group is fenced is not recorded; a restart asks the receiver again");
+        }
+        if self.shared.tuning.writes_when_fenced {
+            tracing::error!(group = %self.shared.group, "fenced, and guests go on writing, as configured: nothing of that is replicated");
+        } else {
+            self.shared.gate.close(Closed::Fenced);
+        }
+    }
+
+    /// The receiver has let us in: guests may write, unless a handback holds them up.
+    fn admitted(&mut self) -> Result<(), RecordError> {
+        if !self.shared.handing.load(Ordering::SeqCst) {
+            self.record.update(|record| record.stopped = None)?;
+            self.shared.gate.open();
+        }
+        Ok(())
+    }
+
+    /// Says that all is committed, if the receiver waits for that and it is so.
+    fn tell_drained(&mut self) {
+        let Some(point) = self.core.committed().filter(|_| self.draining && self.core.follows()) else { return };
+        if self.shared.ledger.is_quiet() && self.shared.ledger.summary().uncommitted_bytes == 0 {
+            self.draining = false;
+            if let Err(error) = self.outbox.mark(Item::Drained(point)) {
+                tracing::warn!(group = %self.shared.group, %error, "the receiver is not told that all is committed");
+            }
+        }
+    }
+
+    async fn obey(&mut self, order: Order) {
+        match order {
+            Order::Park(done) => {
+                self.disconnect("a handback begins").await;
+                self.give_up().await;
+                self.shared.ledger.merge_sealed();
+                self.core.park();
+                self.draining = false;
+                // Whoever asked may be gone.
+                let _ = done.send(());
+            }
+            Order::Begin { generation, sessions } => {
+                self.shared.ledger.accept_flushes();
+                self.core.begin(Instant::now(), generation, sessions);
+                self.outbox.close();
+                self.outbox = new_outbox(&self.shared);
+            }
+        }
     }
 
     async fn next_event(&mut self) -> Result<Option<Event>, EndError> {
@@ -218,6 +292,10 @@ impl Driver {
             if idle || now >= stop_at || self.live.is_none() {
                 return Ok(None);
             }
+            deadline = deadline.min(now + STOP_LOOK);
+        }
+        let hurry = self.draining || self.shared.hurry.load(Ordering::SeqCst);
+        if hurry {
             deadline = deadline.min(now + STOP_LOOK);
         }
         // A timer would round up to the next millisecond. The core moves its deadline on with every tick, so this is no loop.
@@ -277,11 +355,15 @@ impl Driver {
                 if changed.is_err() { return Ok(None) }
                 Ok(Some(Event::Tick(load)))
             }
+            Some(order) = self.orders.recv() => {
+                self.obey(order).await;
+                Ok(Some(Event::Tick(load)))
+            }
             // The next turn sees that a flush waits.
             () = self.shared.ledger.flush_wanted() => Ok(Some(Event::Tick(load))),
             () = tokio::time::sleep_until(deadline.into()) => {
                 let load = self.load();
-                Ok(Some(if stop_at.is_some() { Event::Hurry(load) } else { Event::Tick(load) }))
+                Ok(Some(if stop_at.is_some() || hurry { Event::Hurry(load) } else { Event::Tick(load) }))
             }
         }
     }
@@ -339,6 +421,7 @@ impl Driver {
                     record.cleared = record.cleared.filter(|_| !forget_cleared);
                 })?;
                 self.core.recorded(sessions);
+                self.admitted()?;
             }
             Action::Committed(point) => {
                 self.outbox.committed(point.epoch);
@@ -347,6 +430,7 @@ impl Driver {
             }
             Action::Staged { epoch, frames } => self.outbox.staged(epoch, frames)?,
             Action::Resume { epoch, frames } => {
+                self.admitted()?;
                 tracing::info!(group = %self.shared.group, %epoch, frames, "going on where the last connection broke");
                 self.outbox.resume(epoch, frames);
                 self.shared.ledger.follow(self.core.generation(), self.core.newest_sealed());
@@ -388,6 +472,12 @@ impl Driver {
                 self.begin_pass(PassHeader { epoch, pass, kind, continued: false });
             }
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes)?,
+            Action::Drain => {
+                tracing::warn!(group = %self.shared.group, "the other site takes over: no more writes are taken here");
+                self.record.update(|record| record.stopped = Some(Stopped::Drained))?;
+                self.shared.gate.close(Closed::Drained);
+                self.draining = true;
+            }
             Action::RefuseFlushes => self.shared.ledger.refuse_flushes(FlushRefused::Fenced),
             Action::Disconnect => self.disconnect("the session is over").await,
         }
@@ -524,6 +614,7 @@ impl Driver {
 
     /// Reports the end of a session and returns what the core is to hear.
     async fn lost(&mut self, error: EndError) -> Event {
+        self.draining = false;
         self.shared.report(&error.to_string());
         self.disconnect("the session failed").await;
         Event::Lost { jitter: rand::random::<f64>(), refused: error.is_refusal(), resumes: error.resumes() }
@@ -597,6 +688,7 @@ async fn send_items(connection: Connection, mut control: SendStream, (outbox, nu
             Item::End => stream.take().is_some_and(|mut s| s.finish().is_ok()),
             Item::Query(query) => control.write_all(&Message::HashQuery(query).encode()).await.is_ok(),
             Item::Scrub(scrub) => control.write_all(&Message::Scrub(*scrub).encode()).await.is_ok(),
+            Item::Drained(point) => control.write_all(&Message::Drained { point }.encode()).await.is_ok(),
             Item::Seal(seal) => control.write_all(&Message::Seal(*seal).encode()).await.is_ok(),
         };
         if !sent {

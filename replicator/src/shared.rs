@@ -13,6 +13,7 @@ use crate::capture::CaptureCounters;
 use crate::compare::CompareCounters;
 use crate::core::{Core, Phase};
 use crate::dirtylog::DirtyLog;
+use crate::gate::{Closed, Gate};
 use crate::ledger::Ledger;
 use crate::outbox::Outbox;
 use crate::pace::{Governor, LinkSeen, Pace, Seen};
@@ -65,6 +66,11 @@ pub(crate) struct Shared {
     pub(crate) counters: CaptureCounters,
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) epochs_merged: AtomicU64,
+    pub(crate) gate: std::sync::Arc<Gate>,
+    /// A handback or a rollback is under way.
+    pub(crate) handing: AtomicBool,
+    /// Epochs are cut as fast as they can be: somebody waits until all is committed.
+    pub(crate) hurry: AtomicBool,
     volumes: Vec<(Name, u64)>,
     epochs_committed: AtomicU64,
     pace: Option<(std::sync::Arc<Pace>, Mutex<Governor>)>,
@@ -100,6 +106,9 @@ impl Shared {
             counters: CaptureCounters::default(),
             sent_bytes: AtomicU64::new(0),
             epochs_merged: AtomicU64::new(0),
+            gate: std::sync::Arc::default(),
+            handing: AtomicBool::new(false),
+            hurry: AtomicBool::new(false),
             volumes,
             epochs_committed: AtomicU64::new(0),
             pace,
@@ -261,6 +270,14 @@ impl Shared {
             epochs_in_flight: p.in_flight,
             interval_ms: millis(self.tuning.interval),
             durability: self.tuning.durability,
+            writes_refused: self.gate.closed().map(|why| {
+                match why {
+                    Closed::Fenced => "fenced",
+                    Closed::Drained => "drained",
+                    Closed::Handback => "handback",
+                }
+                .to_owned()
+            }),
             flushes_waiting: flushes.waiting,
             flush_wait_ms: flushes.oldest.map(|since| millis(since.elapsed())),
             flushes_committed: flushes.answered,

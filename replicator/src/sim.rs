@@ -571,6 +571,7 @@ impl Primary {
                 self.begin_pass(PassHeader { epoch, pass, kind, continued: false });
             }
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes),
+            Action::Drain => unreachable!("no receiver of the simulation asks for a switchover"),
             Action::RefuseFlushes => self.ledger.refuse_flushes(FlushRefused::Fenced),
             Action::Disconnect => {
                 self.disconnect();
@@ -670,6 +671,7 @@ impl Primary {
                 Item::End => Output::PassEnd,
                 Item::Seal(seal) => Output::Control(Message::Seal(*seal).encode()),
                 Item::Scrub(scrub) => Output::Control(Message::Scrub(*scrub).encode()),
+                Item::Drained(point) => Output::Control(Message::Drained { point }.encode()),
                 Item::Query(query) => Output::Control(Message::HashQuery(query).encode()),
             };
             self.outputs.push_back(output);

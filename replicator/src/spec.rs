@@ -80,6 +80,9 @@ pub struct Tuning {
     pub rate: RateSchedule,
     /// Time in which all blocks are compared with the copy once; `None`: they are not, unless a `verify` is asked for.
     pub scrub_interval: Option<Duration>,
+    /// Guests go on writing when the other site was made the server: nothing of that is replicated, and it is kept as a fork of its own when
+    /// the disks are given back.
+    pub writes_when_fenced: bool,
 }
 
 impl Default for Tuning {
@@ -94,6 +97,7 @@ impl Default for Tuning {
             max_lag: None,
             rate: RateSchedule::default(),
             scrub_interval: Some(SCRUB_INTERVAL_DEFAULT),
+            writes_when_fenced: false,
         }
     }
 }

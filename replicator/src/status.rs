@@ -181,6 +181,9 @@ pub struct GroupStatus {
     pub epochs_in_flight: u64,
     /// Epoch interval in ms.
     pub interval_ms: u64,
+    /// Why guests may not write, in a word: `fenced`, `drained`, `handback`.
+    #[serde(default)]
+    pub writes_refused: Option<String>,
     /// When a guest's flush is answered.
     #[serde(default)]
     pub durability: Durability,

@@ -8,11 +8,12 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockdev::{BlockDevice, Buf, Extent, IoFuture, ZeroMode};
+use blockdev::{BlockDevice, Buf, Extent, IoFuture, ZeroMode, read_blocks};
 use proto::BlockExtent;
 use proto::units::BLOCK_BYTES;
 
 use crate::dirtylog::DirtyLog;
+use crate::gate::Gate;
 use crate::ledger::{CopiedRun, Copy, Ledger, Place, Range, Step, Ticket};
 use crate::pace::Pace;
 use crate::spec::Durability;
@@ -27,6 +28,7 @@ pub(crate) struct Tap {
     volume: usize,
     durability: Durability,
     pace: Option<Arc<Pace>>,
+    gate: Option<Arc<Gate>>,
 }
 
 impl Tap {
@@ -37,7 +39,7 @@ impl Tap {
         spill: Arc<dyn BlockDevice>,
         volume: usize,
     ) -> Self {
-        Self { device, ledger, log, spill, volume, durability: Durability::Async, pace: None }
+        Self { device, ledger, log, spill, volume, durability: Durability::Async, pace: None, gate: None }
     }
 
     /// The same tap, with flushes answered as `durability` says.
@@ -48,6 +50,16 @@ impl Tap {
     /// The same tap, with writes that keep to `pace`.
     pub(crate) fn with_pace(self, pace: Option<Arc<Pace>>) -> Self {
         Self { pace, ..self }
+    }
+
+    /// The same tap, with changes that `gate` may refuse.
+    pub(crate) fn with_gate(self, gate: Arc<Gate>) -> Self {
+        Self { gate: Some(gate), ..self }
+    }
+
+    /// Asked once a change is admitted.
+    fn check_gate(&self) -> io::Result<()> {
+        self.gate.as_ref().map_or(Ok(()), |gate| gate.check())
     }
 
     /// Waits until a change of `bytes` may be admitted. Nothing waits for a write that waits here.
@@ -152,21 +164,6 @@ impl Drop for ClaimGuard<'_> {
     }
 }
 
-/// Reads whole blocks; a partial last block is padded with zeroes.
-pub(crate) async fn read_blocks(device: &dyn BlockDevice, run: BlockExtent) -> io::Result<Buf> {
-    let offset = run.start.0 * BLOCK_BYTES;
-    let whole = u64::from(run.blocks) * BLOCK_BYTES;
-    let inside = whole.min(device.size().saturating_sub(offset));
-    let mut buf = Buf::zeroed(inside as usize);
-    let mut buf = match device.try_read(offset, &mut buf) {
-        Some(result) => result.map(|()| buf)?,
-        None => device.read(offset, buf).await?,
-    };
-    buf.set_len(whole as usize);
-    // The allocation is reused nowhere else, so what lies beyond `inside` is still zero.
-    Ok(buf)
-}
-
 impl BlockDevice for Tap {
     fn size(&self) -> u64 {
         self.device.size()
@@ -186,7 +183,9 @@ impl BlockDevice for Tap {
                 return Ok(data);
             }
             self.keep_pace(data.len() as u64).await;
+            self.check_gate()?;
             let _ticket = self.admit(offset, data.len() as u64).await?;
+            self.check_gate()?;
             self.device.write(offset, data).await
         })
     }
@@ -213,7 +212,9 @@ impl BlockDevice for Tap {
             }
             // However long: zeroes travel as an extent.
             self.keep_pace(BLOCK_BYTES).await;
+            self.check_gate()?;
             let _ticket = self.admit(offset, length).await?;
+            self.check_gate()?;
             self.device.write_zeroes(offset, length, mode).await
         })
     }
@@ -243,8 +244,15 @@ impl BlockDevice for Tap {
         if self.pace.as_ref().is_some_and(|pace| !pace.passes(data.len() as u64, Instant::now)) {
             return None;
         }
+        // A write that may not be made leaves no mark if that is known before it is admitted.
+        if let Err(error) = self.check_gate() {
+            return Some(Err(error));
+        }
         let range = Range::of_bytes(self.volume, offset, data.len() as u64);
         let _ticket = self.ledger.try_admit(range, Instant::now)?;
+        if let Err(error) = self.check_gate() {
+            return Some(Err(error));
+        }
         if !self.log.covers(&range) {
             // Its marks stay; the write proper will make the same.
             return None;

@@ -86,7 +86,7 @@ fn describe(plan: &FailoverPlan, export: &str) {
     }
 }
 
-fn confirmed() -> anyhow::Result<bool> {
+pub(crate) fn confirmed() -> anyhow::Result<bool> {
     if !std::io::stdin().is_terminal() {
         return Err(Usage("nothing was changed: there is no terminal to ask on; add --yes to go on".to_owned()).into());
     }

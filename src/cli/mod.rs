@@ -4,6 +4,7 @@
 mod check;
 pub(crate) mod client;
 mod failover;
+mod handback;
 pub(crate) mod human;
 mod id;
 mod points;
@@ -148,6 +149,80 @@ Running it again for an active group serves it at the new address.")]
         #[command(flatten)]
         at: Control,
     },
+    /// Make the other site the server, with nothing lost (at the receiver, with the primary connected)
+    #[command(after_help = "\
+Examples:
+  twinsite switchover db --export unix:/run/twinsite/db.sock
+  twinsite switchover db --export tcp:127.0.0.1:10809 --within 5m --yes
+
+The primary takes no more writes and commits what it has; then the copy is
+activated from that point. If the primary is not done in time it takes writes
+again, and nothing was changed. The way home is `twinsite failback` there.")]
+    Switchover {
+        /// GROUP, or CLIENT/GROUP
+        group: String,
+        /// Where the disks are served: unix:PATH or tcp:IP:PORT
+        #[arg(long, value_name = "ADDRESS")]
+        export: String,
+        /// How long the primary may take to commit what it has
+        #[arg(long, default_value = "1m", value_parser = units::duration_argument)]
+        within: Duration,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        /// Print JSON (needs --yes)
+        #[arg(long, requires = "yes")]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
+    /// Take the disks back after a failover or a switchover (at the old primary)
+    #[command(after_help = "\
+Examples:
+  twinsite failback db
+  twinsite failback db --yes --json     for scripts: waits for the end
+
+First says what it will do and how much it will move. What was written here
+after the sites had parted is kept at the receiver as a fork; then only blocks
+that changed on either side are sent, while the active copy goes on; at the
+end it is held up for a moment and this node is the primary again. When it
+breaks, the active copy goes on, and the command can be repeated.")]
+    Failback {
+        /// The group
+        group: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        /// Print JSON (needs --yes)
+        #[arg(long, requires = "yes")]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
+    /// Put the disks back to an earlier point (at the primary)
+    #[command(after_help = "\
+Examples:
+  twinsite rollback db --point 1.18211
+  twinsite rollback db --point 1.18211 --yes --json
+
+Points are listed by `twinsite points` at the receiver. Stop the machine that
+uses the disks. What they hold now is committed first and stays a point, so a
+rollback can be rolled back. Only blocks that differ are moved.")]
+    Rollback {
+        /// The group
+        group: String,
+        /// The point
+        #[arg(long, value_name = "GENERATION.EPOCH")]
+        point: Point,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+        /// Print JSON (needs --yes)
+        #[arg(long, requires = "yes")]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
     /// Compare the disks of a group with its copy, now and whole (at the primary)
     #[command(after_help = "\
 Examples:
@@ -266,6 +341,15 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Points { group, all, json, at } => points::run(&socket(&at)?, &group, all, json),
         Command::Failover { group, point, export, yes, json, at } => {
             failover::run(&socket(&at)?, &failover::Wish { group, point, export, yes, json })
+        }
+        Command::Switchover { group, export, within, yes, json, at } => {
+            handback::switchover(&socket(&at)?, &handback::Switchover { group, export, within, yes, json })
+        }
+        Command::Failback { group, yes, json, at } => {
+            handback::run(&socket(&at)?, &handback::Wish { group, point: None, yes, json })
+        }
+        Command::Rollback { group, point, yes, json, at } => {
+            handback::run(&socket(&at)?, &handback::Wish { group, point: Some(point), yes, json })
         }
         Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),
         Command::Check { store, json } => check::run(&store, json),

@@ -101,6 +101,8 @@ pub struct GroupConfig {
     pub codec: Codec,
     /// When a guest's flush is answered.
     pub durability: Durability,
+    /// Guests go on writing when the other site was made the server.
+    pub writes_when_fenced: bool,
     /// See `replicator::Tuning`.
     pub max_lag: Option<Duration>,
     /// `rate_limit` and `[[group.rate_schedule]]`.

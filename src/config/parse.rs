@@ -27,6 +27,7 @@ const IO_THREADS_DEFAULT_MAX: usize = 4;
 const LOG_LEVELS: &[&str] = &["error", "warn", "info", "debug", "trace"];
 const CODECS: &[&str] = &["lz4", "raw"];
 const DURABILITIES: &[&str] = &["async", "flush-sync"];
+const WHEN_FENCED: &[&str] = &["stop", "continue"];
 
 /// What was seen where, to find things said twice.
 #[derive(Default)]
@@ -208,6 +209,7 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
     let in_flight = reader.get(s, "epochs_in_flight", number((1, 64), ("1", "64")));
     let codec = reader.get(s, "codec", text("\"lz4\"", |t| choice(t, CODECS)));
     let durability = reader.get(s, "durability", text("\"async\"", |t| choice(t, DURABILITIES)));
+    let when_fenced = reader.get(s, "when_fenced", text("\"stop\"", |t| choice(t, WHEN_FENCED)));
     let max_lag = reader.get(s, "max_lag", text("\"5s\"", units::duration));
     if let Some(found) = &max_lag
         && !(MAX_LAG_MIN..=MAX_LAG_MAX).contains(&found.value)
@@ -245,6 +247,7 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
             Some(_) => Codec::Lz4,
             None => defaults.codec,
         },
+        writes_when_fenced: when_fenced.is_some_and(|found| found.value == "continue"),
         durability: match durability.map(|found| found.value) {
             Some("flush-sync") => Durability::FlushSync,
             Some(_) => Durability::Async,

@@ -6,15 +6,17 @@ use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use proto::Point;
+use replicator::HandbackPlan;
 use serde::Deserialize;
 
 use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
-    ApiError, FailoverDone, FailoverPlan, FailoverRequest, NodeId, NodeStatus, Points, Verification, VerifyRequest,
+    ApiError, FailoverDone, FailoverPlan, FailoverRequest, HandbackProgress, HandbackRequest, NodeId, NodeStatus, Points,
+    SwitchoverRequest, Verification, VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -32,6 +34,9 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/points", get(points))
         .route("/v1/failover", get(plan).post(failover))
         .route("/v1/verify", get(verification).post(verify))
+        .route("/v1/handback", get(handback).post(begin_handback))
+        .route("/v1/handback/plan", post(handback_plan))
+        .route("/v1/switchover", post(switchover))
         .fallback(async || (StatusCode::NOT_FOUND, answer("no such path; this node speaks /v1".to_owned())))
         .with_state(node)
 }
@@ -49,11 +54,13 @@ impl IntoResponse for RequestError {
             | Self::UnknownPoint { .. }
             | Self::UnknownPrimary { .. }
             | Self::CopyOnly { .. }
+            | Self::NeverHandedBack { .. }
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
             | Self::AlreadyActive { .. }
             | Self::NotRunning { .. }
             | Self::Verify(_)
+            | Self::Handback(_)
             | Self::Exports(ExportError::NameTaken { .. }) => StatusCode::CONFLICT,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
@@ -100,6 +107,40 @@ async fn verify(
 ) -> Result<Json<Verification>, RequestError> {
     let Json(request) = body?;
     Ok(Json(node.verify(&request.group).await?))
+}
+
+async fn handback(
+    State(node): State<Arc<Node>>,
+    query: Result<Query<GroupQuery>, QueryRejection>,
+) -> Result<Json<HandbackProgress>, RequestError> {
+    let Query(query) = query?;
+    Ok(Json(node.handback(&query.group).await?))
+}
+
+async fn handback_plan(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<HandbackRequest>, JsonRejection>,
+) -> Result<Json<HandbackPlan>, RequestError> {
+    let Json(request) = body?;
+    Ok(Json(node.handback_plan(&request).await?))
+}
+
+async fn begin_handback(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<HandbackRequest>, JsonRejection>,
+) -> Result<Json<HandbackProgress>, RequestError> {
+    let Json(request) = body?;
+    Ok(Json(node.begin_handback(&request).await?))
+}
+
+async fn switchover(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<SwitchoverRequest>, JsonRejection>,
+) -> Result<Json<FailoverDone>, RequestError> {
+    let Json(request) = body?;
+    // As below.
+    let running = tokio::spawn(async move { node.switchover(&request).await });
+    Ok(Json(running.await.map_err(|_| RequestError::Aborted)??))
 }
 
 async fn failover(

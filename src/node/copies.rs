@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockdev::BlockDevice;
 use proto::units::BLOCK_BYTES;
 use proto::{Generation, Identity, Name, Point};
 use receiver::{GroupStatus, Limits, Receiver, ReceiverError, Role};
 use replicator::QueueStatus;
-use tokio::sync::RwLock;
+use tokio::sync::{RwLock, watch};
 
 use super::exports::Offered;
 use super::failover::RequestError;
@@ -159,6 +160,23 @@ impl Copies {
     pub(crate) async fn failover(&self, group: &GroupRef, point: Option<Point>) -> Result<Activated, RequestError> {
         let receiver = self.receiver.read().await;
         Ok(running(receiver.as_ref())?.failover(&group.to_string(), point).await.map_err(failed)?.into())
+    }
+
+    /// Has the primary take no more writes and commit what it has. Returns the point that holds all of it.
+    pub(crate) async fn drain(&self, group: &GroupRef, within: Duration) -> Result<Point, RequestError> {
+        let receiver = self.receiver.read().await;
+        running(receiver.as_ref())?.drain(&group.to_string(), within).await.map_err(failed)
+    }
+
+    /// Lets the primary take writes again, unless the copy is active.
+    pub(crate) async fn give_up_drain(&self, group: &GroupRef) -> Result<(), RequestError> {
+        let receiver = self.receiver.read().await;
+        running(receiver.as_ref())?.give_up_drain(&group.to_string()).await.map_err(failed)
+    }
+
+    /// Changes whenever a group was given back to its primary.
+    pub(crate) async fn handed_back(&self) -> Option<watch::Receiver<u64>> {
+        self.receiver.read().await.as_ref().map(Receiver::handed_back)
     }
 
     /// Every active group, opened again after a start; for one that cannot be opened, why.

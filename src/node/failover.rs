@@ -50,6 +50,10 @@ pub(crate) enum RequestError {
     NeverVerified { group: String },
     #[error(transparent)]
     Verify(#[from] replicator::VerifyRefused),
+    #[error("group {group} was neither given back nor rolled back since this node was started")]
+    NeverHandedBack { group: String },
+    #[error(transparent)]
+    Handback(#[from] replicator::HandbackError),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]

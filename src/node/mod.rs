@@ -7,6 +7,7 @@ mod control;
 mod copies;
 mod exports;
 mod failover;
+mod handback;
 mod metrics;
 mod notify;
 mod primaries;
@@ -185,6 +186,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         record: Mutex::new(record),
     });
     node.export_active().await;
+    let handbacks = tokio::spawn(node.clone().follow_handbacks());
 
     let (stop, stopping) = watch::channel(false);
     let control = tokio::spawn(serve_control(listener, node.clone(), stopping));
@@ -224,6 +226,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         _ = interrupt.recv() => tracing::warn!("stopped at once; what was not committed is sent again at the next start"),
     }
     control.abort();
+    handbacks.abort();
     if let Some(metrics) = metrics {
         metrics.abort();
     }

@@ -8,11 +8,11 @@ use std::time::Duration;
 use blockdev::nbd::ListenAddr;
 use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
 use proto::{Identity, Name};
-use replicator::{GroupSpec, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
+use replicator::{GroupSpec, HandbackPlan, HandbackTarget, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
 
 use super::exports::{ExportError, Exports};
 use super::failover::RequestError;
-use crate::api::{PrimaryStatus, Verification};
+use crate::api::{HandbackProgress, PrimaryStatus, Verification};
 use crate::config::GroupConfig;
 
 /// How long flushes may wait for a receiver once the node is told to stop: less than clients have to finish their requests, so that
@@ -96,6 +96,31 @@ impl Primaries {
         Some(status)
     }
 
+    pub(crate) async fn handback_plan(&self, group: &str, target: HandbackTarget) -> Option<Result<HandbackPlan, RequestError>> {
+        match self.replicator(group)? {
+            Ok(replicator) => Some(replicator.handback_plan(target).await.map_err(Into::into)),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    pub(crate) fn begin_handback(&self, group: &str, target: HandbackTarget) -> Option<Result<HandbackProgress, RequestError>> {
+        let begun = self.replicator(group)?.and_then(|replicator| Ok(replicator.begin_handback(target)?));
+        match begun {
+            Ok(()) => self.handback(group),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// How the handback that runs fares, or the last one.
+    pub(crate) fn handback(&self, group: &str) -> Option<Result<HandbackProgress, RequestError>> {
+        let progress = self.replicator(group)?.and_then(|replicator| {
+            let handback = replicator.handback_status();
+            let handback = handback.ok_or(RequestError::NeverHandedBack { group: group.to_owned() })?;
+            Ok(HandbackProgress { group: replicator.status().group, handback })
+        });
+        Some(progress)
+    }
+
     /// The node is about to stop: flushes that wait for a receiver fail before their clients are cut off.
     pub(crate) fn end_flushes(&self) {
         self.groups.iter().filter_map(|g| g.run.as_ref().ok()).for_each(|replicator| replicator.end_flushes(FLUSH_DRAIN));
@@ -142,6 +167,7 @@ async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, expo
             max_lag: config.max_lag,
             rate: config.rate.clone(),
             scrub_interval: config.scrub_interval,
+            writes_when_fenced: config.writes_when_fenced,
         },
     };
     let replicator = Replicator::start(spec, identity.clone())?;

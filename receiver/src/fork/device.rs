@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockdev::{BlockDevice, Buf, Extent, FileDevice, IoFuture, RangeLocks, ZeroMode};
@@ -29,11 +30,24 @@ pub struct ForkDevice {
     flushing: tokio::sync::Mutex<()>,
     /// After a failed sync nobody knows what is on disk: every later flush fails.
     poisoned: AtomicBool,
+    /// Held by every change while it is made; whoever takes it exclusively holds changes up, and says in the end whether there may be
+    /// more of them.
+    gate: Arc<tokio::sync::RwLock<Gate>>,
+}
+
+/// Whether a fork may be changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gate {
+    Open,
+    /// Its primary has it back.
+    GivenBack,
 }
 
 #[derive(Debug)]
 struct Own {
     blocks: DirtyMap,
+    /// Blocks changed since somebody began to follow; nobody does if there are none.
+    changed: Option<DirtyMap>,
     /// Pages of the map that have bits which are not on disk yet.
     pages: BTreeSet<u64>,
 }
@@ -44,10 +58,42 @@ impl ForkDevice {
             view,
             data,
             map,
-            own: RwLock::new(Own { blocks, pages: BTreeSet::new() }),
+            own: RwLock::new(Own { blocks, changed: None, pages: BTreeSet::new() }),
             locks: RangeLocks::default(),
             flushing: tokio::sync::Mutex::new(()),
             poisoned: AtomicBool::new(false),
+            gate: Arc::new(tokio::sync::RwLock::new(Gate::Open)),
+        }
+    }
+
+    /// The blocks that are the fork's own; from here on those that change are told by [`Self::take_changed`].
+    pub(crate) fn follow(&self) -> DirtyMap {
+        let mut own = self.own.write();
+        own.changed = Some(DirtyMap::new(self.view.size()));
+        own.blocks.clone()
+    }
+
+    /// The blocks that were changed since the last call, each of them after it was on the disk.
+    pub(crate) fn take_changed(&self) -> DirtyMap {
+        let empty = DirtyMap::new(self.view.size());
+        self.own.write().changed.as_mut().map_or_else(|| empty.clone(), |changed| std::mem::replace(changed, empty.clone()))
+    }
+
+    /// Nobody follows any more.
+    pub(crate) fn unfollow(&self) {
+        self.own.write().changed = None;
+    }
+
+    /// Holds changes up, once those under way are done, until the guard is dropped.
+    pub(crate) async fn hold(&self) -> tokio::sync::OwnedRwLockWriteGuard<Gate> {
+        Arc::clone(&self.gate).write_owned().await
+    }
+
+    async fn enter(&self) -> io::Result<tokio::sync::RwLockReadGuard<'_, Gate>> {
+        let gate = self.gate.read().await;
+        match *gate {
+            Gate::Open => Ok(gate),
+            Gate::GivenBack => Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "the disk was given back to its primary")),
         }
     }
 
@@ -82,6 +128,9 @@ impl ForkDevice {
         let mut own = self.own.write();
         let before = own.blocks.count();
         own.blocks.mark(blocks.start, blocks.end - blocks.start);
+        if let Some(changed) = &mut own.changed {
+            changed.mark(blocks.start, blocks.end - blocks.start);
+        }
         if own.blocks.count() != before {
             own.pages.extend(blocks.start / PAGE_BLOCKS..=(blocks.end - 1) / PAGE_BLOCKS);
         }
@@ -131,6 +180,7 @@ impl ForkDevice {
         if length == 0 {
             return Ok(data);
         }
+        let _open = self.enter().await?;
         let _guard = self.prepare(offset, length).await?;
         let data = self.data.write(offset, data).await?;
         self.mark(offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES));
@@ -141,6 +191,7 @@ impl ForkDevice {
         if length == 0 {
             return Ok(());
         }
+        let _open = self.enter().await?;
         let _guard = self.prepare(offset, length).await?;
         self.data.write_zeroes(offset, length, mode).await?;
         self.mark(offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES));
@@ -259,6 +310,10 @@ impl BlockDevice for ForkDevice {
     fn try_write(&self, offset: u64, data: &[u8]) -> Option<io::Result<()>> {
         let length = data.len() as u64;
         if length == 0 || self.partial_blocks(offset, length).next().is_some() {
+            return None;
+        }
+        let gate = self.gate.try_read().ok()?;
+        if *gate != Gate::Open {
             return None;
         }
         let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);

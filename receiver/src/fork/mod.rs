@@ -15,6 +15,7 @@ use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
 use proto::{Generation, Name, Point};
 
 pub use device::ForkDevice;
+pub(crate) use device::Gate;
 pub use map::{MAP_HEADER_BYTES, MAP_MAGIC, MAP_PAGE_BYTES, MapError, layout};
 pub(crate) use map::{MapFile, MapHeader};
 
@@ -64,8 +65,16 @@ impl OpenFork {
 pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
     let folder = shared.folder.fork(&fork.name);
     if !folder.exists() {
+        // A full disk must not keep the copy from becoming the server.
+        shared.folder.release_reserve(&shared.disk).map_err(ForkError::from)?;
         create(&shared.disk, shared, fork)?;
     }
+    open_existing(shared, generation, fork)
+}
+
+/// Opens a fork whose folder is there.
+pub(crate) fn open_existing(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
+    let folder = shared.folder.fork(&fork.name);
     // Also if it was there: a process that was killed may not have lived to sync its name.
     let parent = shared.folder.path.join("forks");
     shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
@@ -90,14 +99,13 @@ fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {
     MapHeader { group_id: shared.expected.group_id, point, size_bytes }
 }
 
-fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
+pub(crate) fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
     let folder = shared.folder.fork(&fork.name);
     let parent = shared.folder.path.join("forks");
     let building = parent.join(format!(".new-{}", fork.name));
     if building.exists() {
         disk.remove_folder(&building).map_err(at(&building, "remove what a failed creation left"))?;
     }
-    shared.folder.release_reserve(disk)?;
     disk.create_folders(&building).map_err(at(&building, "create the folder"))?;
     for volume in &shared.volumes {
         let data = building.join(format!("{}.raw", volume.name));

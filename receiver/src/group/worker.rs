@@ -87,6 +87,23 @@ impl Worker {
                 let point = state.points.last().map(|p| p.point).or(self.superblock.get().base);
                 let _ = reply.send(Snapshot { point, index: state.index.clone() });
             }
+            Command::ClaimHandback { session, peer, stands, events, reply } => {
+                let _ = reply.send(self.claim_handback(session, peer, stands, events));
+            }
+            Command::Hand { session, seal, reply } if self.has(session) => {
+                let _ = reply.send(self.hand(&seal).map(Some));
+            }
+            Command::Hand { reply, .. } => {
+                let _ = reply.send(Ok(None));
+            }
+            Command::Drain { reply } => {
+                let following = self.superblock.get().role == GroupRole::Replica && self.session.is_some();
+                if following {
+                    self.tell(GroupEvent::Drain);
+                }
+                let _ = reply.send(following);
+            }
+            Command::GiveUpDrain => self.end_session(GroupEvent::Superseded),
             // Of a session that lost the group.
             Command::Append { .. }
             | Command::Commit { .. }
@@ -132,6 +149,59 @@ impl Worker {
             arrived: keeps.then(|| Box::new(self.arrived.clone())),
             staged,
         }
+    }
+
+    /// Returns the newest point; `None` if role or generation are others. What has arrived of an epoch is dropped: what is given back is
+    /// staged in its place.
+    fn claim_handback(
+        &mut self,
+        id: SessionId,
+        peer: Peer,
+        (role, generation): (GroupRole, Generation),
+        events: mpsc::Sender<GroupEvent>,
+    ) -> Result<Option<Point>, GroupError> {
+        let block = self.superblock.get();
+        if (block.role, block.generation) != (role, generation) {
+            return Ok(None);
+        }
+        self.superblock.check()?;
+        self.end_session(GroupEvent::Superseded);
+        self.abandon()?;
+        let (staged, _) = watch::channel((self.arrived.epoch, 0));
+        self.session = Some(ActiveSession { id, events, staged });
+        let mut state = self.shared.state.write();
+        state.peer = Some(peer);
+        state.last_error = None;
+        Ok(state.points.last().map(|p| p.point))
+    }
+
+    /// Two durable steps: the seal, which makes a point of what was staged, and the superblock, which lets the primary write. In between,
+    /// and if the second one fails, the group is what it was, with one point more.
+    fn hand(&mut self, seal: &Seal) -> Result<Generation, GroupError> {
+        self.commit(seal).inspect_err(|error| {
+            let cause: Cause = Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(error.to_string()));
+            self.note(&cause);
+        })?;
+        let block = self.superblock.get().clone();
+        let group = || self.shared.folder.group.clone();
+        let generation = block.generation.0.checked_add(1).filter(|g| *g <= proto::control::GENERATION_MAX);
+        let generation = Generation(generation.ok_or_else(|| GroupError::Changed { group: group() })?);
+        let handed = Superblock { generation, role: GroupRole::Replica, fork: None, synced: Some(seal.point()), ..block };
+        if let Err(error) = self.superblock.write(handed) {
+            let cause: Cause = Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(error.to_string()));
+            self.note(&cause);
+            return Err(error.into());
+        }
+        {
+            let mut state = self.shared.state.write();
+            state.generation = generation;
+            state.role = GroupRole::Replica;
+            state.fork = None;
+            state.peer = None;
+            state.last_error = None;
+        }
+        self.session = None;
+        Ok(generation)
     }
 
     fn append(&mut self, batch: &Batch) -> Result<(), GroupError> {

@@ -69,8 +69,12 @@ proptest! {
             }
         }
         check(&map, &oracle);
-        for (map, oracle) in &snapshots {
-            check(map, oracle);
+        for (older, former) in &snapshots {
+            check(older, former);
+            let differing = map.differing(older);
+            for block in 0..BLOCKS {
+                prop_assert_eq!(differing.contains(block), oracle.get(&block) != former.get(&block), "block {}", block);
+            }
         }
         let counted: usize = map.regions.iter_from(0).map(|(_, r)| r.len()).sum();
         prop_assert_eq!(map.runs, counted as u64);

@@ -163,6 +163,7 @@ impl Session {
                     node,
                     match event {
                         GroupEvent::Committed(point) => Event::Committed(point),
+                        GroupEvent::Drain => Event::Drain,
                         GroupEvent::Superseded => Event::Superseded,
                         GroupEvent::Fenced(generation) => Event::Fenced(generation),
                         GroupEvent::Storage(cause) => Event::Storage(cause),
@@ -262,6 +263,11 @@ impl Session {
                     if let Some(event) = self.scrub(&scrub) {
                         let event = event.unwrap_or_else(Event::Storage);
                         ended = self.core.handle(event, &mut more).or(ended);
+                    }
+                }
+                Action::Drained(point) => {
+                    if let Some((group, _)) = &self.group {
+                        group.shared.drained.send_replace(Some(point));
                     }
                 }
                 Action::Commit(seal) => {

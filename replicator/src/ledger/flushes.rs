@@ -170,6 +170,11 @@ impl Ledger {
         self.flushes_changed();
     }
 
+    /// Flushes may wait for the receiver again.
+    pub(crate) fn accept_flushes(&self) {
+        self.state.lock().flushes.refused = None;
+    }
+
     /// Figures for `status`.
     pub(crate) fn flushes(&self) -> FlushSummary {
         let state = self.state.lock();

@@ -19,6 +19,38 @@ impl Ledger {
         drop(old);
     }
 
+    /// All that is marked is to be compared: how the disks differ from the copy is wanted exactly. Nothing is under way.
+    pub(crate) fn suspect_marks(&self) {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        for (suspect, (open, size)) in state.suspect.iter_mut().zip(state.open.iter_mut().zip(&self.sizes)) {
+            suspect.merge(&std::mem::replace(open, DirtyMap::new(*size)));
+        }
+    }
+
+    /// What is marked and in no epoch.
+    pub(crate) fn marked(&self) -> Vec<DirtyMap> {
+        self.state.lock().open.clone()
+    }
+
+    /// The disks hold `point`, all of it, and the receiver has it. Nothing is under way.
+    pub(crate) fn handed(&self, point: Point) {
+        let empty = || self.sizes.iter().map(|s| DirtyMap::new(*s)).collect::<Vec<_>>();
+        let mut state = self.state.lock();
+        state.committed = Some(point);
+        state.open_first_write = None;
+        state.flushes.copy_is_known();
+        let old = (std::mem::replace(&mut state.open, empty()), std::mem::replace(&mut state.suspect, empty()));
+        drop(state);
+        drop(old);
+        self.flushes_changed();
+    }
+
+    /// Whether no write is in flight.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.state.lock().in_flight.iter().all(|w| w.writes == 0)
+    }
+
     /// Bytes that must be compared with the copy.
     pub(crate) fn suspect_bytes(&self) -> u64 {
         self.state.lock().suspect.iter().map(DirtyMap::bytes).sum()

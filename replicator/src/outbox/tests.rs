@@ -44,7 +44,7 @@ impl Receiver {
                 assert_eq!((header.epoch, header.pass), (pass.epoch, pass.pass));
                 self.frames.push(bytes.to_vec());
             }
-            Item::End | Item::Query(_) | Item::Scrub(_) => {}
+            Item::End | Item::Query(_) | Item::Scrub(_) | Item::Drained(_) => {}
             Item::Seal(seal) => {
                 assert!(self.tally().matches(&seal), "all frames of the epoch, each once");
                 self.committed = seal.epoch.0;

@@ -1,0 +1,54 @@
+//! Whether guests may change a group's disks.
+//!
+//! What must always hold: once the gate is closed and no admitted write is in flight any more, nothing changes until it is opened. A write
+//! therefore asks after it was admitted: one that was admitted before the gate was closed is waited for, a later one finds it closed.
+
+use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// Why it is closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Closed {
+    /// The other site may write.
+    Fenced = 1,
+    /// The other site is about to take over.
+    Drained = 2,
+    /// The disks are being given back, or rolled back.
+    Handback = 3,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Gate(AtomicU8);
+
+impl Gate {
+    pub(crate) fn close(&self, why: Closed) {
+        self.0.store(why as u8, Ordering::SeqCst);
+    }
+
+    pub(crate) fn open(&self) {
+        self.0.store(0, Ordering::SeqCst);
+    }
+
+    pub(crate) fn closed(&self) -> Option<Closed> {
+        match self.0.load(Ordering::SeqCst) {
+            0 => None,
+            1 => Some(Closed::Fenced),
+            2 => Some(Closed::Drained),
+            _ => Some(Closed::Handback),
+        }
+    }
+
+    /// # Errors
+    /// What a guest is told whose write may not be made.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        let why = match self.closed() {
+            None => return Ok(()),
+            Some(Closed::Fenced) => "the group was failed over: only the other site may write",
+            Some(Closed::Drained) => "the group is being switched over to the other site",
+            Some(Closed::Handback) => "the disk is being given back by the other site",
+        };
+        Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, why))
+    }
+}

@@ -1,0 +1,83 @@
+//! Who writes, changed on purpose: switchover here, disks given back (failback) and taken back to a point (rollback) at the primary.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use replicator::{HandbackPlan, HandbackTarget};
+
+use super::Node;
+use super::copies::GroupRef;
+use super::failover::RequestError;
+use crate::api::{FailoverDone, FailoverRequest, HandbackProgress, HandbackRequest, SwitchoverRequest};
+
+/// How long a primary may take to commit what it has, unless another time is given.
+pub(crate) const DRAIN_DEFAULT: Duration = Duration::from_secs(60);
+
+fn target(request: &HandbackRequest) -> HandbackTarget {
+    request.point.map_or(HandbackTarget::Failback, HandbackTarget::Rollback)
+}
+
+impl Node {
+    /// What a handback would do; changes nothing.
+    pub(crate) async fn handback_plan(&self, request: &HandbackRequest) -> Result<HandbackPlan, RequestError> {
+        match self.primaries.read().await.handback_plan(&request.group, target(request)).await {
+            Some(plan) => plan,
+            None => Err(self.no_primary(&request.group).await),
+        }
+    }
+
+    pub(crate) async fn begin_handback(&self, request: &HandbackRequest) -> Result<HandbackProgress, RequestError> {
+        match self.primaries.read().await.begin_handback(&request.group, target(request)) {
+            Some(begun) => begun,
+            None => Err(self.no_primary(&request.group).await),
+        }
+    }
+
+    pub(crate) async fn handback(&self, group: &str) -> Result<HandbackProgress, RequestError> {
+        match self.primaries.read().await.handback(group) {
+            Some(progress) => progress,
+            None => Err(self.no_primary(group).await),
+        }
+    }
+
+    /// The primary takes no more writes and commits what it has; then the copy is activated from that point. When it cannot be, the primary
+    /// takes writes again.
+    pub(crate) async fn switchover(&self, request: &SwitchoverRequest) -> Result<FailoverDone, RequestError> {
+        let copies = self.receiving()?;
+        let plan = self.failover_plan(&request.group, None).await?;
+        let group = GroupRef { client: plan.client, group: plan.group };
+        if let Some(active) = &plan.active {
+            return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
+        }
+        let within = request.within_ms.map_or(DRAIN_DEFAULT, Duration::from_millis);
+        let point = copies.drain(&group, within).await?;
+        tracing::warn!(%group, %point, "the primary takes no more writes, and all it took are here");
+        let failover = FailoverRequest { group: group.to_string(), point: Some(point), export: request.export.clone() };
+        let done = self.failover(&failover).await;
+        if done.is_err() {
+            copies.give_up_drain(&group).await?;
+        }
+        done
+    }
+
+    /// Withdraws the disks of groups whose primaries have them back, as long as the node runs.
+    pub(crate) async fn follow_handbacks(self: Arc<Self>) {
+        let Ok(copies) = self.receiving() else { return };
+        let Some(mut handed) = copies.handed_back().await else { return };
+        while handed.changed().await.is_ok() {
+            for group in copies.status(&self.exports.offered().await).await {
+                let selector = GroupRef { client: group.client, group: group.group }.to_string();
+                let mut record = self.record.lock().await;
+                if group.active.is_some() || record.get(&selector).is_none() {
+                    continue;
+                }
+                self.exports.withdraw(&selector).await;
+                if let Err(error) = record.set(&selector, None) {
+                    tracing::error!(group = selector, "{error}");
+                }
+                tracing::info!(group = selector, "its primary has the disks back: they are not served here any more");
+            }
+            self.exports.prune().await;
+        }
+    }
+}
