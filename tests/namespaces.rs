@@ -203,5 +203,33 @@ fn two_machines_as_the_readme_has_it() {
     beta.types(said, "echo 'written at the second site' > mnt/on.txt && sync -f mnt && ls mnt");
     beta.types(said, "umount mnt && e2fsck -fn root.img");
     beta.types(said, "twinsite status");
+
+    // The first machine comes back as it was: it learns that it may not write, and takes its disk back.
+    let _ = writeln!(said, "\n*** alpha is repaired: its cable is plugged in, its node is started ***\n");
+    for mount in alpha.mounts.drain(..).rev() {
+        run("umount", &["--lazy", alpha.folder.join(mount).to_str().expect("a path")]);
+    }
+    run("ip", &["netns", "add", &alpha.namespace]);
+    connect(&alpha, &beta);
+    alpha.types(said, "twinsite run > twinsite.log 2>&1 &");
+    eventually("it learns that it is fenced", Duration::from_secs(60), || {
+        let output = alpha.command("twinsite status --json db").output().expect("nsenter");
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+        (status["primary"][0]["state"] == "fenced").then_some(())
+    });
+    alpha.types(said, "twinsite status db | head -n 8");
+    // The guest at the second site is shut down by now; what it wrote comes home.
+    for mount in beta.mounts.drain(..).rev() {
+        let _ = Command::new("umount").args(["--lazy", beta.folder.join(mount).to_str().expect("a path")]).status();
+    }
+    alpha.types(said, "twinsite failback db --yes");
+    eventually("it is the primary again", Duration::from_secs(60), || streaming(&alpha));
+    alpha.mounts = vec!["root.img", "mnt"];
+    alpha.types(said, "nbdfuse root.img 'nbd+unix:///root?socket=root.sock' > nbdfuse.log 2>&1 &");
+    eventually("the disk is there again", Duration::from_secs(20), || mounted(&alpha, "root.img"));
+    alpha.types(said, "mount -o loop root.img mnt");
+    let home = alpha.types(said, "cat mnt/on.txt && ls mnt");
+    assert_eq!(home, "written at the second site\nlost+found\nnew.txt\nold.txt\non.txt\n", "{said}");
+    alpha.types(said, "twinsite status db | head -n 6");
     println!("{said}");
 }

@@ -29,6 +29,8 @@ pub struct ClientConfig {
     pub groups: Option<Vec<Name>>,
     /// Bytes its journals may take; `None`: what the disk has. When reached, its sessions are closed and nothing is deleted.
     pub space_max_bytes: Option<u64>,
+    /// Whether it may have its disks back. Who does not trust a primary any more (a break-in is a disaster too) says no before it can ask.
+    pub handback: bool,
 }
 
 /// Limits of a receiver, with defaults that suit most.

@@ -361,7 +361,8 @@ impl Replicator {
     /// What `status` shows.
     #[must_use]
     pub fn status(&self) -> GroupStatus {
-        self.shared.status()
+        let handback = self.handback.status().filter(|handback| handback.running);
+        GroupStatus { handback, ..self.shared.status() }
     }
 
     /// Begins to compare all blocks with the copy, at full speed; if that is under way already, it goes on. What differs is sent again.

@@ -270,6 +270,7 @@ impl Shared {
             epochs_in_flight: p.in_flight,
             interval_ms: millis(self.tuning.interval),
             durability: self.tuning.durability,
+            handback: None,
             writes_refused: self.gate.closed().map(|why| {
                 match why {
                     Closed::Fenced => "fenced",

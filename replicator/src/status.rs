@@ -3,6 +3,7 @@
 use proto::{Fingerprint, Generation, Name, Point};
 use serde::{Deserialize, Serialize};
 
+use crate::handback::HandbackStatus;
 use crate::spec::Durability;
 
 /// A queue, how full it is, and its limit.
@@ -184,6 +185,9 @@ pub struct GroupStatus {
     /// Why guests may not write, in a word: `fenced`, `drained`, `handback`.
     #[serde(default)]
     pub writes_refused: Option<String>,
+    /// The handback that runs.
+    #[serde(default)]
+    pub handback: Option<HandbackStatus>,
     /// When a guest's flush is answered.
     #[serde(default)]
     pub durability: Durability,

@@ -126,6 +126,24 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
         (Some(point), None) => point.to_string(),
         _ => "nothing yet".to_owned(),
     };
+    if let Some(why) = &group.writes_refused {
+        let what = match why.as_str() {
+            "fenced" => {
+                format!("may not write: the other site is the server; `twinsite failback {}` takes the disks back", group.group)
+            }
+            "drained" => "may not write: the other site takes over".to_owned(),
+            _ => format!(
+                "may not write: the disks are being given back; if nothing runs, repeat `twinsite failback {}`",
+                group.group
+            ),
+        };
+        out.pair("guests", &paint.bad(&what));
+    }
+    if let Some(handback) = &group.handback {
+        let drawn = human::bar(handback.done_bytes, handback.total_bytes, BAR_WIDTH);
+        let (done, total) = (bytes(handback.done_bytes), bytes(handback.total_bytes));
+        out.pair("handback", &format!("{drawn} {done} of {total}, {}", handback.step));
+    }
     out.pair("generation", &group.generation.to_string());
     out.pair("committed", &committed);
     let lag = format!("{} now", ms(group.lag_ms));

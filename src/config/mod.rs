@@ -78,6 +78,8 @@ pub struct ClientConfig {
     pub groups: Option<Vec<Name>>,
     /// Most bytes its groups may take.
     pub space_max_bytes: Option<u64>,
+    /// Whether it may have its disks back after a failover, or roll them back.
+    pub handback: bool,
 }
 
 /// `[[group]]`.

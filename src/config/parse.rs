@@ -169,12 +169,14 @@ fn client<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, seen: &mut Seen
         reader.wrong(found, Problem::NoGroups);
     }
     let space = reader.get(s, "space_max", text("\"500GiB\"", units::size));
+    let handback = reader.get(s, "handback", flag);
     reader.finish(section);
     Some(ClientConfig {
         name: name?.value,
         key: key?.value,
         groups: groups.map(|found| found.value),
         space_max_bytes: space.map(|found| found.value),
+        handback: handback.is_none_or(|found| found.value),
     })
 }
 

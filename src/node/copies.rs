@@ -57,6 +57,7 @@ impl Copies {
             key: c.key,
             groups: c.groups.clone(),
             space_max_bytes: c.space_max_bytes,
+            handback: c.handback,
         });
         let started = receiver::ReceiverConfig {
             listen: config.listen,

@@ -45,6 +45,8 @@ pub(crate) enum HandbackError {
     NotActive { group: Name },
     #[error("group '{group}' is active here: give it back first (`twinsite failback {group}` at its primary), then roll back")]
     Active { group: Name },
+    #[error("client '{client}' may not have its disks back: its `handback` is false at the receiver")]
+    Forbidden { client: Name },
     #[error(transparent)]
     Group(#[from] GroupError),
     #[error("cannot give back group '{group}': {source}")]
@@ -79,7 +81,7 @@ impl HandbackError {
     fn code(&self) -> CloseCode {
         match self {
             Self::Session(error) => error.code(),
-            Self::NotActive { .. } | Self::Active { .. } => CloseCode::Mismatch,
+            Self::NotActive { .. } | Self::Active { .. } | Self::Forbidden { .. } => CloseCode::Mismatch,
             Self::Group(_) | Self::Io { .. } | Self::Storage(_) => CloseCode::Storage,
             Self::Space { .. } | Self::Forks { .. } => CloseCode::Limit,
             Self::Unexpected { .. } | Self::Diverged | Self::Queries | Self::Decode(_) => CloseCode::Misbehaved,
@@ -252,6 +254,9 @@ async fn open(node: &Arc<Node>, client: &Arc<Client>, ask: &Ask) -> Result<Opene
     let stored = found.stored(client.key);
     if !stored.owned {
         return Err(SessionError::Owner { group, client: name }.into());
+    }
+    if !client.config.handback {
+        return Err(HandbackError::Forbidden { client: name });
     }
     let given = ask.volumes.iter().map(|v| Volume { name: v.name.clone(), size_bytes: v.size_bytes });
     same_volumes(&group, &stored.volumes, &given.collect::<Vec<_>>())?;

@@ -28,7 +28,7 @@ pub(super) fn key() -> Fingerprint {
 
 /// Opens the store of the tests, whose segments hold a handful of blocks.
 pub(super) fn open(root: &Path, disk: Disk) -> Result<Replica, ReplicaError> {
-    let client = ClientConfig { name: "a".parse().unwrap(), key: key(), groups: None, space_max_bytes: None };
+    let client = ClientConfig { name: "a".parse().unwrap(), key: key(), groups: None, space_max_bytes: None, handback: true };
     Replica::open(&root.join("store"), disk, vec![client], Limits { segment_bytes: 14_000, ..Limits::default() })
 }
 
