@@ -247,6 +247,7 @@ pub(crate) struct Shared {
     pub(crate) frames: FrameStore,
     pub(crate) bytes_received: AtomicU64,
     pub(crate) findings: Findings,
+    pub(crate) drills: crate::drill::Results,
 }
 
 /// A handle to a group.
@@ -374,6 +375,7 @@ impl Group {
             journal_bytes: journal.bytes(),
         };
         let shared = Arc::new(Shared {
+            drills: crate::drill::Results::open(&folder.path),
             folder,
             disk,
             expected,

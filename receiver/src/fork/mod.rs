@@ -64,11 +64,18 @@ impl OpenFork {
 pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
     let folder = shared.folder.fork(&fork.name);
     if !folder.exists() {
+        shared.folder.release_reserve(&shared.disk).map_err(ForkError::from)?;
         create(&shared.disk, shared, fork)?;
     }
     // Also if it was there: a process that was killed may not have lived to sync its name.
     let parent = shared.folder.path.join("forks");
     shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
+    assemble(shared, generation, fork)
+}
+
+/// Opens a fork whose folder is there.
+pub(crate) fn assemble(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
+    let folder = shared.folder.fork(&fork.name);
     let index = shared.index_at(fork.point)?;
     let mut volumes = Vec::new();
     for (view, spec) in crate::view::views(shared, index)?.into_iter().zip(&shared.volumes) {
@@ -90,14 +97,14 @@ fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {
     MapHeader { group_id: shared.expected.group_id, point, size_bytes }
 }
 
-fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
+/// Makes the folder of a fork with nothing in it; appears under its name when it is whole.
+pub(crate) fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
     let folder = shared.folder.fork(&fork.name);
     let parent = shared.folder.path.join("forks");
     let building = parent.join(format!(".new-{}", fork.name));
     if building.exists() {
         disk.remove_folder(&building).map_err(at(&building, "remove what a failed creation left"))?;
     }
-    shared.folder.release_reserve(disk)?;
     disk.create_folders(&building).map_err(at(&building, "create the folder"))?;
     for volume in &shared.volumes {
         let data = building.join(format!("{}.raw", volume.name));
