@@ -11,6 +11,7 @@ use proto::{Generation, Point};
 
 use super::Node;
 use super::copies::{Activated, GroupRef};
+use super::drills::DrillRefused;
 use super::exports::ExportError;
 use super::record::RecordError;
 use crate::api::{CopyVolume, FailoverDone, FailoverPlan, FailoverRequest};
@@ -50,6 +51,8 @@ pub(crate) enum RequestError {
     NeverVerified { group: String },
     #[error(transparent)]
     Verify(#[from] replicator::VerifyRefused),
+    #[error(transparent)]
+    Drill(#[from] DrillRefused),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]
@@ -91,7 +94,7 @@ impl Node {
             known: points.points.iter().map(|p| p.point).collect(),
         })?;
         let status = copies
-            .status(&self.exports.offered().await)
+            .status(&self.exports.offered().await, &[])
             .await
             .into_iter()
             .find(|g| g.client == group.client && g.group == group.group);
