@@ -175,7 +175,7 @@ fn described(drill: &DrillStarted) -> String {
 }
 
 /// Keeps a drill as long as this process lives; `gone` is set if the drill ends before.
-fn hold(socket: &Path, name: &str, gone: &Arc<AtomicBool>) -> anyhow::Result<()> {
+pub(crate) fn hold(socket: &Path, name: &str, gone: &Arc<AtomicBool>) -> anyhow::Result<()> {
     let (socket, hold, gone) = (socket.to_path_buf(), DrillHold { name: name.to_owned() }, Arc::clone(gone));
     std::thread::Builder::new().name("hold".to_owned()).spawn(move || {
         if let Err(error) = client::wait::<DrillEnded>(&socket, "/v1/drill/hold", &hold) {

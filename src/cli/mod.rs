@@ -4,6 +4,7 @@
 mod check;
 pub(crate) mod client;
 pub(crate) mod drill;
+mod export;
 pub(crate) mod failover;
 pub(crate) mod human;
 mod id;
@@ -173,6 +174,16 @@ TWINSITE_POINT and others, and throws the fork away. Exit code 0 of the script
 means that the point is verified; the last line that it prints is the remark.
 Exit code 0 if it passed, 1 if not.")]
     Drill(drill::DrillArgs),
+    /// Write a disk of a point to a file, raw or qcow2 (at the receiver)
+    #[command(after_help = "\
+Examples:
+  twinsite export db --to db.raw
+  twinsite export db --point 1.18211 --disk data --to data.qcow2 --format qcow2
+
+The newest point by default. The file is sparse, is written under another name
+beside the one it gets, and gets that when it is whole and on the disk.
+Replication goes on meanwhile.")]
+    Export(export::ExportArgs),
     /// Compare the disks of a group with its copy, now and whole (at the primary)
     #[command(after_help = "\
 Examples:
@@ -295,6 +306,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Drill(args) => {
             let socket = socket(args.control())?;
             drill::run(&socket, args)
+        }
+        Command::Export(args) => {
+            let socket = socket(args.control())?;
+            export::run(&socket, args)
         }
         Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),
         Command::Check { store, json } => check::run(&store, json),
