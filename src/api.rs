@@ -2,9 +2,16 @@
 //!
 //! Field names are an interface: they are added to, not changed.
 
+mod drill;
+
 use proto::{Fingerprint, Generation, Name, Point};
 use replicator::{GroupStatus, HandbackStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
+
+pub use drill::{
+    DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillReport, DrillRequest, DrillResult, DrillResults, DrillStarted,
+    DrillStatus,
+};
 
 /// `GET /v1/id`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -134,6 +141,18 @@ pub struct CopyStatus {
     /// The last of them: file, offset and what does not fit.
     #[serde(default)]
     pub last_damage: Option<String>,
+    /// Its drills that run.
+    #[serde(default)]
+    pub drills: Vec<DrillStatus>,
+    /// The drill that passed, of the newest point of which one did.
+    #[serde(default)]
+    pub verified: Option<DrillResult>,
+    /// The last drill with a script, passed or not.
+    #[serde(default)]
+    pub last_drill: Option<DrillResult>,
+    /// Why results of drills are not known or kept, one line.
+    #[serde(default)]
+    pub drill_error: Option<String>,
 }
 
 /// A disk of a copy.
@@ -207,7 +226,7 @@ pub struct Points {
 }
 
 /// A point that can be activated.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PointInfo {
     /// Its name.
     pub point: Point,
@@ -217,6 +236,9 @@ pub struct PointInfo {
     pub changed_bytes: u64,
     /// Bytes its epoch takes in the journal.
     pub stored_bytes: u64,
+    /// What the last drill with a script found on it.
+    #[serde(default)]
+    pub drill: Option<DrillResult>,
 }
 
 /// `GET /v1/failover?group=&point=`: what it would do.

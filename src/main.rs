@@ -10,6 +10,7 @@ mod config;
 mod demo;
 mod key;
 mod node;
+mod script;
 
 use std::process::ExitCode;
 

@@ -95,6 +95,8 @@ enum Experiment {
     Compare,
     /// The guest's writes while the link is cut, restored and throttled.
     Link,
+    /// The lag with two drills under load against that without, and reads of a fresh drill against the raw file.
+    Drill,
     /// All of them.
     All,
 }
@@ -114,6 +116,7 @@ impl Experiment {
             Self::Restart => vec![experiment::restart::run],
             Self::Compare => vec![experiment::compare::run],
             Self::Link => vec![experiment::link::run],
+            Self::Drill => vec![experiment::drill::run],
             Self::All => [
                 Self::Nbd,
                 Self::Mirror,
@@ -125,6 +128,7 @@ impl Experiment {
                 Self::Restart,
                 Self::Compare,
                 Self::Link,
+                Self::Drill,
             ]
             .into_iter()
             .flat_map(Self::list)

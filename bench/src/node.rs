@@ -340,6 +340,18 @@ impl Receiver {
         self.site.command(&["failover", &group, "--export", &export, "--yes", "--json"])
     }
 
+    /// The command that begins a drill of the newest point of `primary`'s group, served on `socket`.
+    pub(crate) fn drill(&self, primary: &Primary, name: &str, socket: &Path) -> Command {
+        let group = format!("{}/{GROUP}", primary.site.name);
+        let export = format!("unix:{}", socket.display());
+        self.site.command(&["drill", &group, "--name", name, "--export", &export, "--json"])
+    }
+
+    /// The command that throws a drill away.
+    pub(crate) fn end_drill(&self, name: &str) -> Command {
+        self.site.command(&["drill", "end", name])
+    }
+
     /// Folder of the copies.
     pub(crate) fn store(&self) -> PathBuf {
         self.site.folder.join("store")

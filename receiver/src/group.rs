@@ -294,6 +294,7 @@ pub(crate) struct Shared {
     pub(crate) usage: Arc<Usage>,
     /// The newest commit of a primary that takes no more writes.
     pub(crate) drained: watch::Sender<Option<Point>>,
+    pub(crate) drills: crate::drill::Results,
 }
 
 /// A handle to a group.
@@ -421,6 +422,7 @@ impl Group {
             journal_bytes: journal.bytes(),
         };
         let shared = Arc::new(Shared {
+            drills: crate::drill::Results::open(&folder.path),
             folder,
             disk,
             expected,

@@ -12,6 +12,7 @@ mod clock;
 mod config;
 pub mod core;
 mod disk;
+pub mod drill;
 pub mod fork;
 mod frames;
 #[cfg(feature = "fuzzing")]
@@ -36,10 +37,11 @@ mod view;
 
 pub use config::{ClientConfig, Limits, ReceiverConfig};
 pub use disk::{Disk, Op, Watch};
+pub use drill::{Drill, Whole};
 pub use frames::{FRAME_CACHE_BYTES, FrameError, OPEN_SEGMENTS_MAX};
 pub use group::{GROUP_QUEUE_MAX, GroupError};
 pub use node::SelectError;
 pub use receiver::{Activated, Receiver, ReceiverError};
-pub use status::{ActiveStatus, GroupStatus, PeerStatus, PointInfo, QueueStatus, Role, VolumeStatus};
+pub use status::{ActiveStatus, DrillsStatus, GroupStatus, PeerStatus, PointInfo, QueueStatus, Role, VolumeStatus};
 pub use store::{GroupFolder, Store, StoreError};
 pub use view::View;

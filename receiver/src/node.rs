@@ -95,6 +95,7 @@ impl Node {
         let folders = store.groups()?;
         store.settle(&folders)?;
         for folder in folders {
+            crate::drill::sweep(store.disk(), &folder);
             let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
             let key = (folder.client.clone(), folder.group.clone());
             let slot = match (means.open)(folder, usage, options(&limits, store.disk())) {

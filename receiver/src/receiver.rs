@@ -15,6 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use crate::config::ReceiverConfig;
+use crate::drill::{self, Drill, DrillError, DrillResult, DrillWish, ResultsError, Whole};
 use crate::group::{Group, GroupError};
 use crate::node::{Means, Node, SelectError, Slot};
 use crate::session::{self, Client, one_line};
@@ -66,6 +67,12 @@ pub enum ReceiverError {
     /// The group failed.
     #[error(transparent)]
     Group(#[from] GroupError),
+    /// A drill.
+    #[error(transparent)]
+    Drill(#[from] DrillError),
+    /// The results of drills.
+    #[error(transparent)]
+    Results(#[from] ResultsError),
     /// A task was stopped with its runtime.
     #[error("the node is stopping")]
     Stopping,
@@ -241,6 +248,53 @@ impl Receiver {
             }
         }
         all
+    }
+
+    /// A kept point of a group (the newest by default) for a reader of all of it: its cut, and its disks, read-only.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn whole(&self, group: &str, point: Option<Point>) -> Result<Whole, ReceiverError> {
+        let group = self.node.select(group)?;
+        let whole = tokio::task::spawn_blocking(move || drill::whole(&group, point));
+        Ok(whole.await.map_err(|_| ReceiverError::Stopping)??)
+    }
+
+    /// Makes a drill of a group; nothing of the group changes.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn drill(&self, group: &str, wish: DrillWish) -> Result<Drill, ReceiverError> {
+        let group = self.node.select(group)?;
+        let made = tokio::task::spawn_blocking(move || drill::make(&group, &wish));
+        Ok(made.await.map_err(|_| ReceiverError::Stopping)??)
+    }
+
+    /// Throws a drill away. Devices that are still in use stay usable.
+    ///
+    /// # Errors
+    /// [`ReceiverError::Group`] if its files could not be removed; the next start tries again.
+    pub async fn end_drill(&self, drill: Drill) -> Result<(), ReceiverError> {
+        let ended = tokio::task::spawn_blocking(move || drill::end(&drill));
+        Ok(ended.await.map_err(|_| ReceiverError::Stopping)?.map_err(GroupError::from)?)
+    }
+
+    /// Keeps what a drill found, durably.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn record_drill(&self, group: &str, result: DrillResult) -> Result<(), ReceiverError> {
+        let group = self.node.select(group)?;
+        let kept = tokio::task::spawn_blocking(move || group.shared.drills.record(&group.shared.disk, result));
+        Ok(kept.await.map_err(|_| ReceiverError::Stopping)??)
+    }
+
+    /// What drills of a group found, oldest first.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub fn drill_results(&self, group: &str) -> Result<Vec<Arc<DrillResult>>, ReceiverError> {
+        Ok(self.node.select(group)?.shared.drills.all()?)
     }
 
     /// Ends all sessions, syncs what has to be and gives the store up. Devices that are still in use stay usable.

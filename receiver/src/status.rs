@@ -7,6 +7,7 @@ use proto::fencing::GroupRole;
 use proto::{Generation, Name, Point};
 use serde::{Deserialize, Serialize};
 
+use crate::drill::DrillResult;
 use crate::group::Group;
 
 /// Role of a group, as text.
@@ -56,6 +57,26 @@ pub struct GroupStatus {
     pub last_error: Option<String>,
     /// What was compared with the primary.
     pub scrub: ScrubStatus,
+    /// What drills found.
+    pub drills: DrillsStatus,
+}
+
+/// What drills of a group found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrillsStatus {
+    /// The drill that passed, of the newest point of which one did.
+    pub verified: Option<DrillResult>,
+    /// The last one, passed or not.
+    pub last: Option<DrillResult>,
+    /// Why results cannot be read.
+    pub error: Option<String>,
+}
+
+impl From<crate::drill::Summary> for DrillsStatus {
+    fn from(s: crate::drill::Summary) -> Self {
+        let owned = |result: Option<std::sync::Arc<DrillResult>>| result.map(|r| r.as_ref().clone());
+        Self { verified: owned(s.verified), last: owned(s.last), error: s.error }
+    }
 }
 
 /// What was compared with the primary since the node was started.
@@ -182,6 +203,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
             damaged_frames: shared.findings.damaged_frames.load(Ordering::Relaxed),
             last_damage: shared.findings.last_damage(),
         },
+        drills: shared.drills.summary().into(),
     }
 }
 
@@ -204,5 +226,6 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         queues: Vec::new(),
         last_error: Some(error),
         scrub: ScrubStatus::default(),
+        drills: DrillsStatus::default(),
     }
 }

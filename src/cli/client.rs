@@ -30,6 +30,14 @@ pub(crate) fn post<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl S
     call(socket, Method::POST, path, serde_json::to_vec(body)?)
 }
 
+/// As [`post`], for what is answered when something has ended, however long that takes.
+pub(crate) fn wait<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let body = serde_json::to_vec(body)?;
+    let (ok, bytes) = runtime.block_on(exchange(socket, Method::POST, path, body))?;
+    answered(ok, &bytes)
+}
+
 /// `text` as a value of a query.
 pub(crate) fn encoded(text: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-' | b'/');
@@ -41,11 +49,15 @@ fn call<T: DeserializeOwned>(socket: &Path, method: Method, path: &str, body: Ve
     let answer = runtime.block_on(async { tokio::time::timeout(DEADLINE, exchange(socket, method, path, body)).await });
     let (ok, bytes) =
         answer.map_err(|_| anyhow!("{}: the node did not answer within 30 s: look at its log", socket.display()))??;
+    answered(ok, &bytes)
+}
+
+fn answered<T: DeserializeOwned>(ok: bool, bytes: &[u8]) -> anyhow::Result<T> {
     if !ok {
-        let error: ApiError = serde_json::from_slice(&bytes).context("the node refused, with an answer that is not JSON")?;
+        let error: ApiError = serde_json::from_slice(bytes).context("the node refused, with an answer that is not JSON")?;
         bail!("{}", error.error);
     }
-    serde_json::from_slice(&bytes).context("the node's answer is of another version of Twinsite: use the same for both")
+    serde_json::from_slice(bytes).context("the node's answer is of another version of Twinsite: use the same for both")
 }
 
 async fn exchange(socket: &Path, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<(bool, Bytes)> {

@@ -57,6 +57,12 @@ pub(crate) fn utc(unix_us: u64) -> String {
     format!("{year:04}-{month:02}-{day:02} {h:02}:{m:02}:{s:02} UTC")
 }
 
+/// `2026-01-31 12:59`, by the clock on the wall of this machine.
+pub(crate) fn local(unix_us: u64) -> String {
+    let time = i64::try_from(unix_us).ok().and_then(|us| jiff::Timestamp::from_microsecond(us).ok());
+    time.map_or_else(|| utc(unix_us), |t| t.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M").to_string())
+}
+
 /// Year, month and day of a number of days since 1970 (Howard Hinnant's `civil_from_days`, for days that are not negative).
 fn civil(days: u64) -> (u64, u64, u64) {
     let z = days + 719_468;
@@ -130,6 +136,11 @@ impl Paint {
     /// For standard output.
     pub(crate) fn stdout() -> Self {
         Self(std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none())
+    }
+
+    /// None.
+    pub(crate) fn plain() -> Self {
+        Self(false)
     }
 
     fn paint(self, code: &str, text: &str) -> String {

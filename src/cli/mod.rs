@@ -3,10 +3,13 @@
 
 mod check;
 pub(crate) mod client;
-mod failover;
+pub(crate) mod drill;
+mod export;
+pub(crate) mod failover;
 mod handback;
 pub(crate) mod human;
 mod id;
+mod interrupt;
 mod points;
 mod status;
 mod verify;
@@ -39,6 +42,7 @@ Examples:
   twinsite run --config /etc/twinsite/twinsite.toml
   twinsite status --watch
   twinsite verify db
+  twinsite drill db --run ./boots.sh
   twinsite failover db --export unix:/run/twinsite/db.sock
 
 Exit codes: 0 done; 1 failed; 2 the command line or the configuration is wrong."
@@ -223,6 +227,38 @@ rollback can be rolled back. Only blocks that differ are moved.")]
         #[command(flatten)]
         at: Control,
     },
+    /// Try a point out: a writable copy of it that is thrown away, while replication goes on (at the receiver)
+    #[command(after_help = "\
+Examples:
+  twinsite drill db --export unix:/run/twinsite/drill.sock
+  twinsite drill db --point 1.18211 --name monday --export tcp:127.0.0.1:10810
+  twinsite drill list
+  twinsite drill end drill-1
+  twinsite drill db --run ./boots.sh --timeout 5min
+  twinsite drill results db
+
+Makes a writable fork of the point and serves its disks over NBD. Nothing is
+copied, nothing of the group is changed: replication, the points and a failover
+go on beside it. Several at once, each with its name. What was written to one is
+gone when it ends, and when the node stops. Writes beyond --space fail with
+'no space left', in the drill only.
+
+--run makes the fork at a private socket, runs the script as you, with the
+disks in TWINSITE_EXPORT (the first), TWINSITE_EXPORT_<disk>, TWINSITE_DISKS,
+TWINSITE_POINT and others, and throws the fork away. Exit code 0 of the script
+means that the point is verified; the last line that it prints is the remark.
+Exit code 0 if it passed, 1 if not.")]
+    Drill(drill::DrillArgs),
+    /// Write a disk of a point to a file, raw or qcow2 (at the receiver)
+    #[command(after_help = "\
+Examples:
+  twinsite export db --to db.raw
+  twinsite export db --point 1.18211 --disk data --to data.qcow2 --format qcow2
+
+The newest point by default. The file is sparse, is written under another name
+beside the one it gets, and gets that when it is whole and on the disk.
+Replication goes on meanwhile.")]
+    Export(export::ExportArgs),
     /// Compare the disks of a group with its copy, now and whole (at the primary)
     #[command(after_help = "\
 Examples:
@@ -350,6 +386,14 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         }
         Command::Rollback { group, point, yes, json, at } => {
             handback::run(&socket(&at)?, &handback::Wish { group, point: Some(point), yes, json })
+        }
+        Command::Drill(args) => {
+            let socket = socket(args.control())?;
+            drill::run(&socket, args)
+        }
+        Command::Export(args) => {
+            let socket = socket(args.control())?;
+            export::run(&socket, args)
         }
         Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),
         Command::Check { store, json } => check::run(&store, json),

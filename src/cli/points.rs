@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use super::drill::verdict;
+use super::human::Paint;
 use super::{client, human};
 use crate::api::Points;
 
@@ -20,14 +22,21 @@ pub(crate) fn run(socket: &Path, group: &str, all: bool, json: bool) -> anyhow::
     }
     let skipped = if all { 0 } else { points.points.len().saturating_sub(SHOWN) };
     let mut rows = vec![["POINT", "CUT", ">AGE", ">CHANGED", ">STORED"].map(str::to_owned).to_vec()];
+    let drilled = points.points.iter().skip(skipped).any(|p| p.drill.is_some());
+    if drilled && let Some(head) = rows.first_mut() {
+        head.push("DRILL".to_owned());
+    }
     for p in points.points.iter().skip(skipped) {
-        rows.push(vec![
+        let mut row = vec![
             p.point.to_string(),
             human::utc(p.cut_unix_us),
             human::ms(human::age_ms(p.cut_unix_us)),
             human::bytes(p.changed_bytes),
             human::bytes(p.stored_bytes),
-        ]);
+        ];
+        // Without colour: a table counts characters.
+        row.extend(p.drill.as_ref().map(|drill| verdict(drill, Paint::plain())));
+        rows.push(row);
     }
     if skipped > 0 {
         println!("{skipped} older points not shown; --all shows them");

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::bail;
 use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 
+use super::drill::verdict;
 use super::human::{self, Paint, bit_rate, bytes, ms};
 use super::{client, failover};
 use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
@@ -268,11 +269,40 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
         let frames = human::count(usize::try_from(group.damaged_frames).unwrap_or(usize::MAX), "frame");
         out.pair("damage", &paint.bad(&format!("{frames}, the last: {}", human::sanitised(damage))));
     }
+    drills(out, group, paint);
     for volume in &group.volumes {
         disk(out, volume.name.as_str(), volume.size_bytes, &name, exports);
     }
     queues(out, &group.queues);
     client_queues(out, &name, exports);
+}
+
+/// What drills found, and those that run.
+fn drills(out: &mut Lines, group: &CopyStatus, paint: Paint) {
+    if let Some(result) = &group.verified {
+        let age = ms(human::age_ms(result.cut_unix_us));
+        out.pair("verified", &format!("point {}, cut {age} ago: {}", result.point, verdict(result, paint)));
+    }
+    if let Some(result) = group.last_drill.as_ref().filter(|result| !result.passed()) {
+        out.pair("drill", &paint.bad(&format!("the last one, of point {}: {}", result.point, verdict(result, Paint::plain()))));
+    }
+    if let Some(error) = &group.drill_error {
+        out.pair("drill", &paint.bad(&human::sanitised(error)));
+    }
+    for drill in &group.drills {
+        let point = drill.point.map_or_else(|| "being made".to_owned(), |point| format!("point {point}"));
+        let age = ms(human::age_ms(drill.began_unix_us));
+        let space = match (drill.read_only, drill.refused_writes) {
+            (true, _) => "read only".to_owned(),
+            (false, refused) => {
+                let used = format!("{} of {}", bytes(drill.space_used_bytes), bytes(drill.space_max_bytes));
+                let full = format!("{used}: {refused} writes had no space");
+                if refused == 0 { used } else { paint.bad(&full) }
+            }
+        };
+        let at = drill.script.as_ref().or(drill.export.as_ref()).map_or_else(String::new, |at| human::sanitised(at));
+        out.pair("drill", &format!("{}  {point}, for {age}, {space}  {at}", drill.name));
+    }
 }
 
 fn disk(out: &mut Lines, name: &str, size_bytes: u64, group: &str, exports: &[ExportStatus]) {

@@ -107,6 +107,9 @@ pub enum Problem {
     /// TLS on a unix socket.
     #[error("is for tcp exports only: remove it, or export over tcp")]
     TlsOnUnix,
+    /// Two times.
+    #[error("is given beside every: keep one of the two")]
+    EveryAndAt,
     /// An array with nothing in it.
     #[error("is empty: name at least one group, or remove the key to allow every group")]
     NoGroups,
@@ -183,6 +186,12 @@ pub enum ConfigError {
         /// What is wrong and what to do.
         problem: Problem,
     },
+    /// A drill without copies.
+    #[error("{place}: [[drill]] needs a [receiver]: drills are done where the copies are; move it to that node's configuration")]
+    DrillWithoutCopies {
+        /// Where.
+        place: Place,
+    },
     /// Nothing to run.
     #[error("{}: neither a [receiver] nor a [[group]]: this node would do nothing; add one of them", file.display())]
     Empty {
@@ -201,6 +210,7 @@ impl ConfigError {
             | Self::UnknownKey { place, .. }
             | Self::Missing { place, .. }
             | Self::NoDisk { place, .. }
+            | Self::DrillWithoutCopies { place }
             | Self::Value { place, .. } => place.line,
         }
     }

@@ -1,5 +1,6 @@
 //! `twinsite.toml`: one file, every key checked, every mistake told in one line with its place and its remedy.
 
+mod drill;
 mod error;
 mod parse;
 mod reader;
@@ -23,6 +24,10 @@ pub const CONFIG_DEFAULT: &str = "/etc/twinsite/twinsite.toml";
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/twinsite";
 /// Most time an orderly stop spends on committing the last epoch.
 pub const STOP_TIMEOUT_DEFAULT: Duration = Duration::from_secs(20);
+/// What a drill may take by default, in bytes.
+pub const DRILL_SPACE_MAX_DEFAULT: u64 = 10 << 30;
+/// How long a drill's script may run by default.
+pub const DRILL_TIMEOUT_DEFAULT: Duration = Duration::from_secs(600);
 /// Largest file that is read as a configuration, in bytes.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 
@@ -35,6 +40,8 @@ pub struct Config {
     pub receiver: Option<ReceiverConfig>,
     /// `[[group]]`.
     pub groups: Vec<GroupConfig>,
+    /// `[[drill]]`.
+    pub drills: Vec<DrillConfig>,
 }
 
 /// `[node]`.
@@ -65,6 +72,34 @@ pub struct ReceiverConfig {
     pub store: PathBuf,
     /// Who may send.
     pub clients: Vec<ClientConfig>,
+    /// Bytes that a drill may take.
+    pub drill_space_max_bytes: u64,
+}
+
+/// `[[drill]]`: one that the node does by itself.
+#[derive(Clone, Debug)]
+pub struct DrillConfig {
+    /// `GROUP` or `CLIENT/GROUP`.
+    pub group: String,
+    /// The script.
+    pub run: PathBuf,
+    /// When.
+    pub time: DrillTime,
+    /// The script is ended after this time.
+    pub timeout: Duration,
+    /// Whom the script runs as; the node's user by default.
+    pub user: Option<String>,
+    /// Bytes that it may take; `drill_space_max` by default.
+    pub space_max_bytes: Option<u64>,
+}
+
+/// When a drill is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DrillTime {
+    /// So long after the last one.
+    Every(Duration),
+    /// Each day at this local time.
+    At(jiff::civil::Time),
 }
 
 /// `[[receiver.client]]`.

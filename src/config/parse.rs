@@ -13,11 +13,12 @@ use replicator::{
 };
 use toml::de::DeTable;
 
+use super::drill;
 use super::error::{ConfigError, ConfigErrors, Problem};
 use super::reader::{Found, Reader, Section, flag, list, number, text};
 use super::{
-    ClientConfig, Config, DiskConfig, GroupConfig, NodeConfig, ReceiverConfig, STATE_DIR_DEFAULT, STOP_TIMEOUT_DEFAULT,
-    TlsConfig, units,
+    ClientConfig, Config, DRILL_SPACE_MAX_DEFAULT, DiskConfig, GroupConfig, NodeConfig, ReceiverConfig, STATE_DIR_DEFAULT,
+    STOP_TIMEOUT_DEFAULT, TlsConfig, units,
 };
 
 /// The kernel's limit on a socket's path, in bytes.
@@ -48,7 +49,7 @@ impl Seen {
     }
 }
 
-struct Context {
+pub(super) struct Context {
     /// Relative paths start here.
     folder: PathBuf,
     seen: Seen,
@@ -77,13 +78,22 @@ pub(super) fn parse(file: &Path, source: &str) -> Result<Config, ConfigErrors> {
     let receiver = reader.section(&mut root, "receiver", "[receiver]").map(|s| receiver(&mut reader, s, &mut context));
     let groups: Vec<_> =
         reader.sections(&mut root, "group", "[[group]]").into_iter().map(|s| group(&mut reader, s, &mut context)).collect();
+    let drills: Vec<_> = reader
+        .sections(&mut root, "drill", "[[drill]]")
+        .into_iter()
+        .map(|s| drill::drill(&mut reader, s, &context, receiver.is_some()))
+        .collect();
     reader.finish(root);
     let mut errors = reader.errors;
     errors.sort_by_key(ConfigError::line);
     // A section is `None` only together with an error.
-    let built = (receiver.map_or(Some(None), |r| r.map(Some)), groups.into_iter().collect::<Option<Vec<_>>>());
+    let built = (
+        receiver.map_or(Some(None), |r| r.map(Some)),
+        groups.into_iter().collect::<Option<Vec<_>>>(),
+        drills.into_iter().collect::<Option<Vec<_>>>(),
+    );
     match (built, errors.is_empty()) {
-        ((Some(receiver), Some(groups)), true) => Ok(Config { node, receiver, groups }),
+        ((Some(receiver), Some(groups), Some(drills)), true) => Ok(Config { node, receiver, groups, drills }),
         _ => Err(ConfigErrors(errors)),
     }
 }
@@ -142,13 +152,19 @@ fn receiver<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut
     let s = &mut section;
     let listen = reader.need(s, "listen", "\"0.0.0.0:7447\"", text("\"0.0.0.0:7447\"", listen));
     let store = reader.need(s, "store", "\"/srv/twinsite\"", text("a path in quotes", |t| path(context, t)));
+    let drill_space = reader.get(s, "drill_space_max", text("\"10GiB\"", units::size));
     let clients: Vec<_> = reader
         .sections(s, "client", "[[receiver.client]]")
         .into_iter()
         .map(|section| client(reader, section, &mut context.seen))
         .collect();
     reader.finish(section);
-    Some(ReceiverConfig { listen: listen?.value, store: store?.value, clients: clients.into_iter().collect::<Option<_>>()? })
+    Some(ReceiverConfig {
+        listen: listen?.value,
+        store: store?.value,
+        clients: clients.into_iter().collect::<Option<_>>()?,
+        drill_space_max_bytes: drill_space.map_or(DRILL_SPACE_MAX_DEFAULT, |found| found.value),
+    })
 }
 
 fn client<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, seen: &mut Seen) -> Option<ClientConfig> {
@@ -351,7 +367,7 @@ pub(crate) fn host_name() -> String {
     host.split('.').next().and_then(|h| h.parse::<Name>().ok()).map_or_else(|| "node".to_owned(), |n| n.to_string())
 }
 
-fn path(context: &Context, given: &str) -> Result<PathBuf, Problem> {
+pub(super) fn path(context: &Context, given: &str) -> Result<PathBuf, Problem> {
     if given.is_empty() { Err(Problem::EmptyPath) } else { Ok(context.folder.join(given)) }
 }
 

@@ -83,6 +83,11 @@ pub(crate) fn duration_argument(text: &str) -> Result<Duration, Problem> {
     duration(text)
 }
 
+/// For clap.
+pub(crate) fn size_argument(text: &str) -> Result<u64, Problem> {
+    size(text)
+}
+
 fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     let text = text.trim();
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.')?;

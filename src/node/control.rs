@@ -12,11 +12,13 @@ use proto::Point;
 use replicator::HandbackPlan;
 use serde::Deserialize;
 
+use super::drills::{DRILLS_MAX, DrillRefused};
 use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
-    ApiError, FailoverDone, FailoverPlan, FailoverRequest, HandbackProgress, HandbackRequest, NodeId, NodeStatus, Points,
-    SwitchoverRequest, Verification, VerifyRequest,
+    ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted, FailoverDone, FailoverPlan,
+    FailoverRequest, HandbackProgress, HandbackRequest, NodeId, NodeStatus, Points, SwitchoverRequest, Verification,
+    VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -37,6 +39,11 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/handback", get(handback).post(begin_handback))
         .route("/v1/handback/plan", post(handback_plan))
         .route("/v1/switchover", post(switchover))
+        .route("/v1/drills", get(drills))
+        .route("/v1/drill", post(drill))
+        .route("/v1/drill/hold", post(hold))
+        .route("/v1/drill/end", post(end_drill))
+        .route("/v1/drill/results", get(drill_results))
         .fallback(async || (StatusCode::NOT_FOUND, answer("no such path; this node speaks /v1".to_owned())))
         .with_state(node)
 }
@@ -55,6 +62,7 @@ impl IntoResponse for RequestError {
             | Self::UnknownPrimary { .. }
             | Self::CopyOnly { .. }
             | Self::NeverHandedBack { .. }
+            | Self::Drill(DrillRefused::Unknown { .. } | DrillRefused::NoPoint(_))
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
             | Self::AlreadyActive { .. }
@@ -62,6 +70,9 @@ impl IntoResponse for RequestError {
             | Self::Verify(_)
             | Self::Handback(_)
             | Self::Exports(ExportError::NameTaken { .. }) => StatusCode::CONFLICT,
+            Self::Drill(DrillRefused::Name { .. } | DrillRefused::NoUser { .. }) => StatusCode::BAD_REQUEST,
+            Self::Drill(DrillRefused::Folder { .. }) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Drill(_) => StatusCode::CONFLICT,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -151,4 +162,44 @@ async fn failover(
     // A task of its own: a command line that goes away must not stop a failover half way.
     let running = tokio::spawn(async move { node.failover(&request).await });
     Ok(Json(running.await.map_err(|_| RequestError::Aborted)??))
+}
+
+async fn drills(State(node): State<Arc<Node>>) -> Json<DrillList> {
+    Json(DrillList { drills: node.drills.status(), drills_max: DRILLS_MAX as u64 })
+}
+
+async fn drill(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<DrillRequest>, JsonRejection>,
+) -> Result<Json<DrillStarted>, RequestError> {
+    let Json(request) = body?;
+    // A task of its own: a command line that goes away must not leave half a drill.
+    let running = tokio::spawn(async move { node.start_drill(&request).await });
+    Ok(Json(running.await.map_err(|_| RequestError::Aborted)??))
+}
+
+/// No task of its own: when the connection ends this is dropped, and with it the drill.
+async fn hold(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<DrillHold>, JsonRejection>,
+) -> Result<Json<DrillEnded>, RequestError> {
+    let Json(hold) = body?;
+    Ok(Json(node.hold_drill(&hold).await?))
+}
+
+async fn end_drill(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<DrillEnd>, JsonRejection>,
+) -> Result<Json<DrillEnded>, RequestError> {
+    let Json(end) = body?;
+    let running = tokio::spawn(async move { node.end_drill(&end.name, end.report).await });
+    Ok(Json(running.await.map_err(|_| RequestError::Aborted)??))
+}
+
+async fn drill_results(
+    State(node): State<Arc<Node>>,
+    query: Result<Query<GroupQuery>, QueryRejection>,
+) -> Result<Json<DrillResults>, RequestError> {
+    let Query(query) = query?;
+    Ok(Json(node.drill_results(&query.group).await?))
 }

@@ -1,5 +1,6 @@
 //! The copies this node keeps, in the words of the control socket: the only place that knows the receiver's own types.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +12,10 @@ use receiver::{GroupStatus, Limits, Receiver, ReceiverError, Role};
 use replicator::QueueStatus;
 use tokio::sync::{RwLock, watch};
 
+use super::drills::DrillRefused;
 use super::exports::Offered;
 use super::failover::RequestError;
-use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, PointInfo, Points};
+use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, DrillResult, DrillStatus, PointInfo, Points};
 use crate::config::ReceiverConfig;
 
 /// A group at the receiver: names are unique for each client only.
@@ -70,12 +72,12 @@ impl Copies {
         Ok(Self { receiver: RwLock::new(Some(receiver)), space_max_bytes })
     }
 
-    pub(crate) async fn status(&self, offered: &Offered) -> Vec<CopyStatus> {
+    pub(crate) async fn status(&self, offered: &Offered, drills: &[DrillStatus]) -> Vec<CopyStatus> {
         let groups = self.receiver.read().await.as_ref().map(Receiver::status).unwrap_or_default();
-        groups.into_iter().map(|group| self.translated(group, offered)).collect()
+        groups.into_iter().map(|group| self.translated(group, offered, drills)).collect()
     }
 
-    fn translated(&self, group: GroupStatus, offered: &Offered) -> CopyStatus {
+    fn translated(&self, group: GroupStatus, offered: &Offered, drills: &[DrillStatus]) -> CopyStatus {
         let name = GroupRef { client: group.client.clone(), group: group.group.clone() };
         let state = match (group.role, &group.peer) {
             (Role::Broken, _) => CopyState::Failed,
@@ -118,6 +120,10 @@ impl Copies {
             damaged_frames: group.scrub.damaged_frames,
             last_damage: group.scrub.last_damage,
             active: group.active.map(|a| ActiveStatus { point: a.point, export }),
+            drills: drills.iter().filter(|d| d.client == name.client && d.group == name.group).cloned().collect(),
+            verified: group.drills.verified,
+            last_drill: group.drills.last,
+            drill_error: group.drills.error,
             client: name.client,
             group: name.group,
         }
@@ -147,8 +153,13 @@ impl Copies {
 
     pub(crate) async fn points(&self, group: &GroupRef) -> Result<Points, RequestError> {
         let receiver = self.receiver.read().await;
-        let points = running(receiver.as_ref())?.points(&group.to_string()).map_err(failed)?;
+        let receiver = running(receiver.as_ref())?;
+        let points = receiver.points(&group.to_string()).map_err(failed)?;
+        // What is wrong with the results is said by `status`; the points are there all the same.
+        let results = receiver.drill_results(&group.to_string()).unwrap_or_default();
+        let results: BTreeMap<Point, _> = results.iter().map(|result| (result.point, result)).collect();
         let one = |p: receiver::PointInfo| PointInfo {
+            drill: results.get(&p.point).map(|result| DrillResult::clone(result)),
             point: p.point,
             cut_unix_us: p.cut_unix_us,
             changed_bytes: (p.data_blocks + p.zero_blocks) * BLOCK_BYTES,
@@ -187,6 +198,37 @@ impl Copies {
         receiver.activated().await.into_iter().map(|a| a.map(Into::into).map_err(|error| error.to_string())).collect()
     }
 
+    /// Makes a drill; nothing of the group changes.
+    pub(crate) async fn drill(&self, group: &str, wish: receiver::drill::DrillWish) -> Result<receiver::Drill, RequestError> {
+        let receiver = self.receiver.read().await;
+        running(receiver.as_ref())?.drill(group, wish).await.map_err(no_point)
+    }
+
+    /// A point's disks, read-only.
+    pub(crate) async fn whole(&self, group: &str, point: Option<Point>) -> Result<receiver::Whole, RequestError> {
+        let receiver = self.receiver.read().await;
+        running(receiver.as_ref())?.whole(group, point).await.map_err(no_point)
+    }
+
+    /// Throws a drill away.
+    pub(crate) async fn end_drill(&self, drill: receiver::Drill) -> Result<(), RequestError> {
+        let receiver = self.receiver.read().await;
+        running(receiver.as_ref())?.end_drill(drill).await.map_err(failed)
+    }
+
+    /// Keeps what a drill found.
+    pub(crate) async fn record_drill(&self, group: &str, result: DrillResult) -> Result<(), RequestError> {
+        let receiver = self.receiver.read().await;
+        running(receiver.as_ref())?.record_drill(group, result).await.map_err(failed)
+    }
+
+    /// What drills of a group found, oldest first.
+    pub(crate) async fn drill_results(&self, group: &str) -> Result<Vec<DrillResult>, RequestError> {
+        let receiver = self.receiver.read().await;
+        let results = running(receiver.as_ref())?.drill_results(group).map_err(failed)?;
+        Ok(results.iter().map(|result| result.as_ref().clone()).collect())
+    }
+
     pub(crate) async fn shutdown(&self) {
         if let Some(receiver) = self.receiver.write().await.take() {
             receiver.shutdown().await;
@@ -196,6 +238,18 @@ impl Copies {
 
 fn running(receiver: Option<&Receiver>) -> Result<&Receiver, RequestError> {
     receiver.ok_or_else(|| failed(ReceiverError::Stopping))
+}
+
+/// A group or point that is not there is no failure.
+fn no_point(error: ReceiverError) -> RequestError {
+    use receiver::GroupError::{Empty, NoPoint};
+    use receiver::drill::DrillError::Group;
+    match &error {
+        ReceiverError::Group(Empty { .. } | NoPoint { .. }) | ReceiverError::Drill(Group(Empty { .. } | NoPoint { .. })) => {
+            DrillRefused::NoPoint(error.to_string()).into()
+        }
+        _ => failed(error),
+    }
 }
 
 fn failed(error: ReceiverError) -> RequestError {

@@ -11,6 +11,7 @@ use proto::{Generation, Point};
 
 use super::Node;
 use super::copies::{Activated, GroupRef};
+use super::drills::DrillRefused;
 use super::exports::ExportError;
 use super::record::RecordError;
 use crate::api::{CopyVolume, FailoverDone, FailoverPlan, FailoverRequest};
@@ -54,6 +55,8 @@ pub(crate) enum RequestError {
     NeverHandedBack { group: String },
     #[error(transparent)]
     Handback(#[from] replicator::HandbackError),
+    #[error(transparent)]
+    Drill(#[from] DrillRefused),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]
@@ -95,7 +98,7 @@ impl Node {
             known: points.points.iter().map(|p| p.point).collect(),
         })?;
         let status = copies
-            .status(&self.exports.offered().await)
+            .status(&self.exports.offered().await, &[])
             .await
             .into_iter()
             .find(|g| g.client == group.client && g.group == group.group);

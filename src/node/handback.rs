@@ -65,7 +65,7 @@ impl Node {
         let Ok(copies) = self.receiving() else { return };
         let Some(mut handed) = copies.handed_back().await else { return };
         while handed.changed().await.is_ok() {
-            for group in copies.status(&self.exports.offered().await).await {
+            for group in copies.status(&self.exports.offered().await, &[]).await {
                 let selector = GroupRef { client: group.client, group: group.group }.to_string();
                 let mut record = self.record.lock().await;
                 if group.active.is_some() || record.get(&selector).is_none() {

@@ -17,6 +17,7 @@ use tokio::sync::Semaphore;
 
 use super::Node;
 use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
+use crate::cli::human::age_ms;
 
 const SCRAPES_MAX: usize = 16;
 const SCRAPE_TIME: Duration = Duration::from_secs(5);
@@ -87,6 +88,19 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_receiver_scrub_compared_bytes_total", "counter", "Bytes of the newest point compared with the primary's hashes"),
     ("twinsite_receiver_scrub_differing_bytes_total", "counter", "Bytes of them that differed or could not be read"),
     ("twinsite_receiver_damaged_frames_total", "counter", "Frames of the journal found to be damaged or not to be read"),
+    ("twinsite_receiver_drills", "gauge", "Drills of the group that run, with points that are being read"),
+    ("twinsite_receiver_drill_refused_writes", "gauge", "Writes to its running drills that had no space"),
+    ("twinsite_receiver_last_drill_failed", "gauge", "1 if the last drill with a script did not pass; absent before the first"),
+    (
+        "twinsite_receiver_last_drill_age_seconds",
+        "gauge",
+        "Time since the last drill with a script began; absent before the first",
+    ),
+    (
+        "twinsite_receiver_verified_age_seconds",
+        "gauge",
+        "Age of the cut of the newest point that a drill verified; absent before the first",
+    ),
     ("twinsite_queue_used", "gauge", "Fill of a queue, in its unit"),
     ("twinsite_queue_limit", "gauge", "Limit of a queue, in its unit"),
     ("twinsite_nbd_connections", "gauge", "NBD clients of an address"),
@@ -271,6 +285,15 @@ fn copy(samples: &mut Samples, group: &CopyStatus) {
     add("twinsite_receiver_scrub_compared_bytes_total", group.scrubbed_bytes as f64);
     add("twinsite_receiver_scrub_differing_bytes_total", group.differing_bytes as f64);
     add("twinsite_receiver_damaged_frames_total", group.damaged_frames as f64);
+    add("twinsite_receiver_drills", group.drills.len() as f64);
+    add("twinsite_receiver_drill_refused_writes", group.drills.iter().map(|d| d.refused_writes).sum::<u64>() as f64);
+    if let Some(last) = &group.last_drill {
+        add("twinsite_receiver_last_drill_failed", f64::from(u8::from(!last.passed())));
+        add("twinsite_receiver_last_drill_age_seconds", seconds(age_ms(last.began_unix_us)));
+    }
+    if let Some(verified) = &group.verified {
+        add("twinsite_receiver_verified_age_seconds", seconds(age_ms(verified.cut_unix_us)));
+    }
     for queue in &group.queues {
         let (client, group) = (group.client.as_str(), group.group.as_str());
         let labels = [("role", "receiver"), ("client", client), ("group", group), ("queue", &queue.name), ("unit", &queue.unit)];

@@ -5,6 +5,7 @@
 
 mod control;
 mod copies;
+mod drills;
 mod exports;
 mod failover;
 mod handback;
@@ -26,12 +27,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, RwLock, watch};
 
 use self::copies::Copies;
+use self::drills::Drills;
+pub(crate) use self::drills::{environment as drill_environment, report as drill_report};
 use self::exports::Exports;
 pub(crate) use self::failover::RequestError;
 use self::primaries::Primaries;
 use self::record::ExportRecord;
 use crate::api::{NodeId, NodeStatus, Points, ReceiverStatus, Verification};
-use crate::config::Config;
+use crate::config::{Config, DRILL_SPACE_MAX_DEFAULT};
 use crate::key;
 
 /// Niceness of the threads that replicate.
@@ -50,13 +53,14 @@ pub(crate) struct Node {
     primaries: RwLock<Primaries>,
     copies: Option<Result<Copies, String>>,
     record: Mutex<ExportRecord>,
+    pub(crate) drills: Drills,
 }
 
 impl Node {
     pub(crate) async fn status(&self) -> NodeStatus {
         let receiver = match (&self.copies, &self.listen) {
             (Some(Ok(copies)), Some(listen)) => {
-                let groups = copies.status(&self.exports.offered().await).await;
+                let groups = copies.status(&self.exports.offered().await, &self.drills.status()).await;
                 Some(ReceiverStatus { listen: listen.clone(), error: None, groups })
             }
             (Some(Err(error)), Some(listen)) => {
@@ -168,6 +172,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     if let Some(Err(error)) = &copies {
         tracing::error!("receiver not started: {error}; the other roles go on");
     }
+    let drill_space_max_bytes = config.receiver.as_ref().map_or(DRILL_SPACE_MAX_DEFAULT, |r| r.drill_space_max_bytes);
     let primaries = Primaries::start(&config.groups, &config.node.state_dir, &identity, &exports).await;
     exports.prune().await;
     exports.open().await;
@@ -184,11 +189,15 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         primaries: RwLock::new(primaries),
         copies,
         record: Mutex::new(record),
+        drills: Drills::new(&config.node.state_dir, drill_space_max_bytes),
     });
     node.export_active().await;
     let handbacks = tokio::spawn(node.clone().follow_handbacks());
 
     let (stop, stopping) = watch::channel(false);
+    // Ends the drills of the schedule, whose scripts run on the runtime's threads for blocking work.
+    let (quit, quitting) = watch::channel(false);
+    let schedule = tokio::spawn(drills::run_schedule(Arc::clone(&node), config.drills, quitting));
     let control = tokio::spawn(serve_control(listener, node.clone(), stopping));
     let metrics = match config.node.metrics {
         None => None,
@@ -212,9 +221,13 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     tracing::info!("stopping; a second signal stops at once");
     let orderly = async {
         node.primaries.read().await.end_flushes();
+        quit.send_replace(true);
         // Guests first, so that the last epoch holds all that they wrote.
         node.exports.shutdown().await;
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;
+        // A script that does not listen is killed after a while.
+        let _ = schedule.await;
+        node.end_drills().await;
         if let Some(Ok(copies)) = &node.copies {
             copies.shutdown().await;
         }

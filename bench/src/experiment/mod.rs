@@ -2,6 +2,7 @@
 
 pub(crate) mod compare;
 pub(crate) mod dirty_log;
+pub(crate) mod drill;
 pub(crate) mod failover;
 pub(crate) mod first_sync;
 pub(crate) mod link;

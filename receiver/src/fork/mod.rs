@@ -69,15 +69,15 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
         shared.folder.release_reserve(&shared.disk).map_err(ForkError::from)?;
         create(&shared.disk, shared, fork)?;
     }
-    open_existing(shared, generation, fork)
-}
-
-/// Opens a fork whose folder is there.
-pub(crate) fn open_existing(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
-    let folder = shared.folder.fork(&fork.name);
     // Also if it was there: a process that was killed may not have lived to sync its name.
     let parent = shared.folder.path.join("forks");
     shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
+    assemble(shared, generation, fork)
+}
+
+/// Opens a fork whose folder is there.
+pub(crate) fn assemble(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
+    let folder = shared.folder.fork(&fork.name);
     let index = shared.index_at(fork.point)?;
     let mut volumes = Vec::new();
     for (view, spec) in crate::view::views(shared, index)?.into_iter().zip(&shared.volumes) {
@@ -99,6 +99,7 @@ fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {
     MapHeader { group_id: shared.expected.group_id, point, size_bytes }
 }
 
+/// Makes the folder of a fork with nothing in it; appears under its name when it is whole.
 pub(crate) fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
     let folder = shared.folder.fork(&fork.name);
     let parent = shared.folder.path.join("forks");

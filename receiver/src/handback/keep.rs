@@ -82,7 +82,7 @@ impl Handback {
             }
             let fork = ForkInUse { name: name.clone(), point };
             crate::fork::create(&shared.disk, &shared, &fork)?;
-            Ok((name, crate::fork::open_existing(&shared, generation, &fork)?))
+            Ok((name, crate::fork::assemble(&shared, generation, &fork)?))
         });
         made.await
     }

@@ -1,0 +1,141 @@
+//! Drills, their results, and points that are read as a whole.
+
+use proto::{Name, Point};
+use serde::{Deserialize, Serialize};
+
+use super::CopyVolume;
+pub use receiver::drill::{DrillOutcome, DrillResult};
+
+/// `POST /v1/drill`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrillRequest {
+    /// `GROUP` or `CLIENT/GROUP`.
+    pub group: String,
+    /// The point; the newest by default.
+    pub point: Option<Point>,
+    /// Its name; `drill-N` by default. `drill-` is put before a name that does not begin so.
+    pub name: Option<String>,
+    /// `unix:PATH` or `tcp:IP:PORT`; `None`: a private socket, for a drill that somebody holds with `POST /v1/drill/hold`.
+    pub export: Option<String>,
+    /// Bytes that it may take; the node's `drill_space_max` by default.
+    pub space_max_bytes: Option<u64>,
+    /// The script that is going to be run.
+    pub script: Option<String>,
+    /// No drill: the point itself, read-only, at a private socket. What `twinsite export` reads from.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// The answer to a [`DrillRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillStarted {
+    /// Its name.
+    pub name: String,
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// The point.
+    pub point: Point,
+    /// Its cut, microseconds since 1970 on the primary's clock.
+    pub cut_unix_us: u64,
+    /// Where its disks are.
+    pub export: String,
+    /// Its disks, each an export of its name.
+    pub volumes: Vec<CopyVolume>,
+    /// Bytes that it may take.
+    pub space_max_bytes: u64,
+    /// Milliseconds from the request to the disks being served.
+    pub took_ms: u64,
+}
+
+/// `POST /v1/drill/hold`, answered when the drill has ended. A drill that is held ends when this connection does.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrillHold {
+    /// The drill.
+    pub name: String,
+}
+
+/// `POST /v1/drill/end`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrillEnd {
+    /// The drill.
+    pub name: String,
+    /// What its script found, to be kept.
+    pub report: Option<DrillReport>,
+}
+
+/// What a script found.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrillReport {
+    /// How it ended.
+    pub outcome: DrillOutcome,
+    /// How long it ran, in ms.
+    pub took_ms: u64,
+    /// The last line that it printed.
+    pub remark: String,
+    /// The end of what it printed.
+    pub output: String,
+}
+
+/// The answer to a [`DrillEnd`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillEnded {
+    /// The drill.
+    pub name: String,
+    /// What was kept of it.
+    pub result: Option<DrillResult>,
+}
+
+/// A drill that runs, or a point that is being read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillStatus {
+    /// Its name.
+    pub name: String,
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// Its point, once it is made.
+    pub point: Option<Point>,
+    /// Where its disks are, once they are.
+    pub export: Option<String>,
+    /// When it began, microseconds since 1970.
+    pub began_unix_us: u64,
+    /// The script that is run.
+    pub script: Option<String>,
+    /// Whether the schedule began it.
+    pub scheduled: bool,
+    /// A point that is only read.
+    pub read_only: bool,
+    /// Bytes of blocks written to it.
+    pub space_used_bytes: u64,
+    /// Bytes that it may take.
+    pub space_max_bytes: u64,
+    /// Writes that failed because there was no space.
+    pub refused_writes: u64,
+}
+
+/// `GET /v1/drills`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillList {
+    /// By name.
+    pub drills: Vec<DrillStatus>,
+    /// Drills at once at most.
+    pub drills_max: u64,
+}
+
+/// `GET /v1/drill/results?group=`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DrillResults {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// Oldest first.
+    pub results: Vec<DrillResult>,
+}

@@ -1,0 +1,294 @@
+//! The drills of a node: which there are, where they are exported, who holds them, how they end.
+//!
+//! Always holds: a drill that is in the list ends at the latest with the node; one at a private socket ends with the connection of whoever holds
+//! it; none of them changes anything that replication or a failover has. Must not know what a fork is made of.
+
+mod schedule;
+mod start;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use proto::Point;
+use tokio::sync::watch;
+
+pub(crate) use self::schedule::{environment, report, run as run_schedule};
+use super::copies::GroupRef;
+use super::{Node, RequestError};
+use crate::api::{DrillEnded, DrillHold, DrillReport, DrillResult, DrillResults, DrillStatus};
+use crate::cli::human::unix_us_now;
+
+/// Drills at once, with points that are being read. One more is refused.
+pub(crate) const DRILLS_MAX: usize = 16;
+/// Whoever wants a drill at a private socket has so long to hold it.
+const HOLD_WITHIN: Duration = Duration::from_secs(10);
+
+/// Why a drill is refused. One line each.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DrillRefused {
+    #[error("no drill '{given}' runs here: {}", known_drills(known))]
+    Unknown { given: String, known: Vec<String> },
+    #[error("drill {name} runs already: choose another --name, or end that one: twinsite drill end {name}")]
+    Taken { name: String },
+    #[error("drill {name} is still being made: try again")]
+    Unready { name: String },
+    #[error("{DRILLS_MAX} drills run here, and no more may: end one, see twinsite drill list")]
+    TooMany,
+    #[error("name '{given}' makes no name of a drill: write 1 to 58 of a-z A-Z 0-9 . _ -")]
+    Name { given: String },
+    #[error("{}: cannot make the folder of the drill's private socket: {source}: free space or set another state_dir", path.display())]
+    Folder { path: PathBuf, source: io::Error },
+    #[error("user '{user}' of the drill is not in /etc/passwd: name one that is")]
+    NoUser { user: String },
+    #[error("drill {name} has no script: nothing to report")]
+    NoScript { name: String },
+    #[error("{0}")]
+    NoPoint(String),
+}
+
+fn known_drills(known: &[String]) -> String {
+    if known.is_empty() { "there is none".to_owned() } else { format!("there are {}", known.join(", ")) }
+}
+
+/// What runs.
+enum Running {
+    Making,
+    Drill(receiver::Drill),
+    /// A point that is only read.
+    Whole(Point),
+}
+
+struct Entry {
+    /// Never used twice: a name may be.
+    serial: u64,
+    group: GroupRef,
+    running: Running,
+    began_unix_us: u64,
+    /// Where it is offered.
+    export: Option<String>,
+    /// Of the private socket.
+    folder: Option<PathBuf>,
+    script: Option<String>,
+    scheduled: bool,
+    held: bool,
+    /// Turns true at the end.
+    ended: watch::Sender<bool>,
+}
+
+/// All of them.
+pub(crate) struct Drills {
+    /// Folders of private sockets; below the state folder.
+    folder: PathBuf,
+    space_max_bytes: u64,
+    serial: AtomicU64,
+    entries: Mutex<BTreeMap<String, Entry>>,
+}
+
+impl Drills {
+    /// Removes what a run that was killed left of private sockets.
+    pub(crate) fn new(state_dir: &Path, space_max_bytes: u64) -> Self {
+        let folder = state_dir.join("drills");
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!("{}: cannot remove what a former run left: {error}", folder.display());
+            }
+            _ => {}
+        }
+        Self { folder, space_max_bytes, serial: AtomicU64::new(1), entries: Mutex::default() }
+    }
+
+    /// What runs, by name.
+    pub(crate) fn status(&self) -> Vec<DrillStatus> {
+        let entries = self.entries.lock();
+        entries.iter().map(|(name, entry)| entry.status(name, self.space_max_bytes)).collect()
+    }
+
+    fn unknown(&self, given: &str) -> DrillRefused {
+        DrillRefused::Unknown { given: given.to_owned(), known: self.entries.lock().keys().cloned().collect() }
+    }
+
+    /// The name as it is in the list.
+    fn full_name(given: &str) -> String {
+        let plain = given.starts_with(receiver::drill::DRILL_PREFIX) || given.starts_with("export-");
+        if plain { given.to_owned() } else { format!("{}{given}", receiver::drill::DRILL_PREFIX) }
+    }
+}
+
+impl Entry {
+    fn status(&self, name: &str, space_max_bytes: u64) -> DrillStatus {
+        let (point, space) = match &self.running {
+            Running::Making => (None, None),
+            Running::Drill(drill) => (Some(drill.point), Some(&drill.space)),
+            Running::Whole(point) => (Some(*point), None),
+        };
+        DrillStatus {
+            name: name.to_owned(),
+            client: self.group.client.clone(),
+            group: self.group.group.clone(),
+            point,
+            export: self.export.clone(),
+            began_unix_us: self.began_unix_us,
+            script: self.script.clone(),
+            scheduled: self.scheduled,
+            read_only: matches!(self.running, Running::Whole(_)),
+            space_used_bytes: space.map_or(0, |s| s.used_bytes()),
+            space_max_bytes: space.map_or(space_max_bytes, |s| s.max_bytes()),
+            refused_writes: space.map_or(0, |s| s.refused_writes()),
+        }
+    }
+}
+
+/// Ends a drill when whoever holds it is gone.
+struct Holder {
+    node: Arc<Node>,
+    name: String,
+    serial: u64,
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let (node, name, serial) = (Arc::clone(&self.node), self.name.clone(), self.serial);
+        // Outside of a runtime everything ends anyway.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { node.end_abandoned(&name, serial).await });
+        }
+    }
+}
+
+impl Node {
+    /// Waits for the end of a drill; ends it if this is given up.
+    pub(crate) async fn hold_drill(self: &Arc<Self>, hold: &DrillHold) -> Result<DrillEnded, RequestError> {
+        let name = Drills::full_name(&hold.name);
+        let (serial, mut ended) = {
+            let mut entries = self.drills.entries.lock();
+            let found = entries.get_mut(&name).map(|entry| {
+                entry.held = true;
+                (entry.serial, entry.ended.subscribe())
+            });
+            drop(entries);
+            found.ok_or_else(|| self.drills.unknown(&hold.name))?
+        };
+        let _holder = Holder { node: Arc::clone(self), name: name.clone(), serial };
+        // An error is the end, too.
+        let _ = ended.wait_for(|ended| *ended).await;
+        Ok(DrillEnded { name, result: None })
+    }
+
+    /// Ends a drill, and keeps what its script found.
+    pub(crate) async fn end_drill(&self, given: &str, report: Option<DrillReport>) -> Result<DrillEnded, RequestError> {
+        let name = Drills::full_name(given);
+        let result = match report {
+            None => None,
+            Some(report) => Some(self.reported(&name, report)?),
+        };
+        let entry = {
+            let mut entries = self.drills.entries.lock();
+            if entries.get(&name).is_some_and(|entry| matches!(entry.running, Running::Making)) {
+                return Err(DrillRefused::Unready { name }.into());
+            }
+            entries.remove(&name)
+        };
+        let entry = entry.ok_or_else(|| self.drills.unknown(given))?;
+        let group = entry.group.to_string();
+        // The fork goes whatever becomes of the record.
+        let kept = match &result {
+            None => Ok(()),
+            Some(result) => self.keep(&group, result.clone()).await,
+        };
+        self.throw_away(&name, entry).await;
+        kept?;
+        Ok(DrillEnded { name, result })
+    }
+
+    /// As [`end_drill`](Self::end_drill), if it is still that one.
+    async fn end_abandoned(&self, name: &str, serial: u64) {
+        let entry = {
+            let mut entries = self.drills.entries.lock();
+            let same = entries.get(name).is_some_and(|e| e.serial == serial && !matches!(e.running, Running::Making));
+            if same { entries.remove(name) } else { None }
+        };
+        if let Some(entry) = entry {
+            tracing::info!(drill = name, "whoever held it is gone");
+            self.throw_away(name, entry).await;
+        }
+    }
+
+    /// The result that a report makes.
+    fn reported(&self, name: &str, report: DrillReport) -> Result<DrillResult, RequestError> {
+        let entries = self.drills.entries.lock();
+        let no_script = || DrillRefused::NoScript { name: name.to_owned() };
+        let Some(entry) = entries.get(name) else {
+            drop(entries);
+            return Err(self.drills.unknown(name).into());
+        };
+        let Running::Drill(drill) = &entry.running else { return Err(no_script().into()) };
+        Ok(DrillResult {
+            point: drill.point,
+            cut_unix_us: drill.cut_unix_us,
+            began_unix_us: entry.began_unix_us,
+            took_ms: report.took_ms,
+            outcome: report.outcome,
+            scheduled: entry.scheduled,
+            script: entry.script.clone().ok_or_else(no_script)?,
+            remark: report.remark,
+            output: report.output,
+        })
+    }
+
+    async fn keep(&self, group: &str, result: DrillResult) -> Result<(), RequestError> {
+        let (point, remark) = (result.point, result.remark.clone());
+        if result.passed() {
+            tracing::info!(group, %point, remark, took_ms = result.took_ms, "drill passed");
+        } else {
+            tracing::error!(group, %point, remark, took_ms = result.took_ms, outcome = ?result.outcome, "drill FAILED");
+        }
+        self.receiving()?.record_drill(group, result).await
+    }
+
+    async fn throw_away(&self, name: &str, entry: Entry) {
+        self.exports.withdraw(&selector(&entry.group, name)).await;
+        {
+            // A failover binds its address before it offers anything there: it must not lose it in between.
+            let _record = self.record.lock().await;
+            self.exports.prune().await;
+        }
+        if let Running::Drill(drill) = entry.running
+            && let Ok(copies) = self.receiving()
+            && let Err(error) = copies.end_drill(drill).await
+        {
+            tracing::error!(drill = name, "{error}; the next start of this node removes it");
+        }
+        if let Some(folder) = entry.folder
+            && let Err(error) = std::fs::remove_dir_all(&folder)
+        {
+            tracing::warn!("{}: cannot be removed: {error}", folder.display());
+        }
+        tracing::info!(drill = name, group = %entry.group, "drill ended");
+        entry.ended.send_replace(true);
+    }
+
+    /// Ends all of them, when the node stops.
+    pub(crate) async fn end_drills(&self) {
+        let all = std::mem::take(&mut *self.drills.entries.lock());
+        for (name, entry) in all {
+            self.throw_away(&name, entry).await;
+        }
+    }
+
+    pub(crate) async fn drill_results(&self, selector: &str) -> Result<DrillResults, RequestError> {
+        let copies = self.receiving()?;
+        let group = copies.find(selector).await?;
+        let results = copies.drill_results(&group.to_string()).await?;
+        Ok(DrillResults { client: group.client, group: group.group, results })
+    }
+}
+
+/// What the NBD servers know a drill's disks by.
+fn selector(group: &GroupRef, name: &str) -> String {
+    format!("{group} {name}")
+}

@@ -1,0 +1,233 @@
+//! The start of a drill: a name, a fork of the point, an address.
+//!
+//! Whatever fails on the way leaves nothing behind, and whatever is asked for meanwhile finds the name taken.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use blockdev::BlockDevice;
+use blockdev::nbd::ListenAddr;
+use proto::Name;
+use tokio::sync::watch;
+
+use super::*;
+use crate::api::{CopyVolume, DrillRequest, DrillStarted};
+use crate::config::export_address;
+use crate::script::User;
+
+/// Who asks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Asked {
+    pub(super) scheduled: bool,
+    /// Who may connect to the private socket; our own user by default.
+    pub(super) user: Option<User>,
+}
+
+/// Gives a name back if the drill does not come about.
+struct Claim<'a> {
+    drills: &'a Drills,
+    name: String,
+    serial: u64,
+    kept: bool,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if !self.kept {
+            let mut entries = self.drills.entries.lock();
+            if entries.get(&self.name).is_some_and(|entry| entry.serial == self.serial) {
+                entries.remove(&self.name);
+            }
+        }
+    }
+}
+
+impl Drills {
+    /// Takes a name.
+    fn claim(&self, request: &DrillRequest, group: &GroupRef, asked: Asked) -> Result<Claim<'_>, DrillRefused> {
+        let mut entries = self.entries.lock();
+        if entries.len() >= DRILLS_MAX {
+            return Err(DrillRefused::TooMany);
+        }
+        let prefix = if request.read_only { "export-" } else { receiver::drill::DRILL_PREFIX };
+        let name = match &request.name {
+            Some(given) => {
+                let name = Self::full_name(given);
+                let legal = name.parse::<Name>().is_ok() && name.starts_with(prefix);
+                (if legal { Some(name) } else { None }).ok_or_else(|| DrillRefused::Name { given: given.clone() })?
+            }
+            None => {
+                let free = (1..=DRILLS_MAX).map(|n| format!("{prefix}{n}")).find(|name| !entries.contains_key(name));
+                free.ok_or(DrillRefused::TooMany)?
+            }
+        };
+        if entries.contains_key(&name) {
+            return Err(DrillRefused::Taken { name });
+        }
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed);
+        let entry = Entry {
+            serial,
+            group: group.clone(),
+            running: Running::Making,
+            began_unix_us: unix_us_now(),
+            export: None,
+            folder: None,
+            script: request.script.clone(),
+            scheduled: asked.scheduled,
+            held: false,
+            ended: watch::Sender::new(false),
+        };
+        entries.insert(name.clone(), entry);
+        Ok(Claim { drills: self, name, serial, kept: false })
+    }
+}
+
+impl Node {
+    pub(crate) async fn start_drill(self: &Arc<Self>, request: &DrillRequest) -> Result<DrillStarted, RequestError> {
+        self.start_drill_as(request, Asked::default()).await
+    }
+
+    pub(super) async fn start_drill_as(
+        self: &Arc<Self>,
+        request: &DrillRequest,
+        asked: Asked,
+    ) -> Result<DrillStarted, RequestError> {
+        let began = Instant::now();
+        let copies = self.receiving()?;
+        let group = copies.find(&request.group).await?;
+        let named = request.export.as_deref().map(|given| {
+            let refused = |problem| RequestError::Export { given: given.to_owned(), problem };
+            export_address(Path::new("/"), given).map_err(refused)
+        });
+        let named = named.transpose()?;
+        let mut claim = self.drills.claim(request, &group, asked)?;
+        let name = claim.name.clone();
+        let (running, point, cut_unix_us, disks) = if request.read_only {
+            let whole = copies.whole(&group.to_string(), request.point).await?;
+            (Running::Whole(whole.point), whole.point, whole.cut_unix_us, whole.volumes)
+        } else {
+            let drill_name = name.parse::<Name>().map_err(|_| DrillRefused::Name { given: name.clone() })?;
+            let wish = receiver::drill::DrillWish {
+                name: drill_name,
+                point: request.point,
+                space_max_bytes: request.space_max_bytes.unwrap_or(self.drills.space_max_bytes),
+            };
+            let drill = copies.drill(&group.to_string(), wish).await?;
+            let (point, cut, disks) = (drill.point, drill.cut_unix_us, drill.volumes.clone());
+            (Running::Drill(drill), point, cut, disks)
+        };
+        let volumes: Vec<_> =
+            disks.iter().map(|(name, device)| CopyVolume { name: name.clone(), size_bytes: device.size() }).collect();
+        let space_max_bytes = match &running {
+            Running::Drill(drill) => drill.space.max_bytes(),
+            _ => 0,
+        };
+        let offered = self.offer(&group, &name, named, disks, asked.user).await;
+        let (address, folder) = match offered {
+            Ok(offered) => offered,
+            Err(error) => {
+                if let Running::Drill(drill) = running
+                    && let Err(error) = copies.end_drill(drill).await
+                {
+                    tracing::error!(drill = name, "{error}; the next start of this node removes it");
+                }
+                return Err(error);
+            }
+        };
+        {
+            let mut entries = self.drills.entries.lock();
+            if let Some(entry) = entries.get_mut(&name) {
+                entry.running = running;
+                entry.export = Some(address.to_string());
+                entry.folder = folder;
+            }
+        }
+        claim.kept = true;
+        if request.export.is_none() && !asked.scheduled {
+            self.end_unless_held(name.clone(), claim.serial);
+        }
+        let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(drill = name, group = %group, %point, %address, took_ms, "drill begun");
+        let export = address.to_string();
+        let GroupRef { client, group } = group;
+        Ok(DrillStarted { name, client, group, point, cut_unix_us, export, volumes, space_max_bytes, took_ms })
+    }
+
+    /// Serves the disks at the address, or at a private socket in a folder of its own.
+    async fn offer(
+        &self,
+        group: &GroupRef,
+        name: &str,
+        named: Option<ListenAddr>,
+        disks: Vec<(Name, Arc<dyn BlockDevice>)>,
+        user: Option<User>,
+    ) -> Result<(ListenAddr, Option<PathBuf>), RequestError> {
+        let (address, folder) = match named {
+            Some(address) => (address, None),
+            None => {
+                let failed = |source| DrillRefused::Folder { path: self.drills.folder.clone(), source };
+                let folder = private_folder(&self.drills.folder, name, user).map_err(failed)?;
+                let given = format!("unix:{}", folder.join("nbd.sock").display());
+                let refused = |problem| RequestError::Export { given: given.clone(), problem };
+                (export_address(Path::new("/"), &given).map_err(refused)?, Some(folder))
+            }
+        };
+        let selector = selector(group, name);
+        let offered = async {
+            // Until the disks are there a failover's end would stop the server that offers nothing.
+            let _record = self.record.lock().await;
+            self.exports.check_free(&address, &selector, disks.iter().map(|(name, _)| name)).await?;
+            let address = self.exports.listen(&address, None).await?;
+            let added = async {
+                if let (ListenAddr::Unix(path), Some(User { uid, gid })) = (&address, user) {
+                    let source = |source| DrillRefused::Folder { path: path.clone(), source };
+                    std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(source)?;
+                }
+                Ok::<_, RequestError>(self.exports.add(&address, &selector, disks).await?)
+            };
+            if let Err(error) = added.await {
+                self.exports.prune().await;
+                return Err(error);
+            }
+            Ok(address)
+        };
+        match offered.await {
+            Ok(address) => Ok((address, folder)),
+            Err(error) => {
+                if let Some(folder) = folder
+                    && let Err(error) = std::fs::remove_dir_all(&folder)
+                {
+                    tracing::warn!("{}: cannot be removed: {error}", folder.display());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Whoever wanted it may have gone before it was made.
+    fn end_unless_held(self: &Arc<Self>, name: String, serial: u64) {
+        let node = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(HOLD_WITHIN).await;
+            let held = node.drills.entries.lock().get(&name).is_none_or(|entry| entry.serial != serial || entry.held);
+            if !held {
+                node.end_abandoned(&name, serial).await;
+            }
+        });
+    }
+}
+
+/// A folder that only its owner may enter. Nobody else may enter the state folder, so another user's is in the system's temporary one.
+fn private_folder(above: &Path, name: &str, user: Option<User>) -> io::Result<PathBuf> {
+    use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+    let Some(User { uid, gid }) = user else {
+        let folder = above.join(name);
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder)?;
+        return Ok(folder);
+    };
+    let only_owner = std::fs::Permissions::from_mode(0o700);
+    let folder = tempfile::Builder::new().prefix("twinsite-").permissions(only_owner).tempdir()?;
+    std::os::unix::fs::chown(folder.path(), Some(uid), Some(gid))?;
+    Ok(folder.keep())
+}

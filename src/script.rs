@@ -1,0 +1,281 @@
+//! Runs a script of the user to its end, or to its time limit, and keeps the end of what it prints.
+//!
+//! Always holds: when [`run`] returns, nothing of the script's process group runs any more, and of its output no more than [`OUTPUT_BYTES_MAX`] is
+//! held. A script that prints megabytes is never blocked by us. Must not know what the script is for.
+
+use std::ffi::OsString;
+use std::io::{self, Read};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use crate::cli::human::sanitised;
+
+/// Most of the output that is kept, in bytes: its end.
+pub(crate) const OUTPUT_BYTES_MAX: usize = receiver::drill::OUTPUT_BYTES_MAX;
+/// Longest remark, in characters.
+const REMARK_CHARS_MAX: usize = 200;
+/// From SIGTERM to SIGKILL.
+const GRACE: Duration = Duration::from_secs(5);
+/// How long a process that left the group may keep the output open.
+const OUTPUT_LINGER: Duration = Duration::from_secs(1);
+/// From one look at the process to the next.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub(crate) struct Script {
+    /// An executable file.
+    pub(crate) path: PathBuf,
+    /// Added to our own environment.
+    pub(crate) env: Vec<(String, OsString)>,
+    /// It is ended after this time.
+    pub(crate) timeout: Duration,
+    /// Whom it runs as; our own user by default.
+    pub(crate) user: Option<User>,
+    /// Where it runs; our own folder by default.
+    pub(crate) folder: Option<PathBuf>,
+}
+
+/// A user of this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct User {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// How it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// By itself, with this code.
+    Exited(i32),
+    /// By a signal that was not ours.
+    Killed(i32),
+    /// It ran for too long.
+    TimedOut,
+    /// Whoever wanted it does not any more.
+    Cancelled,
+    /// It could not be started.
+    NotRun,
+}
+
+/// What is left of it.
+#[derive(Clone, Debug)]
+pub(crate) struct Ended {
+    pub(crate) end: End,
+    pub(crate) took: Duration,
+    /// The last line that is not empty, or why there is none.
+    pub(crate) remark: String,
+    /// The end of what it printed, both streams.
+    pub(crate) output: String,
+}
+
+/// The end of an output.
+#[derive(Debug, Default)]
+struct Tail(Vec<u8>);
+
+impl Tail {
+    fn add(&mut self, bytes: &[u8]) {
+        let bytes = bytes.get(bytes.len().saturating_sub(OUTPUT_BYTES_MAX)..).unwrap_or_default();
+        let excess = (self.0.len() + bytes.len()).saturating_sub(OUTPUT_BYTES_MAX);
+        self.0.drain(..excess.min(self.0.len()));
+        self.0.extend_from_slice(bytes);
+    }
+}
+
+/// Runs it; blocks. `show` gets the output as it comes, on a thread of its own.
+pub(crate) fn run(script: &Script, cancelled: &AtomicBool, show: impl FnMut(&[u8]) + Send + 'static) -> Ended {
+    let began = Instant::now();
+    let tail = Arc::new(Mutex::new(Tail::default()));
+    let started = start(script, Arc::clone(&tail), show);
+    let (child, closed) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            let remark = format!("{}: cannot be run: {error}", script.path.display());
+            return Ended { end: End::NotRun, took: began.elapsed(), remark, output: String::new() };
+        }
+    };
+    let (end, broken) = match watch(child, began + script.timeout, cancelled) {
+        Ok(end) => (end, None),
+        Err(error) => (End::Killed(0), Some(format!("cannot wait for the script: {error}"))),
+    };
+    let took = began.elapsed();
+    // Nobody sends; the end of the sender is the end of the output.
+    let _ = closed.recv_timeout(OUTPUT_LINGER);
+    let output = String::from_utf8_lossy(&tail.lock().0).into_owned();
+    let last = output.lines().rev().map(str::trim).find(|line| !line.is_empty());
+    let last = last.map(|line| sanitised(line).chars().take(REMARK_CHARS_MAX).collect::<String>());
+    let remark = match (broken, end, last) {
+        (Some(broken), ..) => broken,
+        (None, End::TimedOut, last) => {
+            let said = last.map_or_else(String::new, |last| format!("; it last said: {last}"));
+            format!("did not end within {}{said}", crate::cli::human::ms(script.timeout.as_millis() as u64))
+        }
+        (None, _, last) => last.unwrap_or_default(),
+    };
+    Ended { end, took, remark, output }
+}
+
+type Started = (Child, mpsc::Receiver<()>);
+
+fn start(script: &Script, tail: Arc<Mutex<Tail>>, mut show: impl FnMut(&[u8]) + Send + 'static) -> io::Result<Started> {
+    let (mut reader, writer) = io::pipe()?;
+    let mut command = Command::new(&script.path);
+    command.envs(script.env.iter().map(|(k, v)| (k, v))).process_group(0);
+    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
+    if let Some(User { uid, gid }) = script.user {
+        command.uid(uid).gid(gid);
+    }
+    if let Some(folder) = &script.folder {
+        command.current_dir(folder);
+    }
+    let child = command.spawn()?;
+    // Our ends of the pipe: without this the output never ends.
+    drop(command);
+    let (open, closed) = mpsc::channel();
+    let read = move || {
+        let mut buf = vec![0; 64 << 10];
+        while let Ok(n @ 1..) = reader.read(&mut buf) {
+            let bytes = buf.get(..n).unwrap_or_default();
+            tail.lock().add(bytes);
+            show(bytes);
+        }
+        drop(open);
+    };
+    std::thread::Builder::new().name("script-output".to_owned()).spawn(read)?;
+    Ok((child, closed))
+}
+
+/// Waits for the end of the process; ends its group at the latest then.
+fn watch(mut child: Child, until: Instant, cancelled: &AtomicBool) -> io::Result<End> {
+    let group = Pid::from_child(&child);
+    let signal = |signal| match kill_process_group(group, signal) {
+        // Nobody is left in it.
+        Err(rustix::io::Errno::SRCH) | Ok(()) => {}
+        Err(error) => tracing::debug!(%error, "a script's process group cannot be ended"),
+    };
+    // Why it was told to end, and when it is killed.
+    let mut ending: Option<(End, Instant)> = None;
+    let end = loop {
+        if let Some(status) = child.try_wait()? {
+            break ending.map_or_else(|| told(status), |(end, _)| end);
+        }
+        let now = Instant::now();
+        match ending {
+            Some((_, kill_at)) if now >= kill_at => signal(Signal::KILL),
+            Some(_) => {}
+            None => {
+                let why = if cancelled.load(Ordering::Relaxed) { Some(End::Cancelled) } else { None };
+                if let Some(end) = why.or((now >= until).then_some(End::TimedOut)) {
+                    ending = Some((end, now + GRACE));
+                    signal(Signal::TERM);
+                }
+            }
+        }
+        std::thread::sleep(LOOK_EVERY);
+    };
+    signal(Signal::KILL);
+    Ok(end)
+}
+
+fn told(status: ExitStatus) -> End {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => End::Exited(code),
+        (None, signal) => End::Killed(signal.unwrap_or(0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
+
+    use super::*;
+
+    fn script(folder: &Path, text: &str) -> Script {
+        let path = folder.join("script");
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Script { path, env: Vec::new(), timeout: Duration::from_secs(20), user: None, folder: None }
+    }
+
+    fn ended(script: &Script) -> Ended {
+        run(script, &AtomicBool::new(false), |_| {})
+    }
+
+    #[test]
+    fn the_last_line_is_the_remark_and_the_code_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut one = script(dir.path(), "echo first; echo \"$WHAT boots\" >&2; echo; exit 3");
+        one.env.push(("WHAT".to_owned(), "it".into()));
+        let found = ended(&one);
+        assert_eq!((found.end, found.remark.as_str()), (End::Exited(3), "it boots"));
+        assert_eq!(found.output, "first\nit boots\n\n");
+        one.path = dir.path().join("nothing");
+        let found = ended(&one);
+        assert_eq!(found.end, End::NotRun);
+        assert!(found.remark.contains("nothing: cannot be run"), "{}", found.remark);
+        assert_eq!(ended(&script(dir.path(), "kill -9 $$")).end, End::Killed(9));
+    }
+
+    /// Would catch an output that is held in memory, or a script that waits for somebody who reads it.
+    #[test]
+    fn megabytes_of_output_are_read_and_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let seen = Arc::new(Mutex::new(0));
+        let count = Arc::clone(&seen);
+        let found = run(
+            &script(dir.path(), "head -c 20000000 /dev/zero | tr '\\0' x; echo; echo done"),
+            &AtomicBool::new(false),
+            move |bytes| *count.lock() += bytes.len(),
+        );
+        assert_eq!((found.end, found.remark.as_str()), (End::Exited(0), "done"));
+        assert!(found.output.len() <= OUTPUT_BYTES_MAX && found.output.ends_with("x\ndone\n"));
+        assert_eq!(*seen.lock(), 20_000_006);
+    }
+
+    /// Would catch a time limit that only the script itself obeys, and a child that outlives it and keeps us waiting.
+    #[test]
+    fn a_script_that_hangs_is_ended_with_its_children() {
+        let dir = tempfile::tempdir().unwrap();
+        let pid = dir.path().join("pid");
+        let hang = format!("sleep 1000 & echo $! > {}; echo waiting; wait", pid.display());
+        let mut one = script(dir.path(), &hang);
+        one.timeout = Duration::from_millis(500);
+        let began = Instant::now();
+        let found = ended(&one);
+        assert_eq!(found.end, End::TimedOut);
+        assert_eq!(found.remark, "did not end within 500 ms; it last said: waiting");
+        assert!(began.elapsed() < Duration::from_secs(4), "ended by SIGTERM");
+        let child = std::fs::read_to_string(&pid).unwrap();
+        let gone = || match std::fs::read_to_string(format!("/proc/{}/stat", child.trim())) {
+            // An orphan that nobody has waited for yet is as good as gone.
+            Ok(stat) => stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')),
+            Err(_) => true,
+        };
+        let until = Instant::now() + Duration::from_secs(10);
+        while !gone() {
+            assert!(Instant::now() < until, "the child still runs");
+            std::thread::sleep(LOOK_EVERY);
+        }
+        let cancelled = AtomicBool::new(true);
+        assert_eq!(run(&script(dir.path(), "sleep 1000"), &cancelled, |_| {}).end, End::Cancelled);
+    }
+
+    /// Would catch SIGTERM being asked for and never enforced.
+    #[test]
+    fn a_script_that_ignores_sigterm_is_killed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut one = script(dir.path(), "trap '' TERM; while :; do sleep 0.1; done");
+        one.timeout = Duration::from_millis(200);
+        let found = ended(&one);
+        assert_eq!(found.end, End::TimedOut);
+        assert!(found.took >= GRACE, "{:?}", found.took);
+    }
+}
