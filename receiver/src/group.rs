@@ -27,6 +27,7 @@ use crate::fork::OpenFork;
 use crate::frames::FrameStore;
 use crate::index::{FrameId, Index};
 use crate::journal::{self, Expected, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Unsealed, Walker};
+use crate::liveness::Heard;
 use crate::scrub::Findings;
 use crate::store::GroupFolder;
 use crate::superblock::{ForkInUse, SuperblockError, SuperblockFile, Volume};
@@ -247,6 +248,7 @@ pub(crate) struct Shared {
     pub(crate) frames: FrameStore,
     pub(crate) bytes_received: AtomicU64,
     pub(crate) findings: Findings,
+    pub(crate) heard: Heard,
 }
 
 /// A handle to a group.
@@ -383,6 +385,7 @@ impl Group {
             frames,
             bytes_received: AtomicU64::new(0),
             findings: Findings::default(),
+            heard: Heard::default(),
         });
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
         let worker = Worker {

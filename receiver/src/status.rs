@@ -36,6 +36,10 @@ pub struct GroupStatus {
     pub volumes: Vec<VolumeStatus>,
     /// The primary that is connected.
     pub peer: Option<PeerStatus>,
+    /// Seconds since the last sign of life of the primary; `None` if there was none since the node was started, or it took leave.
+    pub heard_age_s: Option<f64>,
+    /// Whether the primary counts as alive.
+    pub primary_alive: bool,
     /// Newest committed point.
     pub committed: Option<PointInfo>,
     /// Age of that point's cut in seconds, by this machine's clock against the primary's; not negative.
@@ -157,6 +161,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
     let state = shared.state.read();
     let committed = state.points.last().map(PointInfo::from);
     let now = crate::clock::unix_us();
+    let heard = shared.heard.age();
     GroupStatus {
         client: shared.folder.client.clone(),
         group: shared.folder.group.clone(),
@@ -167,6 +172,8 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
         generation: state.generation,
         volumes: shared.volumes.iter().map(|v| VolumeStatus { name: v.name.clone(), size_bytes: v.size_bytes }).collect(),
         peer: state.peer.map(|p| PeerStatus { address: p.address, since_unix_us: p.since_unix_us, interval_ms: p.interval_ms }),
+        heard_age_s: heard.map(|age| age.as_secs_f64()),
+        primary_alive: heard.is_some_and(|age| age < crate::liveness::ALIVE_WITHIN),
         committed,
         committed_age_s: committed.map(|p| now.saturating_sub(p.cut_unix_us) as f64 / 1e6),
         points: state.points.len() as u64,
@@ -194,6 +201,8 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         generation: Generation(0),
         volumes: Vec::new(),
         peer: None,
+        heard_age_s: None,
+        primary_alive: false,
         committed: None,
         committed_age_s: None,
         points: 0,

@@ -8,8 +8,8 @@ use anyhow::bail;
 use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 
 use super::human::{self, Paint, bit_rate, bytes, ms};
-use super::{client, failover};
-use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
+use super::{client, hooks};
+use crate::api::{CopyState, CopyStatus, ExportStatus, HookOutcome, NodeStatus, PrimaryStatus, nbd_uri};
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const BAR_WIDTH: usize = 30;
@@ -74,6 +74,18 @@ pub(crate) fn render(status: &NodeStatus, paint: Paint) -> String {
         for group in &receiver.groups {
             out.plain("");
             copy(&mut out, group, &status.exports, paint);
+        }
+    }
+    if !status.hooks.is_empty() {
+        out.plain("");
+        out.plain("hooks, the newest run of each (all of it: twinsite hooks)");
+    }
+    for run in &status.hooks {
+        let line = hooks::line(run);
+        let is_good = matches!(run.outcome, HookOutcome::Succeeded | HookOutcome::Running);
+        out.plain(&format!("  {}", if is_good { line } else { paint.bad(&line) }));
+        if let Some(last) = run.output.lines().rev().find(|line| !line.trim().is_empty() && !is_good) {
+            out.plain(&format!("  | {}", human::sanitised(last)));
         }
     }
     out.0
@@ -261,7 +273,7 @@ fn disk(out: &mut Lines, name: &str, size_bytes: u64, group: &str, exports: &[Ex
     let at = exports.iter().find(|e| e.disks.iter().any(|d| d.name == name && d.group == group));
     let at = at.map_or_else(String::new, |export| {
         let clients = export.connections.iter().filter(|c| c.export == name).count();
-        format!("  {}  {} of {} clients", failover::uri(&export.address, name), clients, export.connections_max)
+        format!("  {}  {} of {} clients", nbd_uri(&export.address, name), clients, export.connections_max)
     });
     out.pair("disk", &format!("{name}  {}{at}", bytes(size_bytes)));
 }

@@ -1,6 +1,7 @@
 //! `twinsite.toml`: one file, every key checked, every mistake told in one line with its place and its remedy.
 
 mod error;
+mod hooks;
 mod parse;
 mod reader;
 pub mod units;
@@ -14,6 +15,7 @@ use proto::{Codec, Fingerprint, Name};
 use replicator::{Durability, RateSchedule};
 
 pub use error::{ConfigError, ConfigErrors, Problem};
+pub use hooks::{Hook, HooksConfig, Phase, Transition};
 pub use parse::export_address;
 pub(crate) use parse::host_name;
 
@@ -35,6 +37,8 @@ pub struct Config {
     pub receiver: Option<ReceiverConfig>,
     /// `[[group]]`.
     pub groups: Vec<GroupConfig>,
+    /// `[hooks]`.
+    pub hooks: HooksConfig,
 }
 
 /// `[node]`.

@@ -30,13 +30,13 @@ const DURABILITIES: &[&str] = &["async", "flush-sync"];
 
 /// What was seen where, to find things said twice.
 #[derive(Default)]
-struct Seen {
+pub(super) struct Seen {
     lines: BTreeMap<String, usize>,
 }
 
 impl Seen {
     /// Reports `found` if `what` was seen before.
-    fn once<T>(&mut self, reader: &mut Reader<'_>, what: String, found: &Found<T>, advice: &'static str) {
+    pub(super) fn once<T>(&mut self, reader: &mut Reader<'_>, what: String, found: &Found<T>, advice: &'static str) {
         let line = reader.line(found.at);
         match self.lines.get(&what) {
             Some(first) => reader.wrong(found, Problem::Twice { line: *first, advice }),
@@ -47,10 +47,10 @@ impl Seen {
     }
 }
 
-struct Context {
+pub(super) struct Context {
     /// Relative paths start here.
     folder: PathBuf,
-    seen: Seen,
+    pub(super) seen: Seen,
     /// TLS setting of each export address, and its line.
     tls: BTreeMap<String, (Option<TlsConfig>, usize)>,
 }
@@ -76,13 +76,15 @@ pub(super) fn parse(file: &Path, source: &str) -> Result<Config, ConfigErrors> {
     let receiver = reader.section(&mut root, "receiver", "[receiver]").map(|s| receiver(&mut reader, s, &mut context));
     let groups: Vec<_> =
         reader.sections(&mut root, "group", "[[group]]").into_iter().map(|s| group(&mut reader, s, &mut context)).collect();
+    let section = reader.section(&mut root, "hooks", "[hooks]");
+    let hooks = section.map(|s| super::hooks::hooks(&mut reader, s, &mut context)).unwrap_or_default();
     reader.finish(root);
     let mut errors = reader.errors;
     errors.sort_by_key(ConfigError::line);
     // A section is `None` only together with an error.
     let built = (receiver.map_or(Some(None), |r| r.map(Some)), groups.into_iter().collect::<Option<Vec<_>>>());
     match (built, errors.is_empty()) {
-        ((Some(receiver), Some(groups)), true) => Ok(Config { node, receiver, groups }),
+        ((Some(receiver), Some(groups)), true) => Ok(Config { node, receiver, groups, hooks }),
         _ => Err(ConfigErrors(errors)),
     }
 }
@@ -346,7 +348,7 @@ pub(crate) fn host_name() -> String {
     host.split('.').next().and_then(|h| h.parse::<Name>().ok()).map_or_else(|| "node".to_owned(), |n| n.to_string())
 }
 
-fn path(context: &Context, given: &str) -> Result<PathBuf, Problem> {
+pub(super) fn path(context: &Context, given: &str) -> Result<PathBuf, Problem> {
     if given.is_empty() { Err(Problem::EmptyPath) } else { Ok(context.folder.join(given)) }
 }
 

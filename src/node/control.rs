@@ -14,7 +14,8 @@ use serde::Deserialize;
 use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
-    ApiError, FailoverDone, FailoverPlan, FailoverRequest, NodeId, NodeStatus, Points, Verification, VerifyRequest,
+    ApiError, FailoverDone, FailoverPlan, FailoverRequest, HookRuns, NodeId, NodeStatus, Points, Refused, Verification,
+    VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -31,13 +32,14 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/points", get(points))
         .route("/v1/failover", get(plan).post(failover))
+        .route("/v1/hooks", get(hooks))
         .route("/v1/verify", get(verification).post(verify))
         .fallback(async || (StatusCode::NOT_FOUND, answer("no such path; this node speaks /v1".to_owned())))
         .with_state(node)
 }
 
 fn answer(error: String) -> Json<ApiError> {
-    Json(ApiError { error })
+    Json(ApiError { error, refused: None })
 }
 
 impl IntoResponse for RequestError {
@@ -52,13 +54,16 @@ impl IntoResponse for RequestError {
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
             | Self::AlreadyActive { .. }
+            | Self::PrimaryAlive { .. }
             | Self::NotRunning { .. }
             | Self::Verify(_)
             | Self::Exports(ExportError::NameTaken { .. }) => StatusCode::CONFLICT,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::Hook(_) => StatusCode::CONFLICT,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        (status, answer(self.to_string())).into_response()
+        let refused = matches!(self, Self::PrimaryAlive { .. }).then_some(Refused::PrimaryAlive);
+        (status, Json(ApiError { error: self.to_string(), refused })).into_response()
     }
 }
 
@@ -68,6 +73,10 @@ async fn id(State(node): State<Arc<Node>>) -> Json<NodeId> {
 
 async fn status(State(node): State<Arc<Node>>) -> Json<NodeStatus> {
     Json(node.status().await)
+}
+
+async fn hooks(State(node): State<Arc<Node>>) -> Json<HookRuns> {
+    Json(node.hook_runs())
 }
 
 async fn points(

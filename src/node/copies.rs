@@ -109,6 +109,8 @@ impl Copies {
             index_bytes: group.index_bytes,
             space_max_bytes: self.space_max_bytes.iter().find(|(n, _)| *n == name.client).map(|(_, max)| *max),
             peer: group.peer.map(|p| p.address.to_string()),
+            heard_age_ms: group.heard_age_s.map(|s| (s * 1000.0) as u64),
+            primary_alive: group.primary_alive,
             volumes: group.volumes.into_iter().map(|v| CopyVolume { name: v.name, size_bytes: v.size_bytes }).collect(),
             queues: group.queues.into_iter().map(queue).collect(),
             scrubbed_bytes: group.scrub.compared_bytes,

@@ -29,8 +29,9 @@ use self::exports::Exports;
 pub(crate) use self::failover::RequestError;
 use self::primaries::Primaries;
 use self::record::ExportRecord;
-use crate::api::{NodeId, NodeStatus, Points, ReceiverStatus, Verification};
+use crate::api::{HookRuns, NodeId, NodeStatus, Points, ReceiverStatus, Verification};
 use crate::config::Config;
+use crate::hooks::Hooks;
 use crate::key;
 
 /// Niceness of the threads that replicate.
@@ -49,6 +50,7 @@ pub(crate) struct Node {
     primaries: RwLock<Primaries>,
     copies: Option<Result<Copies, String>>,
     record: Mutex<ExportRecord>,
+    hooks: Arc<Hooks>,
 }
 
 impl Node {
@@ -70,6 +72,7 @@ impl Node {
             primary: self.primaries.read().await.status(),
             receiver,
             exports: self.exports.status().await,
+            hooks: self.hooks.newest(),
         }
     }
 
@@ -102,6 +105,11 @@ impl Node {
         }
         let known = self.primaries.read().await.status().iter().map(|g| g.group().to_string()).collect();
         RequestError::UnknownPrimary { given: group.to_owned(), known }
+    }
+
+    /// The newest runs of hooks.
+    pub(crate) fn hook_runs(&self) -> HookRuns {
+        HookRuns { runs: self.hooks.runs() }
     }
 
     fn receiving(&self) -> Result<&Copies, RequestError> {
@@ -155,6 +163,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let record = ExportRecord::open(&config.node.state_dir)?;
+    let hooks = Hooks::open(config.hooks.clone(), &config.node.name, &config.node.state_dir).context("cannot start a thread")?;
     let (listener, _socket_file) = socket::listen_on(&config.node.control)?;
     let io = IoThreads::new(config.node.io_threads).context(
         "cannot start io threads: the kernel refused io_uring (sysctl kernel.io_uring_disabled, or a container's seccomp filter)",
@@ -183,6 +192,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         primaries: RwLock::new(primaries),
         copies,
         record: Mutex::new(record),
+        hooks,
     });
     node.export_active().await;
 
