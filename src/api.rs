@@ -5,6 +5,7 @@
 mod hooks;
 
 use proto::{Fingerprint, Generation, Name, Point};
+use receiver::FlattenStatus;
 use replicator::{GroupStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
 
@@ -165,6 +166,9 @@ pub struct ActiveStatus {
     pub point: Point,
     /// Where it is exported; `None`: nowhere, see the copy's `error`.
     pub export: Option<String>,
+    /// How far its disks are plain raw files; `None`: that is not done here.
+    #[serde(default)]
+    pub flatten: Option<FlattenStatus>,
 }
 
 /// One NBD server.

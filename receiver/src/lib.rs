@@ -36,6 +36,7 @@ mod view;
 
 pub use config::{ClientConfig, Limits, ReceiverConfig};
 pub use disk::{Disk, Op, Watch};
+pub use fork::{FlattenState, FlattenStatus};
 pub use frames::{FRAME_CACHE_BYTES, FrameError, OPEN_SEGMENTS_MAX};
 pub use group::{GROUP_QUEUE_MAX, GroupError};
 pub use liveness::ALIVE_WITHIN;

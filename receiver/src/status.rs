@@ -7,6 +7,7 @@ use proto::fencing::GroupRole;
 use proto::{Generation, Name, Point};
 use serde::{Deserialize, Serialize};
 
+use crate::fork::FlattenStatus;
 use crate::group::Group;
 
 /// Role of a group, as text.
@@ -102,6 +103,9 @@ pub struct ActiveStatus {
     pub fork: Name,
     /// The point it started from.
     pub point: Point,
+    /// How far its data files are the whole disks; `None` if nobody makes them so.
+    #[serde(default)]
+    pub flatten: Option<FlattenStatus>,
 }
 
 /// A queue: what is in it, and its limit.
@@ -180,7 +184,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
         journal_bytes: state.journal_bytes,
         bytes_received: shared.bytes_received.load(Ordering::Relaxed),
         index_bytes: state.index.memory_bytes() + shared.frames.table.read().memory_bytes(),
-        active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point }),
+        active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point, flatten: group.flattened() }),
         queues: queues(group),
         last_error: state.last_error.clone(),
         scrub: ScrubStatus {

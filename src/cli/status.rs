@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::bail;
+use receiver::{FlattenState, FlattenStatus};
 use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 
 use super::human::{self, Paint, bit_rate, bytes, ms};
@@ -242,6 +243,9 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     if let Some(error) = &group.error {
         out.pair("error", &paint.bad(&human::sanitised(error)));
     }
+    if let Some(flatten) = group.active.as_ref().and_then(|active| active.flatten.as_ref()) {
+        out.pair("flatten", &flattened(flatten, paint));
+    }
     out.pair("generation", &group.generation.to_string());
     let committed = match (group.committed, group.committed_age_ms) {
         (Some(point), Some(age)) => format!("{point}, cut {} ago", ms(age)),
@@ -267,6 +271,26 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     }
     queues(out, &group.queues);
     client_queues(out, &name, exports);
+}
+
+fn flattened(flatten: &FlattenStatus, paint: Paint) -> String {
+    let (done, total) = (bytes(flatten.done_bytes), bytes(flatten.total_bytes));
+    let percent = (u128::from(flatten.done_bytes) * 100).checked_div(u128::from(flatten.total_bytes)).unwrap_or(100);
+    match flatten.state {
+        FlattenState::Flat => paint.good("done: its data files are the whole disks"),
+        FlattenState::Incomplete => {
+            paint.bad(&format!("{} are damaged in the journal and were not copied", bytes(flatten.damaged_bytes)))
+        }
+        FlattenState::Waiting => match &flatten.error {
+            Some(error) => paint.bad(&format!("{percent} %, waits: {}", human::sanitised(error))),
+            None => paint.warn(&format!("{percent} %, waits for its turn")),
+        },
+        FlattenState::Copying => {
+            let left = flatten.left_s.map_or_else(|| "-".to_owned(), |s| ms(s * 1000));
+            let drawn = human::bar(flatten.done_bytes, flatten.total_bytes, BAR_WIDTH);
+            format!("{drawn} {percent} %  {done} of {total}  {}/s  {left} left", bytes(flatten.rate_bytes_per_s))
+        }
+    }
 }
 
 fn disk(out: &mut Lines, name: &str, size_bytes: u64, group: &str, exports: &[ExportStatus]) {

@@ -67,6 +67,8 @@ pub struct ReceiverConfig {
     pub listen: SocketAddr,
     /// Folder of the copies.
     pub store: PathBuf,
+    /// Whether activated copies are turned into plain raw files while they run.
+    pub flatten: bool,
     /// Who may send.
     pub clients: Vec<ClientConfig>,
 }

@@ -143,13 +143,19 @@ fn receiver<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut
     let s = &mut section;
     let listen = reader.need(s, "listen", "\"0.0.0.0:7447\"", text("\"0.0.0.0:7447\"", listen));
     let store = reader.need(s, "store", "\"/srv/twinsite\"", text("a path in quotes", |t| path(context, t)));
+    let flatten = reader.get(s, "flatten", flag);
     let clients: Vec<_> = reader
         .sections(s, "client", "[[receiver.client]]")
         .into_iter()
         .map(|section| client(reader, section, &mut context.seen))
         .collect();
     reader.finish(section);
-    Some(ReceiverConfig { listen: listen?.value, store: store?.value, clients: clients.into_iter().collect::<Option<_>>()? })
+    Some(ReceiverConfig {
+        listen: listen?.value,
+        store: store?.value,
+        flatten: flatten.is_none_or(|found| found.value),
+        clients: clients.into_iter().collect::<Option<_>>()?,
+    })
 }
 
 fn client<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, seen: &mut Seen) -> Option<ClientConfig> {

@@ -61,6 +61,7 @@ impl Copies {
             listen: config.listen,
             store: config.store.clone(),
             clients: clients.collect(),
+            flatten: config.flatten,
             limits: Limits::default(),
         };
         let receiver = Receiver::start(started, identity).await?;
@@ -117,7 +118,7 @@ impl Copies {
             differing_bytes: group.scrub.differing_bytes,
             damaged_frames: group.scrub.damaged_frames,
             last_damage: group.scrub.last_damage,
-            active: group.active.map(|a| ActiveStatus { point: a.point, export }),
+            active: group.active.map(|a| ActiveStatus { point: a.point, export, flatten: a.flatten }),
             client: name.client,
             group: name.group,
         }
