@@ -3,8 +3,10 @@
 //! Field names are an interface: they are added to, not changed.
 
 mod drill;
+mod hooks;
 
 use proto::{Fingerprint, Generation, Name, Point};
+use receiver::FlattenStatus;
 use replicator::{GroupStatus, HandbackStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +14,7 @@ pub use drill::{
     DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillReport, DrillRequest, DrillResult, DrillResults, DrillStarted,
     DrillStatus,
 };
+pub use hooks::{HookOutcome, HookRun, HookRuns, PlannedHook};
 
 /// `GET /v1/id`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +40,9 @@ pub struct NodeStatus {
     pub receiver: Option<ReceiverStatus>,
     /// NBD servers of both roles.
     pub exports: Vec<ExportStatus>,
+    /// The newest run of each hook and group, with the end of its output.
+    #[serde(default)]
+    pub hooks: Vec<HookRun>,
 }
 
 /// A configured group, running or not.
@@ -123,6 +129,12 @@ pub struct CopyStatus {
     pub space_max_bytes: Option<u64>,
     /// Address of the primary while connected.
     pub peer: Option<String>,
+    /// Time since the last sign of life of the primary in ms; `None` if there was none since the node started, or it was stopped in order.
+    #[serde(default)]
+    pub heard_age_ms: Option<u64>,
+    /// Whether the primary counts as alive: then a failover needs `force`.
+    #[serde(default)]
+    pub primary_alive: bool,
     /// Its disks.
     pub volumes: Vec<CopyVolume>,
     /// Every queue and its limit.
@@ -171,6 +183,9 @@ pub struct ActiveStatus {
     pub point: Point,
     /// Where it is exported; `None`: nowhere, see the copy's `error`.
     pub export: Option<String>,
+    /// How far its disks are plain raw files; `None`: that is not done here.
+    #[serde(default)]
+    pub flatten: Option<FlattenStatus>,
 }
 
 /// One NBD server.
@@ -254,16 +269,31 @@ pub struct FailoverPlan {
     pub newest: Point,
     /// Its cut, microseconds since 1970 on the primary's clock.
     pub cut_unix_us: u64,
+    /// Cut of the newest.
+    pub newest_cut_unix_us: u64,
+    /// Points after the chosen one: committed here, and not in what would be activated. They are kept.
+    pub points_after: u64,
+    /// Bytes of disk that those changed, each epoch's blocks counted once.
+    pub changed_bytes_after: u64,
     /// Generation now.
     pub generation: Generation,
     /// Generation afterwards.
     pub generation_after: Generation,
     /// Address of the primary if it is connected right now, which a failover would cut off.
     pub connected: Option<String>,
+    /// Time since the last sign of life of the primary in ms; `None` if there was none since the node started, or it was stopped in order.
+    pub heard_age_ms: Option<u64>,
+    /// Whether the primary counts as alive.
+    pub primary_alive: bool,
+    /// Why it would be refused without `force`, one line.
+    pub refusal: Option<String>,
     /// Set if the group is active already.
     pub active: Option<ActiveStatus>,
     /// Its disks.
     pub volumes: Vec<CopyVolume>,
+    /// Hooks that it would run.
+    #[serde(default)]
+    pub hooks: Vec<PlannedHook>,
     /// Bytes that are moved: none, whatever the size of the disks.
     pub bytes_to_move: u64,
 }
@@ -278,6 +308,12 @@ pub struct FailoverRequest {
     pub point: Option<Point>,
     /// `unix:PATH` or `tcp:IP:PORT`.
     pub export: String,
+    /// Also if the primary is alive.
+    #[serde(default)]
+    pub force: bool,
+    /// Also if the hook before it fails.
+    #[serde(default)]
+    pub ignore_hooks: bool,
 }
 
 /// The answer to a [`FailoverRequest`].
@@ -295,8 +331,14 @@ pub struct FailoverDone {
     pub export: String,
     /// Its disks, each an export of its name.
     pub volumes: Vec<CopyVolume>,
-    /// Milliseconds from the request to the disks being served.
+    /// Milliseconds from the request to the disks being served, that of the hook before it included.
     pub took_ms: u64,
+    /// Hooks that ended so far.
+    #[serde(default)]
+    pub hooks: Vec<HookRun>,
+    /// Number of the run of the hook that follows.
+    #[serde(default)]
+    pub post_hook: Option<u64>,
 }
 
 /// `POST /v1/verify`.
@@ -324,6 +366,38 @@ pub struct Verification {
 pub struct ApiError {
     /// One line.
     pub error: String,
+    /// Set if nothing failed, but doing it would be dangerous as things are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refused>,
+}
+
+/// What makes it dangerous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Refused {
+    /// The primary is alive; `force` does it nevertheless.
+    PrimaryAlive,
+}
+
+/// What NBD clients call the disk `disk` at `address` (`unix:…` or `tcp:…`).
+#[must_use]
+pub fn nbd_uri(address: &str, disk: &str) -> String {
+    match address.split_once(':') {
+        Some(("unix", path)) => format!("nbd+unix:///{disk}?socket={path}"),
+        Some((_, address)) => format!("nbd://{address}/{disk}"),
+        None => address.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_export_is_named_as_clients_name_it() {
+        assert_eq!(nbd_uri("unix:/run/a.sock", "root"), "nbd+unix:///root?socket=/run/a.sock");
+        assert_eq!(nbd_uri("tcp:127.0.0.1:10809", "root"), "nbd://127.0.0.1:10809/root");
+    }
 }
 
 /// `POST /v1/handback` and `POST /v1/handback/plan`.
@@ -334,6 +408,9 @@ pub struct HandbackRequest {
     pub group: String,
     /// The point to go back to (rollback); `None`: what the activated copy has become (failback).
     pub point: Option<Point>,
+    /// Go on if the hook before it fails.
+    #[serde(default)]
+    pub ignore_hooks: bool,
 }
 
 /// `GET /v1/handback`, and the answer to its `POST`.
@@ -355,4 +432,7 @@ pub struct SwitchoverRequest {
     pub export: String,
     /// How long the primary may take to commit what it has; a minute by default.
     pub within_ms: Option<u64>,
+    /// Go on if the hook before it fails.
+    #[serde(default)]
+    pub ignore_hooks: bool,
 }

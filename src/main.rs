@@ -8,6 +8,8 @@ mod api;
 mod cli;
 mod config;
 mod demo;
+mod files;
+mod hooks;
 mod key;
 mod node;
 mod script;

@@ -115,7 +115,7 @@ fn a_full_store_can_be_activated_once_it_has_a_little_space() {
     println!("{} KiB were left", room * 4);
     let socket = site.folder.path().join("copy.sock");
     let export = format!("unix:{}", socket.display());
-    let refused = site.receiver.ask(&["failover", "db", "--export", &export, "--yes", "--json"]);
+    let refused = site.receiver.ask(&["failover", "db", "--export", &export, "--yes", "--force", "--json"]);
     if !refused.status.success() {
         let said = text(&refused);
         println!("failover: {}", said.trim());
@@ -356,7 +356,7 @@ fn two_failovers_at_once_have_one_outcome() {
             _ => [(None, &sockets[0]), (None, &sockets[1])],
         };
         let commands = wanted.map(|(point, socket)| {
-            let mut command = site.receiver.command(&["failover", group, "--yes", "--json"]);
+            let mut command = site.receiver.command(&["failover", group, "--yes", "--force", "--json"]);
             command.arg("--export").arg(format!("unix:{}", socket.display()));
             command.args(point.iter().flat_map(|point| ["--point", point.as_str()]));
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary")

@@ -80,7 +80,7 @@ fn a_disk_is_protected_lost_and_served_from_the_copy() {
     assert!(said.starts_with("--export 'copy.sock' is not an export address"), "{said}");
 
     // Without a terminal and without --yes: it tells and changes nothing.
-    let asked = pair.receiver.ask(&["failover", "db", "--export", &export]);
+    let asked = pair.receiver.ask(&["failover", "db", "--export", &export, "--force"]);
     let told = text(&asked);
     assert_eq!(asked.status.code(), Some(2), "{told}");
     for part in ["(the newest)", "1 is raised to 2", "to move     0 B", "WARNING     the primary", "nothing was changed", "--yes"]
@@ -170,9 +170,9 @@ fn a_failover_to_an_export_that_is_taken_changes_nothing() {
     pair.primary.committed("web");
 
     let tcp = format!("tcp:{}", free_tcp());
-    pair.receiver.cli(&["failover", "db", "--export", &tcp, "--yes"]);
+    pair.receiver.cli(&["failover", "db", "--export", &tcp, "--yes", "--force"]);
     let records = std::fs::read(pair.receiver.folder.join("state/exports.json")).unwrap();
-    let said = refusal(&pair.receiver.ask(&["failover", "web", "--export", &tcp, "--yes"]), 1);
+    let said = refusal(&pair.receiver.ask(&["failover", "web", "--export", &tcp, "--yes", "--force"]), 1);
     assert!(said.starts_with(&format!("{tcp} serves a disk named root already, of group primary/db")), "{said}");
     let web = pair.receiver.copy("primary", "web");
     assert!(web["state"] == "following" && web["generation"] == 1 && web["active"].is_null(), "{web:#}");

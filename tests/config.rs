@@ -51,7 +51,23 @@ fn every_mistake_is_one_line() {
         (group("intervall = \"1s\""), "t.toml:5: unknown key 'intervall' in [[group]] 'db': did you mean 'interval'?"),
         (
             "\"a\\nb\" = 1\n".to_owned() + &receiver(""),
-            "t.toml:1: unknown key 'a\\nb' in the file: known keys are node, receiver, group",
+            "t.toml:1: unknown key 'a\\nb' in the file: known keys are node, receiver, group, hooks",
+        ),
+        (
+            receiver("") + "\n[hooks]\npre-failover = \"a\"\n",
+            "t.toml:6: unknown key 'pre-failover' in [hooks]: did you mean 'pre_failover'?",
+        ),
+        (
+            receiver("") + "\n[hooks]\ntimeout = \"2h\"\n",
+            "t.toml:6: timeout = \"2h\": is outside of its limits: choose a value from \"100ms\" to \"1h\"",
+        ),
+        (
+            receiver("") + "\n[[hooks.group]]\nname = \"a/b/c\"\n",
+            "t.toml:6: name = \"a/b/c\": is not a name: write 1 to 64 of a-z A-Z 0-9 . _ - starting with a letter or digit",
+        ),
+        (
+            receiver("") + "\n[[hooks.group]]\nname = \"db\"\n[[hooks.group]]\nname = \"db\"\n",
+            "t.toml:8: name = \"db\": is already used on line 6: put all hooks of a group into one section",
         ),
         (
             group("colour = 1"),

@@ -337,7 +337,7 @@ impl Receiver {
     pub(crate) fn failover(&self, primary: &Primary, socket: &Path) -> Command {
         let group = format!("{}/{GROUP}", primary.site.name);
         let export = format!("unix:{}", socket.display());
-        self.site.command(&["failover", &group, "--export", &export, "--yes", "--json"])
+        self.site.command(&["failover", &group, "--export", &export, "--yes", "--force", "--json"])
     }
 
     /// The command that begins a drill of the newest point of `primary`'s group, served on `socket`.

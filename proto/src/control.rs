@@ -86,6 +86,10 @@ impl Staged {
     const NONE: Self = Self { epoch: EpochId(0), frames: 0, digest: [0; 32] };
 }
 
+/// Reason with which a primary closes the connection (code 1) when it is stopped in order: it takes leave, and is not alive any more.
+/// Other ends of a session have other reasons.
+pub const LEAVE_REASON: &str = "this node is stopping";
+
 /// Why a session ends. The numbers are the wire's and the QUIC close code's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]

@@ -14,6 +14,8 @@ pub struct ReceiverConfig {
     pub store: PathBuf,
     /// Who may replicate to here. Keys and names are unique.
     pub clients: Vec<ClientConfig>,
+    /// Whether activated copies are turned into plain raw files while they run.
+    pub flatten: bool,
     /// Limits.
     pub limits: Limits,
 }

@@ -23,10 +23,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::batch::Batch;
 use crate::core::{Arrived, Cause, StoredGroup};
 use crate::disk::Disk;
-use crate::fork::OpenFork;
+use crate::fork::{FlattenStatus, Flattening, OpenFork};
 use crate::frames::FrameStore;
 use crate::index::{FrameId, Index};
 use crate::journal::{self, Expected, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Unsealed, Walker};
+use crate::liveness::Heard;
 use crate::scrub::Findings;
 use crate::store::GroupFolder;
 use crate::superblock::{ForkInUse, SuperblockError, SuperblockFile, Volume};
@@ -295,6 +296,7 @@ pub(crate) struct Shared {
     /// The newest commit of a primary that takes no more writes.
     pub(crate) drained: watch::Sender<Option<Point>>,
     pub(crate) drills: crate::drill::Results,
+    pub(crate) heard: Heard,
 }
 
 /// A handle to a group.
@@ -305,6 +307,8 @@ pub(crate) struct Group {
     runner: Mutex<Runner>,
     /// The fork in use, once it is open; also what keeps two failovers of one group from running at once.
     pub(crate) active: tokio::sync::Mutex<Option<Arc<OpenFork>>>,
+    /// Makes plain files of it.
+    pub(crate) flattening: Mutex<Option<Flattening>>,
 }
 
 /// Who performs the commands.
@@ -434,6 +438,7 @@ impl Group {
             findings: Findings::default(),
             usage: Arc::clone(&usage),
             drained: watch::Sender::new(None),
+            heard: Heard::default(),
         });
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
         let worker = Worker {
@@ -449,7 +454,7 @@ impl Group {
             usage,
         };
         let runner = Mutex::new(Runner::Parked(Box::new(worker), inbox));
-        Ok(Arc::new(Self { shared, commands, runner, active: tokio::sync::Mutex::new(None) }))
+        Ok(Arc::new(Self { shared, commands, runner, active: tokio::sync::Mutex::new(None), flattening: Mutex::new(None) }))
     }
 
     pub(crate) fn stored(&self, key: Fingerprint) -> StoredGroup {
@@ -568,8 +573,17 @@ impl Group {
         GROUP_QUEUE_MAX - self.commands.capacity()
     }
 
+    /// How far the fork in use is made plain files, if it is.
+    pub(crate) fn flattened(&self) -> Option<FlattenStatus> {
+        self.flattening.lock().as_ref().map(Flattening::status)
+    }
+
     /// Stops the thread after what is in its queue.
     pub(crate) async fn stop(&self) {
+        let flattening = self.flattening.lock().take();
+        if let Some(flattening) = flattening {
+            flattening.stop().await;
+        }
         let _ = self.commands.send(Command::Stop).await;
         self.commands.closed().await;
         let runner = std::mem::replace(&mut *self.runner.lock(), Runner::Stopped);

@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 
 use crate::config::ReceiverConfig;
 use crate::drill::{self, Drill, DrillError, DrillResult, DrillWish, ResultsError, Whole};
+use crate::fork::{Flattening, OpenFork};
 use crate::group::{Group, GroupError};
 use crate::node::{Means, Node, SelectError, Slot};
 use crate::session::{self, Client, one_line};
@@ -108,6 +109,8 @@ pub struct Receiver {
     endpoint: Endpoint,
     stop: watch::Sender<bool>,
     accepting: JoinHandle<()>,
+    /// Set if activated copies are flattened, one at a time.
+    flatten: Option<Arc<Semaphore>>,
 }
 
 impl Receiver {
@@ -118,7 +121,8 @@ impl Receiver {
     /// # Errors
     /// [`ReceiverError`].
     pub async fn start(config: ReceiverConfig, identity: Identity) -> Result<Self, ReceiverError> {
-        let ReceiverConfig { listen, store, clients, limits } = config;
+        let ReceiverConfig { listen, store, clients, flatten, limits } = config;
+        let flatten = flatten.then(|| Arc::new(Semaphore::new(1)));
         for (i, a) in clients.iter().enumerate() {
             for b in clients.iter().skip(i + 1) {
                 let what = match (a.name == b.name, a.key == b.key) {
@@ -151,7 +155,7 @@ impl Receiver {
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         let accept = Accept { node: Arc::clone(&node), clients: Arc::new(clients), connections, handshakes, stopped };
         let accepting = tokio::spawn(accept.run(endpoint.clone()));
-        Ok(Self { node, endpoint, stop, accepting })
+        Ok(Self { node, endpoint, stop, accepting, flatten })
     }
 
     /// The address it listens on.
@@ -208,7 +212,22 @@ impl Receiver {
     /// [`ReceiverError`]. After an error it can be asked again.
     pub async fn failover(&self, group: &str, point: Option<Point>) -> Result<Activated, ReceiverError> {
         let group = self.node.select(group)?;
-        activated(&group, point).await
+        self.activate(&group, point).await
+    }
+
+    async fn activate(&self, group: &Arc<Group>, point: Option<Point>) -> Result<Activated, ReceiverError> {
+        let fork = crate::node::activate(group, point).await?;
+        if let Some(turn) = &self.flatten {
+            let mut flattening = group.flattening.lock();
+            if flattening.is_none() {
+                match Flattening::start(Arc::clone(&group.shared), Arc::clone(&fork), Arc::clone(turn)) {
+                    Ok(started) => *flattening = Some(started),
+                    // The copy runs as well without.
+                    Err(error) => tracing::error!("{}: not flattened: {error}", group.shared.folder.path.display()),
+                }
+            }
+        }
+        Ok(described(group, &fork))
     }
 
     /// Has the primary of a group take no more writes and commit what it has. Returns the point that holds all of it. The primary takes writes
@@ -244,7 +263,7 @@ impl Receiver {
         for group in self.node.open_groups() {
             let role = group.shared.state.read().role;
             if role == GroupRole::Active {
-                all.push(activated(&group, None).await);
+                all.push(self.activate(&group, None).await);
             }
         }
         all
@@ -319,16 +338,15 @@ fn enlarge_buffers(socket: &std::net::UdpSocket) {
     }
 }
 
-async fn activated(group: &Arc<Group>, point: Option<Point>) -> Result<Activated, ReceiverError> {
-    let fork = crate::node::activate(group, point).await?;
-    Ok(Activated {
+fn described(group: &Group, fork: &OpenFork) -> Activated {
+    Activated {
         client: group.shared.folder.client.clone(),
         group: group.shared.folder.group.clone(),
         point: fork.point,
         generation: fork.generation,
         fork: fork.name.clone(),
         volumes: fork.devices(),
-    })
+    }
 }
 
 type Clients = BTreeMap<Fingerprint, Arc<Client>>;

@@ -20,6 +20,7 @@ use crate::core::{Action, Cause, ClientPolicy, Core, Event, SessionError};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId, Snapshot};
 use crate::handback::{self, Line};
 use crate::input::{ControlInput, PassInput};
+use crate::liveness::{Listening, is_leave};
 use crate::node::Node;
 use crate::view::{View, fresh, views};
 
@@ -72,6 +73,8 @@ struct Session {
     pass: Option<PassReader>,
     assembler: Assembler,
     group: Option<(Arc<Group>, mpsc::Receiver<GroupEvent>)>,
+    /// Since the group was claimed.
+    listening: Option<Listening>,
     /// Frames of the epoch that arrives which are in the journal.
     staged: Option<watch::Receiver<(EpochId, u64)>>,
     interval_ms: u32,
@@ -115,6 +118,7 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
         pass: None,
         assembler: Assembler::default(),
         group: None,
+        listening: None,
         staged: None,
         interval_ms: 0,
         compared: None,
@@ -140,6 +144,10 @@ pub(crate) async fn serve(connection: Connection, node: Arc<Node>, client: Arc<C
         End::Core(_) => tracing::warn!("{label} from {peer}: {reason}"),
     }
     if let Some((group, _)) = group {
+        session.listening = None;
+        if matches!(&reason, End::Gone(Gone::Connection(end)) if is_leave(end)) {
+            group.shared.heard.took_leave();
+        }
         group.release(session.id, reason.to_string()).await;
     }
 }
@@ -420,6 +428,7 @@ impl Session {
                 if let Some(arrived) = &arrived {
                     tracing::info!("{client}/{group}: {} frames of epoch {} are there", arrived.tally.frames, arrived.epoch);
                 }
+                self.listening = Some(Listening::to(self.connection.clone(), Arc::clone(&handle.shared)));
                 (self.group, self.staged) = (Some((handle, events)), Some(staged));
                 Event::Claimed { committed, writer, arrived }
             }

@@ -8,6 +8,7 @@ use proto::{Generation, Name, Point};
 use serde::{Deserialize, Serialize};
 
 use crate::drill::DrillResult;
+use crate::fork::FlattenStatus;
 use crate::group::Group;
 
 /// Role of a group, as text.
@@ -37,6 +38,10 @@ pub struct GroupStatus {
     pub volumes: Vec<VolumeStatus>,
     /// The primary that is connected.
     pub peer: Option<PeerStatus>,
+    /// Seconds since the last sign of life of the primary; `None` if there was none since the node was started, or it took leave.
+    pub heard_age_s: Option<f64>,
+    /// Whether the primary counts as alive.
+    pub primary_alive: bool,
     /// Newest committed point.
     pub committed: Option<PointInfo>,
     /// Age of that point's cut in seconds, by this machine's clock against the primary's; not negative.
@@ -119,6 +124,9 @@ pub struct ActiveStatus {
     pub fork: Name,
     /// The point it started from.
     pub point: Point,
+    /// How far its data files are the whole disks; `None` if nobody makes them so.
+    #[serde(default)]
+    pub flatten: Option<FlattenStatus>,
 }
 
 /// A queue: what is in it, and its limit.
@@ -178,6 +186,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
     let state = shared.state.read();
     let committed = state.points.last().map(PointInfo::from);
     let now = crate::clock::unix_us();
+    let heard = shared.heard.age();
     GroupStatus {
         client: shared.folder.client.clone(),
         group: shared.folder.group.clone(),
@@ -188,13 +197,15 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
         generation: state.generation,
         volumes: shared.volumes.iter().map(|v| VolumeStatus { name: v.name.clone(), size_bytes: v.size_bytes }).collect(),
         peer: state.peer.map(|p| PeerStatus { address: p.address, since_unix_us: p.since_unix_us, interval_ms: p.interval_ms }),
+        heard_age_s: heard.map(|age| age.as_secs_f64()),
+        primary_alive: heard.is_some_and(|age| age < crate::liveness::ALIVE_WITHIN),
         committed,
         committed_age_s: committed.map(|p| now.saturating_sub(p.cut_unix_us) as f64 / 1e6),
         points: state.points.len() as u64,
         journal_bytes: state.journal_bytes,
         bytes_received: shared.bytes_received.load(Ordering::Relaxed),
         index_bytes: state.index.memory_bytes() + shared.frames.table.read().memory_bytes(),
-        active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point }),
+        active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point, flatten: group.flattened() }),
         queues: queues(group),
         last_error: state.last_error.clone(),
         scrub: ScrubStatus {
@@ -216,6 +227,8 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         generation: Generation(0),
         volumes: Vec::new(),
         peer: None,
+        heard_age_s: None,
+        primary_alive: false,
         committed: None,
         committed_age_s: None,
         points: 0,

@@ -62,6 +62,21 @@ impl View {
         Self { fresh: Some(FreshFrames::default()), ..self }
     }
 
+    /// The same view, for who copies all of it: neither the page cache nor the decoded frames that others use are touched.
+    pub(crate) fn for_copying(&self) -> io::Result<Self> {
+        Self {
+            shared: Arc::clone(&self.shared),
+            index: Arc::clone(&self.index),
+            volume: self.volume,
+            size: self.size,
+            base: self.base.clone(),
+            base_path: self.base_path.clone(),
+            fresh: Some(FreshFrames::default()),
+            bulk: None,
+        }
+        .in_bulk()
+    }
+
     /// The group.
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared

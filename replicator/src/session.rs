@@ -218,7 +218,7 @@ impl Driver {
             self.tell_drained();
             self.shared.publish(&self.core, self.live.as_ref().map(|l| &l.connection), &self.outbox, self.pass);
         }
-        self.disconnect("this node is stopping").await;
+        self.disconnect(proto::control::LEAVE_REASON).await;
         self.give_up().await;
         self.shared.ledger.merge_sealed();
         self.shared.ledger.refuse_flushes(FlushRefused::Stopping);

@@ -16,18 +16,33 @@ use tokio::net::UnixStream;
 use crate::api::ApiError;
 
 /// A node that has not answered by then is stuck.
-const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 /// Longest answer, in bytes: a group may have hundreds of thousands of points.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
 
+/// The node would not do it as things are.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.error)]
+pub(crate) struct Refusal(pub(crate) ApiError);
+
 /// Asks the node at `socket`.
 pub(crate) fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
-    call(socket, Method::GET, path, Vec::new())
+    call(DEADLINE, socket, Method::GET, path, Vec::new())
 }
 
 /// Tells the node at `socket` to do something.
 pub(crate) fn post<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
-    call(socket, Method::POST, path, serde_json::to_vec(body)?)
+    post_within(DEADLINE, socket, path, body)
+}
+
+/// As [`post`], for what may take longer.
+pub(crate) fn post_within<T: DeserializeOwned>(
+    deadline: Duration,
+    socket: &Path,
+    path: &str,
+    body: &impl Serialize,
+) -> anyhow::Result<T> {
+    call(deadline, socket, Method::POST, path, serde_json::to_vec(body)?)
 }
 
 /// As [`post`], for what is answered when something has ended, however long that takes.
@@ -44,17 +59,21 @@ pub(crate) fn encoded(text: &str) -> String {
     text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }
 
-fn call<T: DeserializeOwned>(socket: &Path, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<T> {
+fn call<T: DeserializeOwned>(deadline: Duration, socket: &Path, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let answer = runtime.block_on(async { tokio::time::timeout(DEADLINE, exchange(socket, method, path, body)).await });
-    let (ok, bytes) =
-        answer.map_err(|_| anyhow!("{}: the node did not answer within 30 s: look at its log", socket.display()))??;
+    let answer = runtime.block_on(async { tokio::time::timeout(deadline, exchange(socket, method, path, body)).await });
+    let (ok, bytes) = answer.map_err(|_| {
+        anyhow!("{}: the node did not answer within {} s: look at its log", socket.display(), deadline.as_secs())
+    })??;
     answered(ok, &bytes)
 }
 
 fn answered<T: DeserializeOwned>(ok: bool, bytes: &[u8]) -> anyhow::Result<T> {
     if !ok {
         let error: ApiError = serde_json::from_slice(bytes).context("the node refused, with an answer that is not JSON")?;
+        if error.refused.is_some() {
+            return Err(Refusal(error).into());
+        }
         bail!("{}", error.error);
     }
     serde_json::from_slice(bytes).context("the node's answer is of another version of Twinsite: use the same for both")

@@ -11,7 +11,7 @@ use clap::{ArgGroup, Args, Subcommand};
 use proto::Point;
 
 use super::human::{self, Paint};
-use super::{Control, Usage, client, failover};
+use super::{Control, Usage, client};
 use crate::api::{
     DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillReport, DrillRequest, DrillResult, DrillResults, DrillStarted,
 };
@@ -167,7 +167,7 @@ fn described(drill: &DrillStarted) -> String {
         human::ms(drill.took_ms)
     );
     for volume in &drill.volumes {
-        let uri = failover::uri(&drill.export, volume.name.as_str());
+        let uri = crate::api::nbd_uri(&drill.export, volume.name.as_str());
         out += &format!("  {}  {uri}\n", human::padded(volume.name.as_str(), 12));
     }
     let space = human::bytes(drill.space_max_bytes);

@@ -2,36 +2,58 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use proto::Point;
 
-use super::{Usage, client, human};
-use crate::api::{FailoverDone, FailoverPlan, FailoverRequest};
+use super::{Usage, client, hooks, human};
+use crate::api::{ApiError, FailoverDone, FailoverPlan, FailoverRequest, HookOutcome, HookRun, HookRuns, Refused, nbd_uri};
 use crate::config::export_address;
+
+/// How often the run of a hook is looked at.
+const HOOK_LOOK: Duration = Duration::from_millis(100);
 
 /// What was asked for.
 pub(crate) struct Wish {
     pub(crate) group: String,
     pub(crate) point: Option<Point>,
-    pub(crate) export: String,
+    /// Only a preview needs none.
+    pub(crate) export: Option<String>,
+    pub(crate) preview: bool,
     pub(crate) yes: bool,
+    pub(crate) force: bool,
+    pub(crate) ignore_hooks: bool,
     pub(crate) json: bool,
 }
 
 pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
     // Relative to where the user stands, not to the daemon's folder.
     let here = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
-    let export = export_address(&here, &wish.export)
-        .map_err(|problem| Usage(format!("--export '{}' {problem}", wish.export)))?
-        .to_string();
+    let address = |given: &String| {
+        let address = export_address(&here, given).map_err(|problem| Usage(format!("--export '{given}' {problem}")))?;
+        Ok::<_, Usage>(address.to_string())
+    };
+    let export = wish.export.as_ref().map(address).transpose()?;
     let mut query = format!("/v1/failover?group={}", client::encoded(&wish.group));
     if let Some(point) = wish.point {
         query.push_str(&format!("&point={point}"));
     }
     let plan: FailoverPlan = client::get(socket, &query)?;
+    let Some(export) = export.filter(|_| !wish.preview) else {
+        if wish.json {
+            println!("{}", serde_json::to_string_pretty(&plan)?);
+        } else {
+            describe(&plan, wish.export.as_deref());
+            println!("Nothing was changed.");
+        }
+        return Ok(());
+    };
     if !wish.json {
-        describe(&plan, &export);
+        describe(&plan, Some(&export));
+    }
+    if let Some(error) = plan.refusal.clone().filter(|_| !wish.force) {
+        return Err(told(client::Refusal(ApiError { error, refused: Some(Refused::PrimaryAlive) }).into(), wish.json));
     }
     if !wish.yes && !confirmed()? {
         println!("Nothing was changed.");
@@ -42,48 +64,121 @@ pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
         (Some(active), None) => active.point,
         _ => plan.point,
     };
-    let request = FailoverRequest { group: format!("{}/{}", plan.client, plan.group), point: Some(point), export };
-    let done: FailoverDone = client::post(socket, "/v1/failover", &request)?;
+    let group = format!("{}/{}", plan.client, plan.group);
+    let request = FailoverRequest { group, point: Some(point), export, force: wish.force, ignore_hooks: wish.ignore_hooks };
+    // A hook before it may take its time.
+    let hooks_ms: u64 = plan.hooks.iter().map(|hook| hook.limit_ms).sum();
+    let deadline = client::DEADLINE + Duration::from_millis(hooks_ms);
+    let done = client::post_within(deadline, socket, "/v1/failover", &request);
+    let mut done: FailoverDone = done.map_err(|error| told(error, wish.json))?;
     if wish.json {
+        done.hooks.extend(done.post_hook.map(|number| hook_ended(socket, number, deadline)).transpose()?);
         println!("{}", serde_json::to_string_pretty(&done)?);
         return Ok(());
     }
     println!("\nActive: point {}, generation {}, after {}.", done.point, done.generation, human::ms(done.took_ms));
     for volume in &done.volumes {
-        println!("  {}  {}", human::padded(volume.name.as_str(), 12), uri(&done.export, volume.name.as_str()));
+        println!("  {}  {}", human::padded(volume.name.as_str(), 12), nbd_uri(&done.export, volume.name.as_str()));
+    }
+    for run in &done.hooks {
+        println!("{}", hooks::line(run));
+    }
+    if let Some(number) = done.post_hook {
+        println!("The copy is served; the hook that follows runs …");
+        let run = hook_ended(socket, number, deadline)?;
+        println!("{}", hooks::line(&run));
+        if run.outcome != HookOutcome::Succeeded {
+            eprintln!("WARNING: hook {} {}: the copy is active, and what the hook should do is not done", run.hook, run.outcome);
+        }
     }
     Ok(())
 }
 
-/// What NBD clients call an export.
-pub(crate) fn uri(address: &str, disk: &str) -> String {
-    match address.split_once(':') {
-        Some(("unix", path)) => format!("nbd+unix:///{disk}?socket={path}"),
-        Some((_, address)) => format!("nbd://{address}/{disk}"),
-        None => address.to_owned(),
+/// A script that asked for JSON gets the refusal as JSON too.
+fn told(error: anyhow::Error, json: bool) -> anyhow::Error {
+    if let Some(client::Refusal(answer)) = error.downcast_ref()
+        && json
+        && let Ok(text) = serde_json::to_string_pretty(answer)
+    {
+        println!("{text}");
+    }
+    error
+}
+
+/// Waits for the end of a hook's run.
+fn hook_ended(socket: &Path, number: u64, within: Duration) -> anyhow::Result<HookRun> {
+    let until = Instant::now() + within;
+    loop {
+        let all: HookRuns = client::get(socket, "/v1/hooks")?;
+        let found = all.runs.into_iter().find(|run| run.number == number);
+        let run = found.context("the copy is active, but nothing is known of the hook that follows: see twinsite hooks")?;
+        if run.outcome != HookOutcome::Running || Instant::now() >= until {
+            return Ok(run);
+        }
+        std::thread::sleep(HOOK_LOOK);
     }
 }
 
-fn describe(plan: &FailoverPlan, export: &str) {
+fn describe(plan: &FailoverPlan, export: Option<&str>) {
     let name = format!("{}/{}", plan.client, plan.group);
+    let served = export.map_or_else(String::new, |export| format!(", served at {export}"));
     if let Some(active) = &plan.active {
-        println!("Group {name} is active already, from point {}. It will be served at {export}.", active.point);
+        let at = export.map_or_else(String::new, |export| format!(" It will be served at {export}."));
+        println!("Group {name} is active already, from point {}.{at}", active.point);
         println!("Its present clients, if any, will be disconnected. Bytes to move: 0.");
         return;
     }
     println!("Failover of group {name}:");
-    let newest = if plan.point == plan.newest { "the newest".to_owned() } else { format!("the newest is {}", plan.newest) };
     let age = human::ms(human::age_ms(plan.cut_unix_us));
+    let newest = match plan.points_after {
+        0 => "the newest".to_owned(),
+        1 => format!("1 point before the newest, {}", plan.newest),
+        after => format!("{after} points before the newest, {}", plan.newest),
+    };
     println!("  point       {} ({newest}), cut {age} ago, {}", plan.point, human::utc(plan.cut_unix_us));
     println!("  generation  {} is raised to {}: replication into this group ends", plan.generation, plan.generation_after);
-    println!("  lost here   what was written at the primary after that cut; it stays on the primary's disk");
+    for line in lost(plan) {
+        println!("  lost here   {line}");
+    }
+    println!("  primary     {}", primary(plan));
     for volume in &plan.volumes {
-        println!("  disk        {}, {}, served at {export}", volume.name, human::bytes(volume.size_bytes));
+        println!("  disk        {}, {}{served}", volume.name, human::bytes(volume.size_bytes));
+    }
+    for hook in &plan.hooks {
+        let (path, limit) = (hook.path.display().to_string(), human::ms(hook.limit_ms));
+        let told = hook.problem.as_ref().map_or_else(|| format!("{path}, at most {limit}"), |p| format!("WILL FAIL: {p}"));
+        println!("  hook        {}: {}", hook.hook, human::sanitised(&told));
     }
     println!("  to move     {}", human::bytes(plan.bytes_to_move));
-    if let Some(peer) = &plan.connected {
-        println!("  WARNING     the primary {peer} is connected and may still be serving this disk: stop it first");
+    if plan.primary_alive {
+        println!("  WARNING     the primary is alive and may still be serving this disk: stop it first");
     }
+}
+
+/// What the activated copy will not hold.
+fn lost(plan: &FailoverPlan) -> Vec<String> {
+    let mut lines = Vec::new();
+    if plan.points_after > 0 {
+        let (points, bytes) = (human::count(plan.points_after as usize, "later epoch"), human::bytes(plan.changed_bytes_after));
+        let span = human::ms(plan.newest_cut_unix_us.saturating_sub(plan.cut_unix_us) / 1000);
+        lines.push(format!("{points} of {span}, {bytes} changed, up to point {}; they stay in the store", plan.newest));
+    }
+    let cut = if plan.points_after == 0 { "that cut".to_owned() } else { format!("the cut of {}", plan.newest) };
+    lines.push(format!("what was written at the primary after {cut}; it stays on the primary's disk"));
+    lines
+}
+
+/// What is known of the primary, and with it of how much it may have written since the newest point.
+fn primary(plan: &FailoverPlan) -> String {
+    let session = match &plan.connected {
+        Some(peer) => format!("{peer} has a session"),
+        None => "not connected".to_owned(),
+    };
+    let Some(heard) = plan.heard_age_ms else {
+        return format!("{session}; it was stopped in order, or not heard from since this node was started");
+    };
+    let behind = human::age_ms(plan.newest_cut_unix_us).saturating_sub(heard);
+    format!("{session}; last heard from {} ago, {} after the newest cut", human::ms(heard), human::ms(behind))
 }
 
 pub(crate) fn confirmed() -> anyhow::Result<bool> {
@@ -95,15 +190,4 @@ pub(crate) fn confirmed() -> anyhow::Result<bool> {
     let mut line = String::new();
     std::io::stdin().read_line(&mut line).context("cannot read the answer")?;
     Ok(matches!(line.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_export_is_named_as_clients_name_it() {
-        assert_eq!(uri("unix:/run/a.sock", "root"), "nbd+unix:///root?socket=/run/a.sock");
-        assert_eq!(uri("tcp:127.0.0.1:10809", "root"), "nbd://127.0.0.1:10809/root");
-    }
 }

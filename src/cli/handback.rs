@@ -8,10 +8,10 @@ use anyhow::bail;
 use proto::Point;
 use replicator::HandbackPlan;
 
-use super::failover::{confirmed, uri};
+use super::failover::confirmed;
 use super::human::{self, bytes, ms};
 use super::{Usage, client};
-use crate::api::{FailoverDone, FailoverPlan, HandbackProgress, HandbackRequest, SwitchoverRequest};
+use crate::api::{FailoverDone, FailoverPlan, HandbackProgress, HandbackRequest, SwitchoverRequest, nbd_uri};
 use crate::config::export_address;
 
 const BAR_WIDTH: usize = 30;
@@ -23,13 +23,14 @@ pub(crate) struct Wish {
     pub(crate) group: String,
     /// To go back to; else what the other site has is taken.
     pub(crate) point: Option<Point>,
+    pub(crate) ignore_hooks: bool,
     pub(crate) yes: bool,
     pub(crate) json: bool,
 }
 
 /// Failback and rollback.
 pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
-    let request = HandbackRequest { group: wish.group.clone(), point: wish.point };
+    let request = HandbackRequest { group: wish.group.clone(), point: wish.point, ignore_hooks: wish.ignore_hooks };
     let plan: HandbackPlan = client::post(socket, "/v1/handback/plan", &request)?;
     if !wish.json {
         print!("{}", described(&plan, wish.point.is_some()));
@@ -140,6 +141,7 @@ pub(crate) struct Switchover {
     pub(crate) group: String,
     pub(crate) export: String,
     pub(crate) within: Duration,
+    pub(crate) ignore_hooks: bool,
     pub(crate) yes: bool,
     pub(crate) json: bool,
 }
@@ -169,7 +171,7 @@ pub(crate) fn switchover(socket: &Path, wish: &Switchover) -> anyhow::Result<()>
         return Ok(());
     }
     let within_ms = u64::try_from(wish.within.as_millis()).unwrap_or(u64::MAX);
-    let request = SwitchoverRequest { group: name, export, within_ms: Some(within_ms) };
+    let request = SwitchoverRequest { group: name, export, within_ms: Some(within_ms), ignore_hooks: wish.ignore_hooks };
     let done: FailoverDone = client::post(socket, "/v1/switchover", &request)?;
     if wish.json {
         println!("{}", serde_json::to_string_pretty(&done)?);
@@ -177,7 +179,7 @@ pub(crate) fn switchover(socket: &Path, wish: &Switchover) -> anyhow::Result<()>
     }
     println!("\nActive: point {}, generation {}, nothing lost.", done.point, done.generation);
     for volume in &done.volumes {
-        println!("  {}  {}", human::padded(volume.name.as_str(), 12), uri(&done.export, volume.name.as_str()));
+        println!("  {}  {}", human::padded(volume.name.as_str(), 12), nbd_uri(&done.export, volume.name.as_str()));
     }
     println!("Home again: `twinsite failback {}` at the primary.", done.group);
     Ok(())

@@ -1,5 +1,5 @@
 //! The command line: what can be said, and which module answers. Exit codes: 0 done, 1 failed, 2 the command line or the
-//! configuration is wrong, so that trying again unchanged cannot help.
+//! configuration is wrong, so that trying again unchanged cannot help, 3 refused because it would be dangerous as things are.
 
 mod check;
 pub(crate) mod client;
@@ -7,6 +7,7 @@ pub(crate) mod drill;
 mod export;
 pub(crate) mod failover;
 mod handback;
+mod hooks;
 pub(crate) mod human;
 mod id;
 mod interrupt;
@@ -45,7 +46,14 @@ Examples:
   twinsite drill db --run ./boots.sh
   twinsite failover db --export unix:/run/twinsite/db.sock
 
-Exit codes: 0 done; 1 failed; 2 the command line or the configuration is wrong."
+The other site is lost? On the machine that keeps the copy:
+  twinsite status                        which groups it has, and how old they are
+  twinsite failover db --preview         what would happen, and what is lost
+  twinsite failover --help               how to go on
+
+Every command has examples of its own in its --help.
+Exit codes: 0 done; 1 failed; 2 the command line or the configuration is wrong;
+3 refused, because it would be dangerous as things are: the line says why."
 )]
 struct Cli {
     /// The configuration file
@@ -93,8 +101,9 @@ Examples:
   twinsite status --watch         again every second, until Ctrl-C
   twinsite status --json db       for scripts: field names are an interface
 
-lag is the age of the oldest acknowledged write that is not committed at the
-receiver.")]
+At a primary, lag is the age of the oldest acknowledged write that is not
+committed at the receiver: so much would be lost now. At a receiver, committed
+is the newest point and how long ago it was cut.")]
     Status {
         /// Only this group
         group: Option<String>,
@@ -112,7 +121,10 @@ receiver.")]
 Examples:
   twinsite points db
   twinsite points alpha/db --all      if two clients send a group of this name
-  twinsite points db --json")]
+  twinsite points db --json
+
+The newest point has what was written last, also what you may want to be rid
+of: to run from an earlier one, twinsite failover db --point POINT.")]
     Points {
         /// GROUP, or CLIENT/GROUP
         group: String,
@@ -126,15 +138,31 @@ Examples:
         at: Control,
     },
     /// Turn the copy of a group into the running server (at the receiver)
-    #[command(after_help = "\
+    #[command(group = clap::ArgGroup::new("unasked").args(["preview", "yes"]).multiple(true), after_help = "\
 Examples:
+  twinsite failover db --preview                 only say what would happen
   twinsite failover db --export unix:/run/twinsite/db.sock
-  twinsite failover db --export tcp:127.0.0.1:10809 --point 1.18211 --yes
+  twinsite points db                             look for an earlier point, then
+  twinsite failover db --export unix:/run/twinsite/db.sock --point 1.18211
+  twinsite failover db --export tcp:127.0.0.1:10809 --yes --json
+                                                 for scripts
 
-First says what it will do. It raises the group's generation, so the old
-primary can no longer replicate into it; makes a writable fork of the point;
-and serves its disks over NBD. Nothing is copied. The points are kept.
-Running it again for an active group serves it at the new address.")]
+When the other site is lost, on the machine that keeps the copy:
+  1. Make sure that the lost server does not run any more, nor comes back by
+     itself: two running servers would each have changes that the other lacks.
+  2. Run failover. It says what it will do, what is lost, and asks.
+  3. Start the server from the NBD addresses that it prints, for example
+     qemu-system-x86_64 … -drive file=ADDRESS,format=raw,if=virtio
+
+It raises the group's generation, so the old primary can no longer replicate
+into it; makes a writable fork of the point; and serves its disks over NBD.
+Nothing is copied, so it takes as long for any size of disk. All points are
+kept. Running it again for an active group serves it at the new address.
+
+It is refused, with exit code 3, while the primary is alive: something was
+heard from it in the last 5 s and it was not stopped in order. --force does it
+nevertheless; --yes does not. A hook before it that fails stops it, unless
+--ignore-hooks is given.")]
     Failover {
         /// GROUP, or CLIENT/GROUP
         group: String,
@@ -142,13 +170,38 @@ Running it again for an active group serves it at the new address.")]
         #[arg(long, value_name = "GENERATION.EPOCH")]
         point: Option<Point>,
         /// Where the disks are served: unix:PATH or tcp:IP:PORT
-        #[arg(long, value_name = "ADDRESS")]
-        export: String,
+        #[arg(long, value_name = "ADDRESS", required_unless_present = "preview")]
+        export: Option<String>,
+        /// Only say what it would do
+        #[arg(long)]
+        preview: bool,
         /// Do not ask
         #[arg(long)]
         yes: bool,
-        /// Print JSON (needs --yes)
-        #[arg(long, requires = "yes")]
+        /// Also if the primary is alive: two servers may run then
+        #[arg(long)]
+        force: bool,
+        /// Go on if the hook before it fails
+        #[arg(long)]
+        ignore_hooks: bool,
+        /// Print JSON (needs --yes or --preview)
+        #[arg(long, requires = "unasked")]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
+    /// Show what the hooks did: the newest runs, with their output
+    #[command(after_help = "\
+Examples:
+  twinsite hooks
+  twinsite hooks --json
+
+Hooks are programs of yours that are run before and after a transition; they
+are named in [hooks] of the configuration. The newest 32 runs are kept, of the
+output of each the last 64 KiB.")]
+    Hooks {
+        /// Print JSON
+        #[arg(long)]
         json: bool,
         #[command(flatten)]
         at: Control,
@@ -171,6 +224,9 @@ again, and nothing was changed. The way home is `twinsite failback` there.")]
         /// How long the primary may take to commit what it has
         #[arg(long, default_value = "1m", value_parser = units::duration_argument)]
         within: Duration,
+        /// Go on if the hook before it fails
+        #[arg(long)]
+        ignore_hooks: bool,
         /// Do not ask
         #[arg(long)]
         yes: bool,
@@ -194,6 +250,9 @@ breaks, the active copy goes on, and the command can be repeated.")]
     Failback {
         /// The group
         group: String,
+        /// Go on if the hook before it fails
+        #[arg(long)]
+        ignore_hooks: bool,
         /// Do not ask
         #[arg(long)]
         yes: bool,
@@ -218,6 +277,9 @@ rollback can be rolled back. Only blocks that differ are moved.")]
         /// The point
         #[arg(long, value_name = "GENERATION.EPOCH")]
         point: Point,
+        /// Go on if the hook before it fails
+        #[arg(long)]
+        ignore_hooks: bool,
         /// Do not ask
         #[arg(long)]
         yes: bool,
@@ -357,7 +419,14 @@ pub(crate) fn main() -> ExitCode {
             let lines: Vec<&str> = if error.is::<ConfigErrors>() { told.lines().collect() } else { vec![&told] };
             lines.into_iter().for_each(|line| eprintln!("{}", human::sanitised(line)));
             let usage = error.is::<Usage>() || error.is::<ConfigErrors>();
-            ExitCode::from(if usage { 2 } else { 1 })
+            let refused = error.is::<client::Refusal>();
+            ExitCode::from(if usage {
+                2
+            } else if refused {
+                3
+            } else {
+                1
+            })
         }
     }
 }
@@ -375,17 +444,18 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Id { json } => id::run(file.as_deref(), json),
         Command::Status { group, watch, json, at } => status::run(&socket(&at)?, group.as_deref(), watch, json),
         Command::Points { group, all, json, at } => points::run(&socket(&at)?, &group, all, json),
-        Command::Failover { group, point, export, yes, json, at } => {
-            failover::run(&socket(&at)?, &failover::Wish { group, point, export, yes, json })
+        Command::Failover { group, point, export, preview, yes, force, ignore_hooks, json, at } => {
+            let wish = failover::Wish { group, point, export, preview, yes, force, ignore_hooks, json };
+            failover::run(&socket(&at)?, &wish)
         }
-        Command::Switchover { group, export, within, yes, json, at } => {
-            handback::switchover(&socket(&at)?, &handback::Switchover { group, export, within, yes, json })
+        Command::Switchover { group, export, within, ignore_hooks, yes, json, at } => {
+            handback::switchover(&socket(&at)?, &handback::Switchover { group, export, within, ignore_hooks, yes, json })
         }
-        Command::Failback { group, yes, json, at } => {
-            handback::run(&socket(&at)?, &handback::Wish { group, point: None, yes, json })
+        Command::Failback { group, ignore_hooks, yes, json, at } => {
+            handback::run(&socket(&at)?, &handback::Wish { group, point: None, ignore_hooks, yes, json })
         }
-        Command::Rollback { group, point, yes, json, at } => {
-            handback::run(&socket(&at)?, &handback::Wish { group, point: Some(point), yes, json })
+        Command::Rollback { group, point, ignore_hooks, yes, json, at } => {
+            handback::run(&socket(&at)?, &handback::Wish { group, point: Some(point), ignore_hooks, yes, json })
         }
         Command::Drill(args) => {
             let socket = socket(args.control())?;
@@ -395,6 +465,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             let socket = socket(args.control())?;
             export::run(&socket, args)
         }
+        Command::Hooks { json, at } => hooks::run(&socket(&at)?, json),
         Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),
         Command::Check { store, json } => check::run(&store, json),
         Command::Demo(args) => demo::run(&args),
@@ -410,6 +481,12 @@ fn run(file: Option<&Path>, check: bool, with_parent: bool) -> anyhow::Result<()
     let file = file.unwrap_or(Path::new(CONFIG_DEFAULT));
     let config = Config::load_to_run(file)?;
     if check {
+        for (hook, path) in config.hooks.all() {
+            // As the disks' paths, it may come to be there until the node runs.
+            if let Err(problem) = crate::hooks::check(path) {
+                eprintln!("WARNING: hook {}: {} {problem}", hook.name(), path.display());
+            }
+        }
         let disks: usize = config.groups.iter().map(|g| g.disks.len()).sum();
         let receiver = match &config.receiver {
             Some(receiver) => format!("receiver on {} with {}", receiver.listen, human::count(receiver.clients.len(), "client")),

@@ -5,12 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::bail;
+use receiver::{FlattenState, FlattenStatus};
 use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 
 use super::drill::verdict;
 use super::human::{self, Paint, bit_rate, bytes, ms};
-use super::{client, failover};
-use crate::api::{CopyState, CopyStatus, ExportStatus, NodeStatus, PrimaryStatus};
+use super::{client, hooks};
+use crate::api::{CopyState, CopyStatus, ExportStatus, HookOutcome, NodeStatus, PrimaryStatus, nbd_uri};
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const BAR_WIDTH: usize = 30;
@@ -75,6 +76,18 @@ pub(crate) fn render(status: &NodeStatus, paint: Paint) -> String {
         for group in &receiver.groups {
             out.plain("");
             copy(&mut out, group, &status.exports, paint);
+        }
+    }
+    if !status.hooks.is_empty() {
+        out.plain("");
+        out.plain("hooks, the newest run of each (all of it: twinsite hooks)");
+    }
+    for run in &status.hooks {
+        let line = hooks::line(run);
+        let is_good = matches!(run.outcome, HookOutcome::Succeeded | HookOutcome::Running);
+        out.plain(&format!("  {}", if is_good { line } else { paint.bad(&line) }));
+        if let Some(last) = run.output.lines().rev().find(|line| !line.trim().is_empty() && !is_good) {
+            out.plain(&format!("  | {}", human::sanitised(last)));
         }
     }
     out.0
@@ -249,6 +262,9 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     if let Some(error) = &group.error {
         out.pair("error", &paint.bad(&human::sanitised(error)));
     }
+    if let Some(flatten) = group.active.as_ref().and_then(|active| active.flatten.as_ref()) {
+        out.pair("flatten", &flattened(flatten, paint));
+    }
     out.pair("generation", &group.generation.to_string());
     let committed = match (group.committed, group.committed_age_ms) {
         (Some(point), Some(age)) => format!("{point}, cut {} ago", ms(age)),
@@ -305,11 +321,31 @@ fn drills(out: &mut Lines, group: &CopyStatus, paint: Paint) {
     }
 }
 
+fn flattened(flatten: &FlattenStatus, paint: Paint) -> String {
+    let (done, total) = (bytes(flatten.done_bytes), bytes(flatten.total_bytes));
+    let percent = (u128::from(flatten.done_bytes) * 100).checked_div(u128::from(flatten.total_bytes)).unwrap_or(100);
+    match flatten.state {
+        FlattenState::Flat => paint.good("done: its data files are the whole disks"),
+        FlattenState::Incomplete => {
+            paint.bad(&format!("{} are damaged in the journal and were not copied", bytes(flatten.damaged_bytes)))
+        }
+        FlattenState::Waiting => match &flatten.error {
+            Some(error) => paint.bad(&format!("{percent} %, waits: {}", human::sanitised(error))),
+            None => paint.warn(&format!("{percent} %, waits for its turn")),
+        },
+        FlattenState::Copying => {
+            let left = flatten.left_s.map_or_else(|| "-".to_owned(), |s| ms(s * 1000));
+            let drawn = human::bar(flatten.done_bytes, flatten.total_bytes, BAR_WIDTH);
+            format!("{drawn} {percent} %  {done} of {total}  {}/s  {left} left", bytes(flatten.rate_bytes_per_s))
+        }
+    }
+}
+
 fn disk(out: &mut Lines, name: &str, size_bytes: u64, group: &str, exports: &[ExportStatus]) {
     let at = exports.iter().find(|e| e.disks.iter().any(|d| d.name == name && d.group == group));
     let at = at.map_or_else(String::new, |export| {
         let clients = export.connections.iter().filter(|c| c.export == name).count();
-        format!("  {}  {} of {} clients", failover::uri(&export.address, name), clients, export.connections_max)
+        format!("  {}  {} of {} clients", nbd_uri(&export.address, name), clients, export.connections_max)
     });
     out.pair("disk", &format!("{name}  {}{at}", bytes(size_bytes)));
 }

@@ -2,6 +2,7 @@
 
 mod drill;
 mod error;
+mod hooks;
 mod parse;
 mod reader;
 pub mod units;
@@ -15,6 +16,7 @@ use proto::{Codec, Fingerprint, Name};
 use replicator::{Durability, RateSchedule};
 
 pub use error::{ConfigError, ConfigErrors, Problem};
+pub use hooks::{Hook, HooksConfig, Phase, Transition};
 pub use parse::export_address;
 pub(crate) use parse::host_name;
 
@@ -42,6 +44,8 @@ pub struct Config {
     pub groups: Vec<GroupConfig>,
     /// `[[drill]]`.
     pub drills: Vec<DrillConfig>,
+    /// `[hooks]`.
+    pub hooks: HooksConfig,
 }
 
 /// `[node]`.
@@ -70,6 +74,8 @@ pub struct ReceiverConfig {
     pub listen: SocketAddr,
     /// Folder of the copies.
     pub store: PathBuf,
+    /// Whether activated copies are turned into plain raw files while they run.
+    pub flatten: bool,
     /// Who may send.
     pub clients: Vec<ClientConfig>,
     /// Bytes that a drill may take.

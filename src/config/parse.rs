@@ -32,13 +32,13 @@ const WHEN_FENCED: &[&str] = &["stop", "continue"];
 
 /// What was seen where, to find things said twice.
 #[derive(Default)]
-struct Seen {
+pub(super) struct Seen {
     lines: BTreeMap<String, usize>,
 }
 
 impl Seen {
     /// Reports `found` if `what` was seen before.
-    fn once<T>(&mut self, reader: &mut Reader<'_>, what: String, found: &Found<T>, advice: &'static str) {
+    pub(super) fn once<T>(&mut self, reader: &mut Reader<'_>, what: String, found: &Found<T>, advice: &'static str) {
         let line = reader.line(found.at);
         match self.lines.get(&what) {
             Some(first) => reader.wrong(found, Problem::Twice { line: *first, advice }),
@@ -52,7 +52,7 @@ impl Seen {
 pub(super) struct Context {
     /// Relative paths start here.
     folder: PathBuf,
-    seen: Seen,
+    pub(super) seen: Seen,
     /// TLS setting of each export address, and its line.
     tls: BTreeMap<String, (Option<TlsConfig>, usize)>,
 }
@@ -83,6 +83,8 @@ pub(super) fn parse(file: &Path, source: &str) -> Result<Config, ConfigErrors> {
         .into_iter()
         .map(|s| drill::drill(&mut reader, s, &context, receiver.is_some()))
         .collect();
+    let section = reader.section(&mut root, "hooks", "[hooks]");
+    let hooks = section.map(|s| super::hooks::hooks(&mut reader, s, &mut context)).unwrap_or_default();
     reader.finish(root);
     let mut errors = reader.errors;
     errors.sort_by_key(ConfigError::line);
@@ -93,7 +95,7 @@ pub(super) fn parse(file: &Path, source: &str) -> Result<Config, ConfigErrors> {
         drills.into_iter().collect::<Option<Vec<_>>>(),
     );
     match (built, errors.is_empty()) {
-        ((Some(receiver), Some(groups), Some(drills)), true) => Ok(Config { node, receiver, groups, drills }),
+        ((Some(receiver), Some(groups), Some(drills)), true) => Ok(Config { node, receiver, groups, drills, hooks }),
         _ => Err(ConfigErrors(errors)),
     }
 }
@@ -153,6 +155,7 @@ fn receiver<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut
     let listen = reader.need(s, "listen", "\"0.0.0.0:7447\"", text("\"0.0.0.0:7447\"", listen));
     let store = reader.need(s, "store", "\"/srv/twinsite\"", text("a path in quotes", |t| path(context, t)));
     let drill_space = reader.get(s, "drill_space_max", text("\"10GiB\"", units::size));
+    let flatten = reader.get(s, "flatten", flag);
     let clients: Vec<_> = reader
         .sections(s, "client", "[[receiver.client]]")
         .into_iter()
@@ -162,6 +165,7 @@ fn receiver<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut
     Some(ReceiverConfig {
         listen: listen?.value,
         store: store?.value,
+        flatten: flatten.is_none_or(|found| found.value),
         clients: clients.into_iter().collect::<Option<_>>()?,
         drill_space_max_bytes: drill_space.map_or(DRILL_SPACE_MAX_DEFAULT, |found| found.value),
     })

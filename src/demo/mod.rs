@@ -228,7 +228,7 @@ impl Demo {
         let socket = self.receiver.path("copy.sock");
         let export = format!("unix:{}", socket.display());
         let began = Instant::now();
-        let output = self.receiver.command(&["failover", GROUP, "--export", &export, "--yes", "--json"])?.output()?;
+        let output = self.receiver.command(&["failover", GROUP, "--export", &export, "--yes", "--force", "--json"])?.output()?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
             bail!("failover failed: {said}\n{}", self.receiver.log_tail());

@@ -17,8 +17,8 @@ use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
     ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted, FailoverDone, FailoverPlan,
-    FailoverRequest, HandbackProgress, HandbackRequest, NodeId, NodeStatus, Points, SwitchoverRequest, Verification,
-    VerifyRequest,
+    FailoverRequest, HandbackProgress, HandbackRequest, HookRuns, NodeId, NodeStatus, Points, Refused, SwitchoverRequest,
+    Verification, VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -35,6 +35,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/points", get(points))
         .route("/v1/failover", get(plan).post(failover))
+        .route("/v1/hooks", get(hooks))
         .route("/v1/verify", get(verification).post(verify))
         .route("/v1/handback", get(handback).post(begin_handback))
         .route("/v1/handback/plan", post(handback_plan))
@@ -49,7 +50,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
 }
 
 fn answer(error: String) -> Json<ApiError> {
-    Json(ApiError { error })
+    Json(ApiError { error, refused: None })
 }
 
 impl IntoResponse for RequestError {
@@ -66,6 +67,7 @@ impl IntoResponse for RequestError {
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
             | Self::AlreadyActive { .. }
+            | Self::PrimaryAlive { .. }
             | Self::NotRunning { .. }
             | Self::Verify(_)
             | Self::Handback(_)
@@ -74,9 +76,11 @@ impl IntoResponse for RequestError {
             Self::Drill(DrillRefused::Folder { .. }) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Drill(_) => StatusCode::CONFLICT,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::Hook(_) => StatusCode::CONFLICT,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        (status, answer(self.to_string())).into_response()
+        let refused = matches!(self, Self::PrimaryAlive { .. }).then_some(Refused::PrimaryAlive);
+        (status, Json(ApiError { error: self.to_string(), refused })).into_response()
     }
 }
 
@@ -86,6 +90,10 @@ async fn id(State(node): State<Arc<Node>>) -> Json<NodeId> {
 
 async fn status(State(node): State<Arc<Node>>) -> Json<NodeStatus> {
     Json(node.status().await)
+}
+
+async fn hooks(State(node): State<Arc<Node>>) -> Json<HookRuns> {
+    Json(node.hook_runs())
 }
 
 async fn points(

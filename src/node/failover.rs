@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
+use blockdev::nbd::ListenAddr;
 use proto::{Generation, Point};
 
 use super::Node;
@@ -14,8 +15,9 @@ use super::copies::{Activated, GroupRef};
 use super::drills::DrillRefused;
 use super::exports::ExportError;
 use super::record::RecordError;
-use crate::api::{CopyVolume, FailoverDone, FailoverPlan, FailoverRequest};
+use crate::api::{CopyVolume, FailoverDone, FailoverPlan, FailoverRequest, nbd_uri};
 use crate::config::{Problem, export_address};
+use crate::hooks::{Facts, HookError, Phase, Transition};
 
 /// How many known points a message names.
 const POINTS_NAMED_MAX: usize = 6;
@@ -35,12 +37,20 @@ pub(crate) enum RequestError {
     NoPoint { group: String },
     #[error("group {group} is active already, from point {point}: it can be exported elsewhere, but not from another point")]
     AlreadyActive { group: String, point: Point },
+    #[error(
+        "group {group}: its primary{} is alive, heard from {heard_ms} ms ago: stop it, or cut it off and wait {} s; --force fails over \
+         nevertheless, and then two servers may run",
+        at_address(address), receiver::ALIVE_WITHIN.as_secs()
+    )]
+    PrimaryAlive { group: String, address: Option<String>, heard_ms: u64 },
     #[error("export '{given}' {problem}")]
     Export { given: String, problem: Problem },
     #[error(transparent)]
     Exports(#[from] ExportError),
     #[error(transparent)]
     Record(#[from] RecordError),
+    #[error("{0}: nothing was changed; --ignore-hooks goes on nevertheless")]
+    Hook(HookError),
     #[error("group '{group}' is a copy here: run verify on the node that has its disk")]
     CopyOnly { group: String },
     #[error("group '{given}' is none of this node's: {}", known_primaries(known))]
@@ -65,6 +75,10 @@ pub(crate) enum RequestError {
     Body(#[from] JsonRejection),
     #[error("the failover ended without an answer: look at status and at the node's log")]
     Aborted,
+}
+
+fn at_address(address: &Option<String>) -> String {
+    address.as_ref().map_or_else(String::new, |address| format!(" at {address}"))
 }
 
 fn known_groups(known: &[String]) -> String {
@@ -103,23 +117,46 @@ impl Node {
             .into_iter()
             .find(|g| g.client == group.client && g.group == group.group);
         let status = status.ok_or_else(no_point)?;
+        let after = || points.points.iter().filter(|p| p.point > chosen.point);
+        // An active group has its generation already: serving it elsewhere makes no second writer.
+        let refusal = status.primary_alive.then_some(()).filter(|()| status.active.is_none()).map(|()| {
+            let (address, heard_ms) = (status.peer.clone(), status.heard_age_ms.unwrap_or_default());
+            RequestError::PrimaryAlive { group: group.to_string(), address, heard_ms }.to_string()
+        });
+        let hooks = self.hooks.planned(Transition::Failover, Some(&group.client), &group.group);
         Ok(FailoverPlan {
             client: group.client,
             group: group.group,
             point: chosen.point,
             newest: newest.point,
             cut_unix_us: chosen.cut_unix_us,
+            newest_cut_unix_us: newest.cut_unix_us,
+            points_after: after().count() as u64,
+            changed_bytes_after: after().map(|p| p.changed_bytes).sum(),
             generation: status.generation,
             generation_after: if status.active.is_some() { status.generation } else { Generation(status.generation.0 + 1) },
             connected: status.peer,
+            heard_age_ms: status.heard_age_ms,
+            primary_alive: status.primary_alive,
+            refusal,
             active: status.active,
             volumes: status.volumes,
+            hooks,
             bytes_to_move: 0,
         })
     }
 
     /// Activates a copy and serves it; an active copy is served at another address.
     pub(crate) async fn failover(&self, request: &FailoverRequest) -> Result<FailoverDone, RequestError> {
+        self.failover_as(Transition::Failover, request).await
+    }
+
+    /// As [`Self::failover`], with the hooks of `transition`.
+    pub(crate) async fn failover_as(
+        &self,
+        transition: Transition,
+        request: &FailoverRequest,
+    ) -> Result<FailoverDone, RequestError> {
         let began = Instant::now();
         let copies = self.receiving()?;
         // One failover at a time, from the plan on: a second one sees what the first has done.
@@ -131,6 +168,10 @@ impl Node {
         {
             return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
         }
+        if plan.refusal.is_some() && !request.force {
+            let (address, heard_ms) = (plan.connected, plan.heard_age_ms.unwrap_or_default());
+            return Err(RequestError::PrimaryAlive { group: group.to_string(), address, heard_ms });
+        }
         let refused = |problem| RequestError::Export { given: request.export.clone(), problem };
         // A relative path would be relative to the daemon's folder, which nobody knows; the command line makes it absolute.
         let address = export_address(Path::new("/"), &request.export).map_err(refused)?;
@@ -138,7 +179,14 @@ impl Node {
         self.exports.check_free(&address, &selector, plan.volumes.iter().map(|v| &v.name)).await?;
         let before = record.get(&selector).map(str::to_owned);
         let address = self.exports.listen(&address, None).await?;
+        let facts = facts(&plan, &address);
+        let mut hooks = Vec::new();
         let result = async {
+            match self.hooks.run(transition, Phase::Pre, &facts).await {
+                Ok(run) => hooks.extend(run),
+                Err(error) if request.ignore_hooks => tracing::warn!(group = selector, "goes on without its hook: {error}"),
+                Err(error) => return Err(RequestError::Hook(error)),
+            }
             record.set(&selector, Some(&address.to_string()))?;
             let activated = match plan.active {
                 Some(_) => copies.failover(&group, None).await?,
@@ -162,6 +210,8 @@ impl Node {
         let (point, generation, volumes) = result?;
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         tracing::warn!(group = selector, %point, %generation, %address, took_ms, "failover: the copy is active");
+        let facts = Facts { point: Some(point), generation, ..facts };
+        let post_hook = self.hooks.begin(transition, Phase::Post, facts);
         Ok(FailoverDone {
             client: plan.client,
             group: plan.group,
@@ -170,6 +220,8 @@ impl Node {
             export: address.to_string(),
             volumes,
             took_ms,
+            hooks,
+            post_hook,
         })
     }
 
@@ -206,6 +258,20 @@ impl Node {
         let address = export_address(Path::new("/"), recorded).map_err(refused)?;
         let address = self.exports.listen(&address, None).await?;
         Ok(self.exports.add(&address, selector, activated.volumes).await?)
+    }
+}
+
+fn facts(plan: &FailoverPlan, address: &ListenAddr) -> Facts {
+    let export = address.to_string();
+    let disk = |v: &CopyVolume| (v.name.clone(), v.size_bytes, Some(nbd_uri(&export, v.name.as_str())));
+    Facts {
+        client: Some(plan.client.clone()),
+        group: plan.group.clone(),
+        point: Some(plan.active.as_ref().map_or(plan.point, |active| active.point)),
+        generation: plan.generation_after,
+        disks: plan.volumes.iter().map(disk).collect(),
+        repeated: plan.active.is_some(),
+        export: Some(export),
     }
 }
 

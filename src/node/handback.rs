@@ -1,17 +1,22 @@
 //! Who writes, changed on purpose: switchover here, disks given back (failback) and taken back to a point (rollback) at the primary.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replicator::{HandbackPlan, HandbackTarget};
+use proto::{Generation, Name};
+use replicator::{HandbackPlan, HandbackStatus, HandbackTarget, LinkState};
 
 use super::Node;
 use super::copies::GroupRef;
 use super::failover::RequestError;
-use crate::api::{FailoverDone, FailoverRequest, HandbackProgress, HandbackRequest, SwitchoverRequest};
+use crate::api::{FailoverDone, FailoverRequest, HandbackProgress, HandbackRequest, PrimaryStatus, SwitchoverRequest};
+use crate::hooks::{Facts, Phase, Transition};
 
 /// How long a primary may take to commit what it has, unless another time is given.
 pub(crate) const DRAIN_DEFAULT: Duration = Duration::from_secs(60);
+/// How often it is looked whether a handback has ended, or a group is fenced.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 fn target(request: &HandbackRequest) -> HandbackTarget {
     request.point.map_or(HandbackTarget::Failback, HandbackTarget::Rollback)
@@ -26,10 +31,67 @@ impl Node {
         }
     }
 
-    pub(crate) async fn begin_handback(&self, request: &HandbackRequest) -> Result<HandbackProgress, RequestError> {
-        match self.primaries.read().await.begin_handback(&request.group, target(request)) {
-            Some(begun) => begun,
-            None => Err(self.no_primary(&request.group).await),
+    /// Begins, behind the hook before it; the hook after it runs if it comes to its end.
+    pub(crate) async fn begin_handback(self: &Arc<Self>, request: &HandbackRequest) -> Result<HandbackProgress, RequestError> {
+        let plan = self.handback_plan(request).await?;
+        let transition = if request.point.is_some() { Transition::Rollback } else { Transition::Failback };
+        let facts = Facts {
+            client: None,
+            group: plan.group.clone(),
+            point: Some(plan.from),
+            generation: Generation(plan.generation.0.saturating_add(1)),
+            export: None,
+            disks: Vec::new(),
+            repeated: false,
+        };
+        match self.hooks.run(transition, Phase::Pre, &facts).await {
+            Ok(_) => {}
+            Err(error) if request.ignore_hooks => tracing::warn!(group = %plan.group, "goes on without its hook: {error}"),
+            Err(error) => return Err(RequestError::Hook(error)),
+        }
+        let begun = match self.primaries.read().await.begin_handback(&request.group, target(request)) {
+            Some(begun) => begun?,
+            None => return Err(self.no_primary(&request.group).await),
+        };
+        let (node, group, number) = (self.clone(), request.group.clone(), begun.handback.number);
+        tokio::spawn(async move {
+            while let Ok(progress) = node.handback(&group).await {
+                let HandbackStatus { running, point, number: now, .. } = progress.handback;
+                if now != number || (!running && point.is_none()) {
+                    return;
+                }
+                if !running {
+                    node.hooks.begin(transition, Phase::Post, Facts { point, ..facts });
+                    return;
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        });
+        Ok(begun)
+    }
+
+    /// Runs the hook of groups that are found to be fenced, as long as the node runs.
+    pub(crate) async fn follow_fences(self: Arc<Self>) {
+        let mut known: BTreeMap<Name, Generation> = BTreeMap::new();
+        loop {
+            for group in self.primaries.read().await.status() {
+                let PrimaryStatus::Running(status) = group else { continue };
+                let facts = Facts {
+                    client: None,
+                    group: status.group.clone(),
+                    point: status.committed,
+                    generation: status.generation,
+                    export: None,
+                    disks: Vec::new(),
+                    repeated: false,
+                };
+                if status.state != LinkState::Fenced || status.handback.is_some() {
+                    known.remove(&status.group);
+                } else if known.insert(status.group.clone(), status.generation).is_none() {
+                    self.hooks.fenced(facts);
+                }
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 
@@ -52,8 +114,15 @@ impl Node {
         let within = request.within_ms.map_or(DRAIN_DEFAULT, Duration::from_millis);
         let point = copies.drain(&group, within).await?;
         tracing::warn!(%group, %point, "the primary takes no more writes, and all it took are here");
-        let failover = FailoverRequest { group: group.to_string(), point: Some(point), export: request.export.clone() };
-        let done = self.failover(&failover).await;
+        let failover = FailoverRequest {
+            group: group.to_string(),
+            point: Some(point),
+            export: request.export.clone(),
+            // It takes no more writes.
+            force: true,
+            ignore_hooks: request.ignore_hooks,
+        };
+        let done = self.failover_as(Transition::Switchover, &failover).await;
         if done.is_err() {
             copies.give_up_drain(&group).await?;
         }

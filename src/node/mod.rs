@@ -33,8 +33,9 @@ use self::exports::Exports;
 pub(crate) use self::failover::RequestError;
 use self::primaries::Primaries;
 use self::record::ExportRecord;
-use crate::api::{NodeId, NodeStatus, Points, ReceiverStatus, Verification};
+use crate::api::{HookRuns, NodeId, NodeStatus, Points, ReceiverStatus, Verification};
 use crate::config::{Config, DRILL_SPACE_MAX_DEFAULT};
+use crate::hooks::Hooks;
 use crate::key;
 
 /// Niceness of the threads that replicate.
@@ -54,6 +55,7 @@ pub(crate) struct Node {
     copies: Option<Result<Copies, String>>,
     record: Mutex<ExportRecord>,
     pub(crate) drills: Drills,
+    hooks: Arc<Hooks>,
 }
 
 impl Node {
@@ -75,6 +77,7 @@ impl Node {
             primary: self.primaries.read().await.status(),
             receiver,
             exports: self.exports.status().await,
+            hooks: self.hooks.newest(),
         }
     }
 
@@ -107,6 +110,11 @@ impl Node {
         }
         let known = self.primaries.read().await.status().iter().map(|g| g.group().to_string()).collect();
         RequestError::UnknownPrimary { given: group.to_owned(), known }
+    }
+
+    /// The newest runs of hooks.
+    pub(crate) fn hook_runs(&self) -> HookRuns {
+        HookRuns { runs: self.hooks.runs() }
     }
 
     fn receiving(&self) -> Result<&Copies, RequestError> {
@@ -160,6 +168,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let record = ExportRecord::open(&config.node.state_dir)?;
+    let hooks = Hooks::open(config.hooks.clone(), &config.node.name, &config.node.state_dir).context("cannot start a thread")?;
     let (listener, _socket_file) = socket::listen_on(&config.node.control)?;
     let io = IoThreads::new(config.node.io_threads).context(
         "cannot start io threads: the kernel refused io_uring (sysctl kernel.io_uring_disabled, or a container's seccomp filter)",
@@ -190,9 +199,11 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         copies,
         record: Mutex::new(record),
         drills: Drills::new(&config.node.state_dir, drill_space_max_bytes),
+        hooks,
     });
     node.export_active().await;
     let handbacks = tokio::spawn(node.clone().follow_handbacks());
+    let fences = tokio::spawn(node.clone().follow_fences());
 
     let (stop, stopping) = watch::channel(false);
     // Ends the drills of the schedule, whose scripts run on the runtime's threads for blocking work.
@@ -240,6 +251,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     }
     control.abort();
     handbacks.abort();
+    fences.abort();
     if let Some(metrics) = metrics {
         metrics.abort();
     }

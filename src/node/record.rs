@@ -1,10 +1,11 @@
 //! Where activated copies are exported, kept across restarts: a small JSON file in the state folder, replaced whole.
 
 use std::collections::BTreeMap;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::files;
 
 /// Name of the file in the state folder.
 const FILE: &str = "exports.json";
@@ -50,21 +51,9 @@ impl ExportRecord {
             None => addresses.remove(selector),
         };
         let text = serde_json::to_vec_pretty(&addresses).unwrap_or_default();
-        self.replace(&text).map_err(|source| RecordError::Io { path: self.path.clone(), source })?;
+        files::replace(&self.path, &text).map_err(|source| RecordError::Io { path: self.path.clone(), source })?;
         self.addresses = addresses;
         Ok(())
-    }
-
-    fn replace(&self, text: &[u8]) -> io::Result<()> {
-        let temporary = self.path.with_extension("json.new");
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(text)?;
-        file.sync_all()?;
-        fs::rename(&temporary, &self.path)?;
-        match self.path.parent() {
-            Some(folder) => fs::File::open(folder)?.sync_all(),
-            None => Ok(()),
-        }
     }
 }
 

@@ -224,11 +224,11 @@ impl Node {
             .collect()
     }
 
-    /// Fails over and returns the point that was activated.
+    /// Fails over and returns the point that was activated; at once, so a primary that was killed a moment ago may count as alive.
     #[track_caller]
     pub(crate) fn failover(&self, group: &str, point: Option<&str>, socket: &Path) -> String {
         let export = format!("unix:{}", socket.display());
-        let mut args = vec!["failover", group, "--export", &export, "--yes"];
+        let mut args = vec!["failover", group, "--export", &export, "--yes", "--force"];
         if let Some(point) = point {
             args.extend(["--point", point]);
         }

@@ -46,7 +46,8 @@ pub(crate) fn each_point(
     let threads = IoThreads::new(1).expect("an io thread");
     let identity = Identity::from_pem(&Identity::generate_pem().expect("a key")).expect("a key");
     let listen = "127.0.0.1:0".parse().expect("an address");
-    let config = ReceiverConfig { listen, store: store.to_path_buf(), clients: Vec::new(), limits: Limits::default() };
+    let config =
+        ReceiverConfig { listen, store: store.to_path_buf(), clients: Vec::new(), flatten: false, limits: Limits::default() };
     let receiver = runtime.block_on(Receiver::start(config, identity)).expect("a store that no node has open");
     let points = receiver.points(group).expect("its points");
     for info in points.iter().filter(|info| wanted(info)) {

@@ -1,33 +1,40 @@
 //! One volume of a fork.
 //!
-//! A block is either wholly the fork's own (its bit is set) or wholly the view's. A write of part of a block that is not the
+//! A block is either wholly in the fork's data file (it is resident: written, or copied by flattening) or wholly the view's. A write of part of a block that is not the
 //! fork's yet copies the block up under an exclusive lock. A bit is set in memory when the data is in the file, and on disk
 //! by a flush, after the data was synced.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockdev::{BlockDevice, Buf, Extent, FileDevice, IoFuture, RangeLocks, ZeroMode};
 use parking_lot::RwLock;
 use proto::DirtyMap;
 use proto::units::BLOCK_BYTES;
 
-use super::map::{MapFile, PAGE_BLOCKS, page_of};
+use super::map::MapFile;
+use super::own::Own;
 use crate::view::View;
 
 /// A writable overlay on a view.
 #[derive(Debug)]
 pub struct ForkDevice {
-    view: View,
-    data: FileDevice,
+    /// `None` once all blocks are resident.
+    view: RwLock<Option<Arc<View>>>,
+    /// As `Own::is_flat`, for who has no time to ask.
+    flat: AtomicBool,
+    pub(super) data: FileDevice,
     map: MapFile,
-    own: RwLock<Own>,
-    locks: RangeLocks,
+    pub(super) own: RwLock<Own>,
+    pub(super) locks: RangeLocks,
+    /// The map of touched regions, once there is one; held by whoever changes it.
+    pub(super) touching: tokio::sync::Mutex<Option<MapFile>>,
+    /// Requests so far, for those who give way to them.
+    requests: AtomicU64,
     /// One flush at a time: the second one finds its pages written by the first.
-    flushing: tokio::sync::Mutex<()>,
+    pub(super) flushing: tokio::sync::Mutex<()>,
     /// After a failed sync nobody knows what is on disk: every later flush fails.
     poisoned: AtomicBool,
     /// Held by every change while it is made; whoever takes it exclusively holds changes up, and says in the end whether there may be
@@ -43,23 +50,19 @@ pub(crate) enum Gate {
     GivenBack,
 }
 
-#[derive(Debug)]
-struct Own {
-    blocks: DirtyMap,
-    /// Blocks changed since somebody began to follow; nobody does if there are none.
-    changed: Option<DirtyMap>,
-    /// Pages of the map that have bits which are not on disk yet.
-    pages: BTreeSet<u64>,
-}
-
 impl ForkDevice {
-    pub(crate) fn new(view: View, data: FileDevice, map: MapFile, blocks: DirtyMap) -> Self {
+    /// `view` may be missing only if all of `own` is resident.
+    pub(super) fn with(view: Option<View>, data: FileDevice, map: MapFile, own: Own, touched: Option<MapFile>) -> Self {
+        let is_flat = own.is_flat();
         Self {
-            view,
+            view: RwLock::new(view.filter(|_| !is_flat).map(Arc::new)),
+            flat: AtomicBool::new(is_flat),
             data,
             map,
-            own: RwLock::new(Own { blocks, changed: None, pages: BTreeSet::new() }),
+            own: RwLock::new(own),
             locks: RangeLocks::default(),
+            touching: tokio::sync::Mutex::new(touched),
+            requests: AtomicU64::new(0),
             flushing: tokio::sync::Mutex::new(()),
             poisoned: AtomicBool::new(false),
             gate: Arc::new(tokio::sync::RwLock::new(Gate::Open)),
@@ -69,13 +72,13 @@ impl ForkDevice {
     /// The blocks that are the fork's own; from here on those that change are told by [`Self::take_changed`].
     pub(crate) fn follow(&self) -> DirtyMap {
         let mut own = self.own.write();
-        own.changed = Some(DirtyMap::new(self.view.size()));
-        own.blocks.clone()
+        own.changed = Some(DirtyMap::new(self.size()));
+        own.written.blocks.clone()
     }
 
     /// The blocks that were changed since the last call, each of them after it was on the disk.
     pub(crate) fn take_changed(&self) -> DirtyMap {
-        let empty = DirtyMap::new(self.view.size());
+        let empty = DirtyMap::new(self.size());
         self.own.write().changed.as_mut().map_or_else(|| empty.clone(), |changed| std::mem::replace(changed, empty.clone()))
     }
 
@@ -97,46 +100,60 @@ impl ForkDevice {
         }
     }
 
-    /// Bytes of blocks that are the fork's own.
+    /// Bytes of blocks that were written since the fork.
     #[must_use]
     pub fn own_bytes(&self) -> u64 {
-        self.own.read().blocks.bytes()
+        self.own.read().written.blocks.bytes()
     }
 
-    /// Whether the block of byte `at` is the fork's own, and where the run of such blocks ends (at most `end`).
+    /// Bytes of blocks that are in the data file, written or copied.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        (self.own.read().resident_blocks() * BLOCK_BYTES).min(self.size())
+    }
+
+    /// Whether the data file is the whole disk.
+    #[must_use]
+    pub fn is_flat(&self) -> bool {
+        self.flat.load(Ordering::Acquire)
+    }
+
+    pub(super) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn view(&self) -> Option<Arc<View>> {
+        self.view.read().clone()
+    }
+
+    /// The view, for a block that was not resident a moment ago; gone if it has become so.
+    fn view_or_gone(&self) -> io::Result<Arc<View>> {
+        self.view()
+            .ok_or_else(|| io::Error::other("the view of the fork is gone, and not all of it was copied: this is a defect"))
+    }
+
+    /// From here on the data file is the whole disk, and the view is not needed any more.
+    pub(super) fn set_flat(&self) {
+        self.flat.store(true, Ordering::Release);
+        *self.view.write() = None;
+    }
+
+    /// Whether the block of byte `at` is resident, and where the run of such blocks ends (at most `end`).
     fn run_at(&self, at: u64, end: u64) -> (bool, u64) {
-        let own = self.own.read();
-        let block = at / BLOCK_BYTES;
-        let is_own = own.blocks.contains(block);
-        let mut stop = block;
-        if is_own {
-            while stop * BLOCK_BYTES < end
-                && let Some(run) = own.blocks.next_run(stop, u32::MAX).filter(|r| r.start.0 == stop)
-            {
-                stop = run.end();
-            }
-        } else {
-            stop = own.blocks.next_run(block, 1).map_or(u64::MAX / BLOCK_BYTES, |r| r.start.0);
+        if self.is_flat() {
+            return (true, end);
         }
-        (is_own, stop.saturating_mul(BLOCK_BYTES).min(end))
+        let (resident, stop) = self.own.read().run(at / BLOCK_BYTES, end.div_ceil(BLOCK_BYTES));
+        (resident, stop.saturating_mul(BLOCK_BYTES).min(end))
     }
 
     fn mark(&self, blocks: Range<u64>) {
-        if blocks.is_empty() {
-            return;
-        }
-        let mut own = self.own.write();
-        let before = own.blocks.count();
-        own.blocks.mark(blocks.start, blocks.end - blocks.start);
-        if let Some(changed) = &mut own.changed {
-            changed.mark(blocks.start, blocks.end - blocks.start);
-        }
-        if own.blocks.count() != before {
-            own.pages.extend(blocks.start / PAGE_BLOCKS..=(blocks.end - 1) / PAGE_BLOCKS);
+        if !blocks.is_empty() {
+            self.own.write().mark_written(blocks);
         }
     }
 
-    /// Blocks of a range that it covers in part and that are not the fork's own: at most the first and the last.
+    /// Blocks of a range that it covers in part and that are not resident: at most the first and the last.
     /// The last block of a disk whose size is no multiple of a block is whole when the range ends with the disk.
     fn partial_blocks(&self, offset: u64, length: u64) -> impl Iterator<Item = u64> {
         let end = offset + length;
@@ -144,7 +161,7 @@ impl ForkDevice {
         let head = !offset.is_multiple_of(BLOCK_BYTES);
         let tail = !end.is_multiple_of(BLOCK_BYTES) && end != self.size();
         let own = self.own.read();
-        let wanted = |block: u64, partial: bool| (partial && !own.blocks.contains(block)).then_some(block);
+        let wanted = |block: u64, partial: bool| (partial && !own.is_resident(block)).then_some(block);
         let head_block = wanted(first, head || (tail && first == last));
         let tail_block = if first == last { None } else { wanted(last, tail) };
         head_block.into_iter().chain(tail_block)
@@ -154,7 +171,8 @@ impl ForkDevice {
     async fn copy_up(&self, block: u64) -> io::Result<()> {
         let offset = block * BLOCK_BYTES;
         let length = BLOCK_BYTES.min(self.size() - offset);
-        let content = self.view.read(offset, Buf::zeroed(length as usize)).await?;
+        let view = self.view_or_gone()?;
+        let content = view.read(offset, Buf::zeroed(length as usize)).await?;
         self.data.write(offset, content).await?;
         self.mark(block..block + 1);
         Ok(())
@@ -163,8 +181,9 @@ impl ForkDevice {
     /// Locks the blocks of a range for a change and copies up those it covers in part.
     async fn prepare(&self, offset: u64, length: u64) -> io::Result<blockdev::RangeGuard<'_>> {
         let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let exclusive = self.partial_blocks(offset, length).next().is_some();
-        let guard = self.locks.lock(blocks, exclusive).await;
+        let guard = self.locks.lock(blocks.clone(), exclusive).await;
         if exclusive {
             // Looked at again: somebody may have copied it up before the lock was granted.
             let partial: Vec<u64> = self.partial_blocks(offset, length).collect();
@@ -172,6 +191,7 @@ impl ForkDevice {
                 self.copy_up(block).await?;
             }
         }
+        self.touch(&blocks).await?;
         Ok(guard)
     }
 
@@ -198,18 +218,11 @@ impl ForkDevice {
         Ok(())
     }
 
-    async fn flush_all(&self) -> io::Result<()> {
+    pub(super) async fn flush_all(&self) -> io::Result<()> {
         let _one = self.flushing.lock().await;
-        let eio = || io::Error::other("an earlier flush of the fork failed: what is on its disk is unknown");
-        if self.poisoned.load(Ordering::Acquire) {
-            return Err(eio());
-        }
+        self.check_poisoned()?;
         // Bits first, then the sync of the data: a bit taken here is of data written before that sync.
-        let pages: Vec<_> = {
-            let mut own = self.own.write();
-            let numbers = std::mem::take(&mut own.pages);
-            numbers.into_iter().map(|n| (n, page_of(&own.blocks, n))).collect()
-        };
+        let pages = self.own.write().written.take_pages();
         let done = async {
             self.data.flush().await?;
             for (number, page) in &pages {
@@ -218,31 +231,50 @@ impl ForkDevice {
             if pages.is_empty() { Ok(()) } else { self.map.sync() }
         };
         let result = done.await;
-        if result.is_err() {
-            self.poisoned.store(true, Ordering::Release);
+        result.inspect_err(|_| self.poison())
+    }
+
+    pub(super) fn poison(&self) {
+        self.poisoned.store(true, Ordering::Release);
+    }
+
+    pub(super) fn check_poisoned(&self) -> io::Result<()> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier flush of the fork failed: what is on its disk is unknown"));
         }
-        result
+        Ok(())
     }
 }
 
 impl BlockDevice for ForkDevice {
     fn size(&self) -> u64 {
-        self.view.size()
+        self.data.size()
     }
 
     fn read<'a>(&'a self, offset: u64, mut buf: Buf) -> IoFuture<'a, Buf> {
         let length = buf.len() as u64;
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let (own, stop) = self.run_at(offset, offset + length);
-        if stop == offset + length {
-            // All of one kind, which is the rule.
-            return if own { self.data.read(offset, buf) } else { self.view.read(offset, buf) };
+        if own && stop == offset + length {
+            return self.data.read(offset, buf);
         }
         Box::pin(async move {
+            if stop == offset + length {
+                // All of one kind, which is the rule. What becomes resident meanwhile holds the same.
+                return match self.view() {
+                    Some(view) => view.read(offset, buf).await,
+                    None => self.data.read(offset, buf).await,
+                };
+            }
             let (mut at, end) = (offset, offset + length);
             while at < end {
                 let (own, stop) = self.run_at(at, end);
                 let part = Buf::zeroed((stop - at) as usize);
-                let part = if own { self.data.read(at, part).await? } else { self.view.read(at, part).await? };
+                let view = if own { None } else { self.view() };
+                let part = match view {
+                    Some(view) => view.read(at, part).await?,
+                    None => self.data.read(at, part).await?,
+                };
                 let from = (at - offset) as usize;
                 if let Some(to) = buf.get_mut(from..from + part.len()) {
                     to.copy_from_slice(&part);
@@ -277,10 +309,10 @@ impl BlockDevice for ForkDevice {
             while at < end && extents.len() < extents_max {
                 let (own, stop) = self.run_at(at, end);
                 let room = extents_max - extents.len();
-                let found = if own {
-                    self.data.extents(at, stop - at, room).await?
-                } else {
-                    self.view.find_extents(at, stop - at, room)?
+                let view = if own { None } else { self.view() };
+                let found = match view {
+                    Some(view) => view.find_extents(at, stop - at, room)?,
+                    None => self.data.extents(at, stop - at, room).await?,
                 };
                 let covered: u64 = found.iter().map(|e| e.length).sum();
                 for extent in found {
@@ -300,11 +332,15 @@ impl BlockDevice for ForkDevice {
 
     fn try_read(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
         let end = offset + buf.len() as u64;
-        match self.run_at(offset, end) {
+        let done = match self.run_at(offset, end) {
             (true, stop) if stop == end => self.data.try_read(offset, buf),
-            (false, stop) if stop == end => self.view.try_read(offset, buf),
+            (false, stop) if stop == end => self.view()?.try_read(offset, buf),
             _ => None,
+        };
+        if done.is_some() {
+            self.requests.fetch_add(1, Ordering::Relaxed);
         }
+        done
     }
 
     fn try_write(&self, offset: u64, data: &[u8]) -> Option<io::Result<()>> {
@@ -318,6 +354,10 @@ impl BlockDevice for ForkDevice {
         }
         let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
         let _guard = self.locks.try_lock(blocks.clone(), false)?;
+        if !self.own.read().untouched(&blocks).is_empty() {
+            return None;
+        }
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let result = self.data.try_write(offset, data)?;
         if result.is_ok() {
             self.mark(blocks);

@@ -2,6 +2,7 @@
 //!
 //! A bit goes to disk only after the block's data was synced, and bits are only ever set, so any mixture of old and
 //! new sectors of a page that was being written is a true map. That is why pages carry no checksum: a torn page is not damage.
+//! (The map of touched regions is the other way round: a bit is set before, and one too many is true too.)
 
 use std::fs::File;
 use std::io;
@@ -154,6 +155,34 @@ impl MapFile {
     /// Writes page `number` as `set` has it now. The data of its blocks must be durable.
     pub(crate) fn write_page(&self, number: u64, page: &[u8; MAP_PAGE_BYTES]) -> io::Result<()> {
         self.file.write_all_at(page, MAP_HEADER_BYTES as u64 + number * MAP_PAGE_BYTES as u64)
+    }
+
+    /// Takes the blocks of `set` out of a map that has no others, and syncs it. Torn, some of them are still in it.
+    pub(crate) fn clear(&self, set: &DirtyMap) -> io::Result<()> {
+        let mut at = 0;
+        while let Some(run) = set.next_run(at, u32::MAX) {
+            let page = run.start.0 / PAGE_BLOCKS;
+            self.write_page(page, &[0; MAP_PAGE_BYTES])?;
+            at = (page + 1) * PAGE_BLOCKS;
+        }
+        self.sync()
+    }
+
+    /// Opens a map, or creates it, whole under its name.
+    pub(crate) fn open_or_create(disk: &Disk, path: &Path, header: &MapHeader) -> Result<(Self, DirtyMap), MapError> {
+        let io = |what| move |source| MapError::Io { path: path.to_owned(), what, source };
+        if !path.exists() {
+            let building = path.with_extension("new");
+            if building.exists() {
+                disk.remove_file(&building).map_err(io("remove what is left of"))?;
+            }
+            Self::create(disk, &building, header)?;
+            disk.rename(&building, path).map_err(io("name"))?;
+            if let Some(folder) = path.parent() {
+                disk.sync_folder(folder).map_err(io("sync the folder of"))?;
+            }
+        }
+        Self::open(disk, path, header)
     }
 
     pub(crate) fn sync(&self) -> io::Result<()> {

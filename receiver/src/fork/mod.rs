@@ -1,10 +1,15 @@
 //! A fork: a writable overlay on the views of one point. The activated copy is one.
 //!
-//! Per volume `forks/<name>/<volume>.raw`, sparse, and `<volume>.map`, which says which blocks are the fork's own. Creating one
-//! costs the same for any size of disk.
+//! Per volume `forks/<name>/<volume>.raw`, sparse, and `<volume>.map`, which says which blocks were written. Creating one
+//! costs the same for any size of disk. Flattening (`flatten`) adds `<volume>.flat`, `<volume>.touched` and, when nothing is missing
+//! any more, the file `flat`: from then on the fork is plain raw files and pins neither journal nor base.
 
 mod device;
+mod flatten;
+#[cfg(test)]
+mod flatten_tests;
 mod map;
+mod own;
 #[cfg(test)]
 mod tests;
 
@@ -12,17 +17,24 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
+use proto::units::BLOCK_BYTES;
 use proto::{Generation, Name, Point};
 
 pub use device::ForkDevice;
 pub(crate) use device::Gate;
+pub(crate) use flatten::Flattening;
+pub use flatten::{FlattenState, FlattenStatus};
 pub use map::{MAP_HEADER_BYTES, MAP_MAGIC, MAP_PAGE_BYTES, MapError, layout};
 pub(crate) use map::{MapFile, MapHeader};
+use own::Own;
 
 use crate::disk::Disk;
 use crate::group::{GroupError, Shared};
 use crate::store::at;
 use crate::superblock::ForkInUse;
+
+/// In a fork's folder: its data files are the whole disks.
+pub(crate) const FLAT_FILE: &str = "flat";
 
 /// Why a fork cannot be made or opened.
 #[derive(Debug, thiserror::Error)]
@@ -77,22 +89,60 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
 
 /// Opens a fork whose folder is there.
 pub(crate) fn assemble(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
-    let folder = shared.folder.fork(&fork.name);
-    let index = shared.index_at(fork.point)?;
+    let is_flat = !pins(shared, fork);
+    let views = if is_flat { Vec::new() } else { crate::view::views(shared, shared.index_at(fork.point)?)? };
+    let mut views = views.into_iter();
     let mut volumes = Vec::new();
-    for (view, spec) in crate::view::views(shared, index)?.into_iter().zip(&shared.volumes) {
-        let header = header(shared, fork.point, spec.size_bytes);
-        let data = folder.join(format!("{}.raw", spec.name));
-        if !data.exists() {
-            return Err(ForkError::Missing { path: data }.into());
-        }
-        let (map, set) =
-            MapFile::open(&shared.disk, &folder.join(format!("{}.map", spec.name)), &header).map_err(ForkError::from)?;
-        let data = FileDevice::open(&data, OpenOptions { create_size: Some(spec.size_bytes), ..OpenOptions::default() })
-            .map_err(ForkError::from)?;
-        volumes.push((spec.name.clone(), Arc::new(ForkDevice::new(view, data, map, set))));
+    for spec in &shared.volumes {
+        let device = open_volume(shared, fork, spec, views.next())?;
+        volumes.push((spec.name.clone(), Arc::new(device)));
     }
     Ok(OpenFork { generation, point: fork.point, name: fork.name.clone(), volumes })
+}
+
+/// Whether a fork needs the journal up to its point, and the base, of its group: not once it is flat.
+pub(crate) fn pins(shared: &Shared, fork: &ForkInUse) -> bool {
+    !shared.folder.fork(&fork.name).join(FLAT_FILE).exists()
+}
+
+fn open_volume(
+    shared: &Arc<Shared>,
+    fork: &ForkInUse,
+    spec: &crate::superblock::Volume,
+    view: Option<crate::view::View>,
+) -> Result<ForkDevice, ForkError> {
+    let folder = shared.folder.fork(&fork.name);
+    let file = |kind: &str| folder.join(format!("{}.{kind}", spec.name));
+    let path = file("raw");
+    if !path.exists() {
+        return Err(ForkError::Missing { path });
+    }
+    let (map, written) = MapFile::open(&shared.disk, &file("map"), &header(shared, fork.point, spec.size_bytes))?;
+    let options = OpenOptions { create_size: Some(spec.size_bytes), ..OpenOptions::default() };
+    let data = FileDevice::open(&path, options)?;
+    let copied = match (&view, file("flat").exists()) {
+        (None, _) => None,
+        (Some(_), true) => Some(MapFile::open(&shared.disk, &file("flat"), &header(shared, fork.point, spec.size_bytes))?.1),
+        (Some(_), false) => return Ok(ForkDevice::with(view, data, map, Own::new(spec.size_bytes, written), None)),
+    };
+    let regions = header(shared, fork.point, own::regions_bytes(spec.size_bytes));
+    let (touched_map, touched) = MapFile::open(&shared.disk, &file("touched"), &regions)?;
+    let mut own = Own::flattened(spec.size_bytes, written, copied, &touched);
+    if !touched.is_empty() {
+        // What a killed process wrote is made durable before a bit says that it is there.
+        shared.disk.open_file(&path).and_then(|raw| raw.sync_data()).map_err(at(&path, "sync the fork's data"))?;
+        let mut clear = || {
+            for (number, page) in own.written.take_pages() {
+                map.write_page(number, &page)?;
+            }
+            map.sync()?;
+            touched_map.clear(&touched)
+        };
+        let suspect_bytes = touched.count() * own::REGION_BLOCKS * BLOCK_BYTES;
+        tracing::warn!("{}: not stopped in order: {suspect_bytes} bytes at most count as written since the fork", path.display());
+        clear().map_err(at(&path, "settle what may have been written to"))?;
+    }
+    Ok(ForkDevice::with(view, data, map, own, Some(touched_map)))
 }
 
 fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {

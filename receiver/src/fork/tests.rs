@@ -13,17 +13,17 @@ use crate::journal::JournalOptions;
 use crate::store::Store;
 use crate::superblock::{Superblock, Volume};
 
-const SIZE: u64 = 40 * BLOCK_BYTES + 100;
+pub(super) const SIZE: u64 = 40 * BLOCK_BYTES + 100;
 
-struct Scene {
+pub(super) struct Scene {
     _dir: tempfile::TempDir,
-    group: Arc<Group>,
-    fork: ForkInUse,
-    image: Vec<u8>,
+    pub(super) group: Arc<Group>,
+    pub(super) fork: ForkInUse,
+    pub(super) image: Vec<u8>,
 }
 
 /// A group whose base is not empty, so that the view has something to show; no journal is needed for that.
-fn scene() -> Scene {
+pub(super) fn scene() -> Scene {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let point = Point { generation: Generation(1), epoch: EpochId(1) };
@@ -49,18 +49,18 @@ fn scene() -> Scene {
 }
 
 impl Scene {
-    fn open(&self) -> Arc<ForkDevice> {
+    pub(super) fn open(&self) -> Arc<ForkDevice> {
         let fork = super::open(&self.group.shared, Generation(2), &self.fork).unwrap();
         Arc::clone(&fork.volumes[0].1)
     }
 
-    fn raw(&self) -> PathBuf {
+    pub(super) fn raw(&self) -> PathBuf {
         self.group.shared.folder.fork(&self.fork.name).join("root.raw")
     }
 }
 
 #[derive(Clone, Debug)]
-enum Op {
+pub(super) enum Op {
     Write(u64, u64, u8),
     TryWrite(u64, u64, u8),
     Zero(u64, u64, bool),
@@ -69,7 +69,7 @@ enum Op {
     Reopen,
 }
 
-fn op() -> impl Strategy<Value = Op> {
+pub(super) fn op() -> impl Strategy<Value = Op> {
     let range = || {
         prop_oneof![(0..SIZE, 1..20_000_u64), (0..41_u64, 1..5_u64).prop_map(|(a, n)| (a * BLOCK_BYTES, n * BLOCK_BYTES))]
             .prop_map(|(at, len)| (at.min(SIZE - 1), len.min(SIZE - at.min(SIZE - 1))))
@@ -84,7 +84,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-async fn read_all(device: &ForkDevice) -> Vec<u8> {
+pub(super) async fn read_all(device: &ForkDevice) -> Vec<u8> {
     device.read(0, Buf::zeroed(SIZE as usize)).await.unwrap().to_vec()
 }
 

@@ -413,6 +413,10 @@ impl Handback {
         // Whoever still has the fork open finds its gate closed; nobody opens it again.
         *self.group.active.lock().await = None;
         if let Some(fork) = &self.fork {
+            let flattening = self.group.flattening.lock().take();
+            if let Some(flattening) = flattening {
+                flattening.stop().await;
+            }
             self.forget(&fork.name).await;
         }
         self.node.handed();

@@ -64,6 +64,7 @@ impl Site {
 
     pub fn config(&self) -> ReceiverConfig {
         ReceiverConfig {
+            flatten: false,
             listen: "127.0.0.1:0".parse().unwrap(),
             store: self.store(),
             clients: self.clients.iter().map(|(c, _)| c.clone()).collect(),

@@ -11,8 +11,7 @@ use jiff::{Timestamp, ToSpan, Zoned};
 
 use super::start::Asked;
 use super::*;
-use crate::api::{CopyState, DrillOutcome, DrillRequest, DrillStarted};
-use crate::cli::failover::uri;
+use crate::api::{CopyState, DrillOutcome, DrillRequest, DrillStarted, nbd_uri};
 use crate::config::{DrillConfig, DrillTime};
 use crate::script::{self, End, Script, User};
 
@@ -202,7 +201,7 @@ pub(crate) fn report(ended: &script::Ended) -> Option<DrillReport> {
 
 /// What a drill's script is told; `docs/operations.md` lists it.
 pub(crate) fn environment(drill: &DrillStarted, timeout: Duration) -> Vec<(String, std::ffi::OsString)> {
-    let uris: Vec<String> = drill.volumes.iter().map(|v| uri(&drill.export, v.name.as_str())).collect();
+    let uris: Vec<String> = drill.volumes.iter().map(|v| nbd_uri(&drill.export, v.name.as_str())).collect();
     let names: Vec<&str> = drill.volumes.iter().map(|v| v.name.as_str()).collect();
     let mut all = vec![
         ("TWINSITE_DRILL", drill.name.clone()),

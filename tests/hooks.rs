@@ -1,0 +1,203 @@
+//! Hooks around a failover, with the real binary.
+//!
+//! Would catch: a failing hook before that does not stop the failover or changes something nevertheless, one after that undoes it or
+//! is silent, a hook that holds up the first write longer than its limit, a record that does not outlive a SIGKILL.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+mod support;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use support::nbd::Nbd;
+use support::node::Pair;
+use support::{eventually, noise, scratch, text};
+
+const MIB: u64 = 1 << 20;
+
+struct Scene {
+    pair: Pair,
+    hooks: PathBuf,
+    copy: PathBuf,
+}
+
+impl Scene {
+    /// A pair whose primary was stopped, and whose receiver has these hooks: name and body.
+    fn start(folder: &Path, timeout: &str, hooks: &[(&str, &str)]) -> Self {
+        let mut pair = Pair::start(folder, "db", "100ms", &[("root", 4 * MIB)]);
+        Nbd::connect(&pair.sockets[0], "root").unwrap().write(0, &noise(1, 4096)).unwrap();
+        pair.primary.committed("db");
+        pair.primary.stop();
+        pair.receiver.stop();
+        let scene = Self { hooks: folder.join("hooks"), copy: folder.join("copy.sock"), pair };
+        std::fs::create_dir(&scene.hooks).unwrap();
+        let mut config = std::fs::read_to_string(scene.pair.receiver.config()).unwrap();
+        config.push_str(&format!("\n[hooks]\ntimeout = \"{timeout}\"\n"));
+        for (name, body) in hooks {
+            scene.script(name, body);
+            config.push_str(&format!("{} = \"{}\"\n", name.replace('-', "_"), scene.hooks.join(name).display()));
+        }
+        std::fs::write(scene.pair.receiver.config(), config).unwrap();
+        let mut scene = scene;
+        scene.pair.receiver.start();
+        scene
+    }
+
+    fn script(&self, name: &str, body: &str) {
+        let path = self.hooks.join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    fn failover(&self, args: &[&str]) -> Output {
+        let export = format!("unix:{}", self.copy.display());
+        self.pair.receiver.ask(&[&["failover", "db", "--export", &export, "--yes"], args].concat())
+    }
+
+    /// Nothing of a failover has happened.
+    #[track_caller]
+    fn unchanged(&self) {
+        let copy = self.pair.receiver.copy("primary", "db");
+        assert!(copy["state"] == "waiting" && copy["generation"] == 1 && copy["active"].is_null(), "{copy:#}");
+        assert!(!self.copy.exists() && !self.pair.store.join("primary/db/forks/active-2").exists());
+    }
+
+    fn runs(&self) -> Vec<Value> {
+        self.pair.receiver.json(&["hooks"])["runs"].as_array().unwrap().clone()
+    }
+
+    fn served(&self) {
+        assert!(Nbd::connect(&self.copy, "root").unwrap().read(0, 4096).unwrap() == noise(1, 4096));
+    }
+}
+
+#[track_caller]
+fn refused(output: &Output) -> String {
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    assert!(output.status.code() == Some(1) && said.lines().count() == 1, "{}", text(output));
+    said
+}
+
+#[test]
+fn a_hook_before_that_fails_stops_the_failover_and_one_after_does_not() {
+    let folder = scratch();
+    let order = folder.path().join("order");
+    let note = |what: &str| {
+        format!("test -S {}/copy.sock && served=yes || served=no", folder.path().display())
+            + &format!("; echo {what} $TWINSITE_POINT $TWINSITE_GENERATION $TWINSITE_REPEATED $served >> {}", order.display())
+    };
+    let before = note("before") + "; echo the licence is missing; exit 7";
+    let after = note("after") + "; echo no such address >&2; exit 8";
+    let scene = Scene::start(folder.path(), "60s", &[("pre-failover", &before), ("post-failover", &after)]);
+    let plan = scene.pair.receiver.json(&["failover", "db", "--preview"]);
+    assert_eq!(plan["hooks"].as_array().unwrap().len(), 2, "{plan:#}");
+    let point = plan["point"].as_str().unwrap().to_owned();
+
+    let said = refused(&scene.failover(&[]));
+    assert!(said.starts_with("hook pre-failover (") && said.contains("failed with exit code 7; it said: the licence is missing"));
+    assert!(said.contains("nothing was changed; --ignore-hooks"), "{said}");
+    scene.unchanged();
+
+    let done = scene.failover(&["--ignore-hooks"]);
+    let told = text(&done);
+    assert!(done.status.success(), "{told}");
+    assert!(told.contains("WARNING: hook post-failover failed with exit code 8: the copy is active"), "{told}");
+    scene.served();
+    let noted = std::fs::read_to_string(&order).unwrap();
+    let wanted = format!("before {point} 2 no yes\n").repeat(2) + &format!("after {point} 2 no yes\n");
+    // The address is bound before the hook, so that one in use does not run it for nothing.
+    assert_eq!(noted, wanted);
+    let status = scene.pair.receiver.cli(&["status"]);
+    assert!(status.contains("hook post-failover of primary/db failed with exit code 8"), "{status}");
+    assert!(status.contains("| no such address"), "{status}");
+    let log = scene.pair.receiver.log();
+    assert!(log.contains("failed with exit code 8") && !log.contains("no such address"), "what a hook prints is not for the log");
+
+    // Asked again, as after a crash in between: told so, and done.
+    scene.script("pre-failover", &note("again"));
+    scene.script("post-failover", "");
+    let again = scene.failover(&["--json"]);
+    assert!(again.status.success(), "{}", text(&again));
+    let done: Value = serde_json::from_slice(&again.stdout).unwrap();
+    let outcomes: Vec<&Value> = done["hooks"].as_array().unwrap().iter().map(|run| &run["outcome"]).collect();
+    assert_eq!(outcomes, ["succeeded", "succeeded"], "{done:#}");
+    assert!(std::fs::read_to_string(&order).unwrap().contains(&format!("again {point} 2 yes")));
+}
+
+#[test]
+fn hooks_that_hang_hold_up_no_more_than_they_may() {
+    let folder = scratch();
+    let scene = Scene::start(folder.path(), "500ms", &[("pre-failover", "sleep 1000"), ("post-failover", "sleep 1000")]);
+    let began = Instant::now();
+    let said = refused(&scene.failover(&[]));
+    assert!(said.contains("did not end within 500 ms and was killed"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    scene.unchanged();
+    let began = Instant::now();
+    let mut command = scene.pair.receiver.command(&["failover", "db", "--yes", "--ignore-hooks"]);
+    let mut command = command.arg("--export").arg(format!("unix:{}", scene.copy.display())).spawn().unwrap();
+    eventually("the copy is served", Duration::from_secs(10), || {
+        let mut nbd = Nbd::connect(&scene.copy, "root").ok()?;
+        nbd.write(4096, &noise(2, 4096)).ok()
+    });
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    assert!(command.wait().unwrap().success());
+    let outcomes: Vec<Value> = scene.runs().iter().map(|run| run["outcome"].clone()).collect();
+    assert_eq!(outcomes, ["timed-out"; 3]);
+}
+
+#[test]
+fn a_hook_that_is_missing_or_anybodys_is_told_before_the_disaster() {
+    let folder = scratch();
+    let scene = Scene::start(folder.path(), "60s", &[("pre-failover", "exit 0"), ("post-failover", "exit 0")]);
+    let pre = scene.hooks.join("pre-failover");
+    std::fs::set_permissions(&pre, std::fs::Permissions::from_mode(0o777)).unwrap();
+    std::fs::remove_file(scene.hooks.join("post-failover")).unwrap();
+    let told = scene.pair.receiver.cli(&["failover", "db", "--preview"]);
+    assert!(
+        told.contains("hook        pre-failover: WILL FAIL: ") && told.contains("can be changed by others (mode 0777)"),
+        "{told}"
+    );
+    assert!(told.contains("hook        post-failover: WILL FAIL: ") && told.contains("is missing"), "{told}");
+    let said = refused(&scene.failover(&[]));
+    assert!(said.contains("was not run: it can be changed by others (mode 0777): run chmod go-w"), "{said}");
+    scene.unchanged();
+    let checked = scene.pair.receiver.ask(&["run", "--check"]);
+    let told = text(&checked);
+    assert!(checked.status.success() && told.matches("WARNING: hook p").count() == 2, "{told}");
+    std::fs::set_permissions(&pre, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let done = scene.failover(&[]);
+    assert!(done.status.success() && text(&done).contains("post-failover was not run: it is missing"), "{}", text(&done));
+    scene.served();
+}
+
+#[test]
+fn a_node_that_is_killed_while_a_hook_runs_knows_it_afterwards() {
+    let folder = scratch();
+    let started = folder.path().join("started");
+    let body = format!("echo $$ > {}; exec sleep 60", started.display());
+    let mut scene = Scene::start(folder.path(), "60s", &[("pre-failover", &body)]);
+    let mut command = scene.pair.receiver.command(&["failover", "db", "--yes"]);
+    command.arg("--export").arg(format!("unix:{}", scene.copy.display()));
+    let mut asking = command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let pid: i32 =
+        eventually("the hook runs", Duration::from_secs(20), || std::fs::read_to_string(&started).ok()?.trim().parse().ok());
+    scene.pair.receiver.kill();
+    assert!(!asking.wait().unwrap().success());
+    // Nobody watches it any more.
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid).unwrap(), rustix::process::Signal::KILL).unwrap();
+    let _ = std::fs::remove_file(&scene.copy);
+    scene.pair.receiver.start();
+    let runs = scene.runs();
+    assert!(runs.len() == 1 && runs[0]["outcome"] == "interrupted", "{runs:#?}");
+    scene.unchanged();
+    scene.script("pre-failover", "exit 0");
+    let done = scene.failover(&[]);
+    assert!(done.status.success(), "{}", text(&done));
+    scene.served();
+    assert_eq!(scene.runs()[1]["outcome"], "succeeded");
+}
