@@ -51,7 +51,7 @@ fn every_mistake_is_one_line() {
         (group("intervall = \"1s\""), "t.toml:5: unknown key 'intervall' in [[group]] 'db': did you mean 'interval'?"),
         (
             "\"a\\nb\" = 1\n".to_owned() + &receiver(""),
-            "t.toml:1: unknown key 'a\\nb' in the file: known keys are node, receiver, group, hooks",
+            "t.toml:1: unknown key 'a\\nb' in the file: known keys are node, receiver, group, drill, hooks",
         ),
         (
             receiver("") + "\n[hooks]\npre-failover = \"a\"\n",

@@ -173,7 +173,8 @@ async fn watched(
         }
     }
     let mut drained = 0;
-    while let Ok(n @ 1..) = printed.try_read(&mut buf) {
+    // Of the pipe itself, which does not wait: the runtime may not have heard yet that there is something in it.
+    while let Ok(n @ 1..) = rustix::io::read(&printed, &mut buf) {
         output.push(buf.get(..n).unwrap_or_default());
         drained += n;
         if drained >= DRAIN_BYTES_MAX {
