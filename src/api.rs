@@ -2,12 +2,14 @@
 //!
 //! Field names are an interface: they are added to, not changed.
 
+mod adopt;
 mod drill;
 
 use proto::{Fingerprint, Generation, Name, Point};
 use replicator::{GroupStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
 
+pub use adopt::{AdoptDisk, AdoptRequest, AdoptStatus};
 pub use drill::{
     DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillReport, DrillRequest, DrillResult, DrillResults, DrillStarted,
     DrillStatus,

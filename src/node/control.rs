@@ -11,12 +11,13 @@ use axum::{Json, Router};
 use proto::Point;
 use serde::Deserialize;
 
+use super::adopt::AdoptRefused;
 use super::drills::{DRILLS_MAX, DrillRefused};
 use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
-    ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted, FailoverDone, FailoverPlan,
-    FailoverRequest, NodeId, NodeStatus, Points, Verification, VerifyRequest,
+    AdoptRequest, AdoptStatus, ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted,
+    FailoverDone, FailoverPlan, FailoverRequest, NodeId, NodeStatus, Points, Verification, VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -34,6 +35,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/points", get(points))
         .route("/v1/failover", get(plan).post(failover))
         .route("/v1/verify", get(verification).post(verify))
+        .route("/v1/adopt", get(adoption).post(adopt))
         .route("/v1/drills", get(drills))
         .route("/v1/drill", post(drill))
         .route("/v1/drill/hold", post(hold))
@@ -57,6 +59,7 @@ impl IntoResponse for RequestError {
             | Self::UnknownPrimary { .. }
             | Self::CopyOnly { .. }
             | Self::Drill(DrillRefused::Unknown { .. } | DrillRefused::NoPoint(_))
+            | Self::Adopt(AdoptRefused::Never { .. })
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
             | Self::AlreadyActive { .. }
@@ -65,7 +68,8 @@ impl IntoResponse for RequestError {
             | Self::Exports(ExportError::NameTaken { .. }) => StatusCode::CONFLICT,
             Self::Drill(DrillRefused::Name { .. } | DrillRefused::NoUser { .. }) => StatusCode::BAD_REQUEST,
             Self::Drill(DrillRefused::Folder { .. }) => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Drill(_) => StatusCode::CONFLICT,
+            Self::Drill(_) | Self::Adopt(AdoptRefused::Running { .. }) => StatusCode::CONFLICT,
+            Self::Adopt(_) => StatusCode::BAD_REQUEST,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -161,4 +165,20 @@ async fn drill_results(
 ) -> Result<Json<DrillResults>, RequestError> {
     let Query(query) = query?;
     Ok(Json(node.drill_results(&query.group).await?))
+}
+
+async fn adopt(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<AdoptRequest>, JsonRejection>,
+) -> Result<Json<AdoptStatus>, RequestError> {
+    let Json(request) = body?;
+    Ok(Json(node.adopt(&request).await?))
+}
+
+async fn adoption(
+    State(node): State<Arc<Node>>,
+    query: Result<Query<GroupQuery>, QueryRejection>,
+) -> Result<Json<AdoptStatus>, RequestError> {
+    let Query(query) = query?;
+    Ok(Json(node.adoption(&query.group)?))
 }

@@ -10,6 +10,7 @@ use axum::extract::rejection::{JsonRejection, QueryRejection};
 use proto::{Generation, Point};
 
 use super::Node;
+use super::adopt::AdoptRefused;
 use super::copies::{Activated, GroupRef};
 use super::drills::DrillRefused;
 use super::exports::ExportError;
@@ -53,6 +54,8 @@ pub(crate) enum RequestError {
     Verify(#[from] replicator::VerifyRefused),
     #[error(transparent)]
     Drill(#[from] DrillRefused),
+    #[error(transparent)]
+    Adopt(#[from] AdoptRefused),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]
