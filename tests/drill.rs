@@ -306,10 +306,9 @@ fn the_schedule_is_kept_and_a_failure_is_loud() {
     need(&[("nbdinfo", "libnbd-bin")]);
     let folder = scratch();
     let mut pair = pair(folder.path());
-    let size = format!(
-        "nbdinfo --size \"$TWINSITE_EXPORT\" > /dev/null || exit 1; id -un; echo \"size is $(nbdinfo --size $TWINSITE_EXPORT)\""
-    );
-    let (good, bad) = (script(folder.path(), "good.sh", &size), script(folder.path(), "bad.sh", "echo broken; exit 2"));
+    let size =
+        "nbdinfo --size \"$TWINSITE_EXPORT\" > /dev/null || exit 1; id -un; echo \"size is $(nbdinfo --size $TWINSITE_EXPORT)\"";
+    let (good, bad) = (script(folder.path(), "good.sh", size), script(folder.path(), "bad.sh", "echo broken; exit 2"));
     let metrics = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         listener.local_addr().expect("its address").to_string()
