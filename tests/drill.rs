@@ -136,6 +136,8 @@ fn two_drills_beside_the_load_and_a_failover() {
     pair.receiver.failover("db", None, &at("copy"));
     assert!(all_of(&at("copy")) == image);
     Nbd::connect(&at("copy"), "root").expect("the copy").write(0, &noise(5, 4096)).expect("a write to the copy");
+    let mixed = pair.receiver.ask(&["failover", "db", "--yes", "--export", &format!("unix:{}", at("old").display())]);
+    assert!(!mixed.status.success() && text(&mixed).contains("choose another --export"), "{}", text(&mixed));
     assert!(all_of(&at("old")) == old_wanted && all_of(&at("new")) == new_wanted, "drills go on beside the active copy");
     pair.receiver.cli(&["drill", "end", "new"]);
     assert!(Nbd::connect(&at("new"), "root").is_err(), "an ended drill is served no more");

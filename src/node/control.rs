@@ -65,7 +65,7 @@ impl IntoResponse for RequestError {
             | Self::AlreadyActive { .. }
             | Self::NotRunning { .. }
             | Self::Verify(_)
-            | Self::Exports(ExportError::NameTaken { .. }) => StatusCode::CONFLICT,
+            | Self::Exports(ExportError::NameTaken { .. } | ExportError::Mixed { .. }) => StatusCode::CONFLICT,
             Self::Drill(DrillRefused::Name { .. } | DrillRefused::NoUser { .. }) => StatusCode::BAD_REQUEST,
             Self::Drill(DrillRefused::Folder { .. }) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Drill(_) | Self::Adopt(AdoptRefused::Running { .. }) => StatusCode::CONFLICT,

@@ -34,6 +34,10 @@ pub(crate) enum ExportError {
         "{address} serves a disk named {disk} already, of group {group}: nothing was changed; choose another --export address"
     )]
     NameTaken { address: String, disk: String, group: String },
+    #[error(
+        "{address} serves drills, or disks that are none, and not both: nothing was changed; choose another --export address"
+    )]
+    Mixed { address: String },
     #[error("cannot start threads for drills: {0}")]
     Threads(std::io::Error),
     #[error("{}: cannot make the folder of the socket: {source}: make it, or choose another path", path.display())]
@@ -62,6 +66,8 @@ pub(crate) struct Offered {
 
 struct Served {
     server: NbdServer,
+    /// Of drills, on threads that yield.
+    yields: bool,
     disks: Vec<ExportedDisk>,
 }
 
@@ -79,11 +85,10 @@ impl Exports {
     /// Makes sure that a server listens on `address`; its clients wait until disks are added. Returns the address with the port that
     /// the system chose. Nobody else's server is touched.
     pub(crate) async fn listen(&self, address: &ListenAddr, tls: Option<&TlsConfig>) -> Result<ListenAddr, ExportError> {
-        self.listen_on(address, tls, &self.io).await
+        self.listen_on(address, tls, (&self.io, false)).await
     }
 
-    /// As [`listen`](Self::listen), for drills: on threads that yield to guests and to replication. An address that is served already
-    /// stays as it is.
+    /// As [`listen`](Self::listen), for drills: on threads that yield to guests and to replication.
     pub(crate) async fn listen_yielding(&self, address: &ListenAddr) -> Result<ListenAddr, ExportError> {
         let io = match self.yielding.get() {
             Some(io) => io,
@@ -92,13 +97,20 @@ impl Exports {
                 self.yielding.get_or_init(|| made)
             }
         };
-        self.listen_on(address, None, io).await
+        self.listen_on(address, None, (io, true)).await
     }
 
-    async fn listen_on(&self, address: &ListenAddr, tls: Option<&TlsConfig>, io: &IoThreads) -> Result<ListenAddr, ExportError> {
+    async fn listen_on(
+        &self,
+        address: &ListenAddr,
+        tls: Option<&TlsConfig>,
+        (io, yields): (&IoThreads, bool),
+    ) -> Result<ListenAddr, ExportError> {
         let mut servers = self.servers.lock().await;
-        if servers.contains_key(&address.to_string()) {
-            return Ok(address.clone());
+        if let Some(served) = servers.get(&address.to_string()) {
+            // A guest must not end up on threads that yield to everybody, nor a drill on its.
+            let same = served.yields == yields;
+            return if same { Ok(address.clone()) } else { Err(ExportError::Mixed { address: address.to_string() }) };
         }
         if let ListenAddr::Unix(path) = address
             && let Some(folder) = path.parent()
@@ -120,7 +132,7 @@ impl Exports {
         }
         let server = NbdServer::bind(address, ServerOptions { tls, held: true, ..ServerOptions::default() }, io)?;
         let bound = server.address().clone();
-        servers.insert(bound.to_string(), Served { server, disks: Vec::new() });
+        servers.insert(bound.to_string(), Served { server, yields, disks: Vec::new() });
         Ok(bound)
     }
 
