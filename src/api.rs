@@ -2,6 +2,7 @@
 //!
 //! Field names are an interface: they are added to, not changed.
 
+mod adopt;
 mod drill;
 mod hooks;
 
@@ -10,6 +11,7 @@ use receiver::FlattenStatus;
 use replicator::{GroupStatus, HandbackStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
 
+pub use adopt::{AdoptDisk, AdoptRequest, AdoptStatus};
 pub use drill::{
     DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillReport, DrillRequest, DrillResult, DrillResults, DrillStarted,
     DrillStatus,

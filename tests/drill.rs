@@ -136,6 +136,8 @@ fn two_drills_beside_the_load_and_a_failover() {
     pair.receiver.failover("db", None, &at("copy"));
     assert!(all_of(&at("copy")) == image);
     Nbd::connect(&at("copy"), "root").expect("the copy").write(0, &noise(5, 4096)).expect("a write to the copy");
+    let mixed = pair.receiver.ask(&["failover", "db", "--yes", "--export", &format!("unix:{}", at("old").display())]);
+    assert!(!mixed.status.success() && text(&mixed).contains("choose another --export"), "{}", text(&mixed));
     assert!(all_of(&at("old")) == old_wanted && all_of(&at("new")) == new_wanted, "drills go on beside the active copy");
     pair.receiver.cli(&["drill", "end", "new"]);
     assert!(Nbd::connect(&at("new"), "root").is_err(), "an ended drill is served no more");
@@ -370,4 +372,51 @@ fn the_schedule_is_kept_and_a_failure_is_loud() {
     pair.receiver.start();
     let results = pair.receiver.json(&["drill", "results", "db"]);
     assert_eq!(results["results"].as_array().unwrap().len(), 2, "{results:#}");
+}
+
+/// Says something to the control socket; returns the whole answer.
+fn told(receiver: &Node, path: &str, body: &str) -> String {
+    use std::io::{Read, Write};
+    let mut stream =
+        std::os::unix::net::UnixStream::connect(receiver.folder.join("state/control.sock")).expect("the control socket");
+    let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\n");
+    stream.write_all(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes()).expect("a request");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
+/// Would catch drills without a limit, and one at a private socket that stays although whoever asked for it never came.
+#[test]
+fn drills_are_bounded_and_one_that_nobody_holds_ends() {
+    let folder = scratch();
+    let pair = pair(folder.path());
+    let answer = told(&pair.receiver, "/v1/drill", "{\"group\":\"db\",\"script\":\"x\"}");
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("drill-1"), "{answer}");
+    let private = pair.receiver.folder.join("state/drills/drill-1");
+    assert_eq!(std::fs::metadata(&private).expect("its folder").permissions().mode() & 0o777, 0o700);
+    assert_eq!(std::fs::metadata(private.join("nbd.sock")).expect("its socket").permissions().mode() & 0o777, 0o600);
+    let report =
+        "{\"name\":\"drill-9\",\"report\":{\"outcome\":{\"outcome\":\"passed\"},\"took_ms\":1,\"remark\":\"\",\"output\":\"\"}}";
+    let unknown = told(&pair.receiver, "/v1/drill/end", report);
+    assert!(unknown.starts_with("HTTP/1.1 404") && unknown.contains("no drill 'drill-9' runs here"), "{unknown}");
+    let begin = |n: usize| {
+        let export = format!("unix:{}", folder.path().join(format!("{n}.sock")).display());
+        pair.receiver.ask(&["drill", "db", "--name", &format!("n{n}"), "--export", &export])
+    };
+    for n in 2..=16 {
+        let output = begin(n);
+        assert!(output.status.success(), "{}", text(&output));
+    }
+    let one_more = text(&begin(17));
+    // Unless the first one has ended by now.
+    assert!(one_more.contains("16 drills run here, and no more may") || drills(&pair.receiver).len() == 16, "{one_more}");
+    eventually("the one that nobody holds ends", SOON, || {
+        (!drills(&pair.receiver).contains(&"drill-1".to_owned()) && !private.exists()).then_some(())
+    });
+    let names = drills(&pair.receiver);
+    let mut args = vec!["drill", "end"];
+    args.extend(names.iter().map(String::as_str));
+    pair.receiver.cli(&args);
+    assert_eq!((drills(&pair.receiver), forks(&pair)), (Vec::new(), Vec::new()));
 }

@@ -347,6 +347,13 @@ impl Receiver {
         self.site.command(&["drill", &group, "--name", name, "--export", &export, "--json"])
     }
 
+    /// The command that makes a copy of `image` the base of `primary`'s group.
+    pub(crate) fn adopt(&self, primary: &Primary, image: &Path) -> Command {
+        let mut command = self.site.command(&["adopt", &format!("{}/{GROUP}", primary.site.name), "--disk", DISK, "--from"]);
+        command.arg(image);
+        command
+    }
+
     /// The command that throws a drill away.
     pub(crate) fn end_drill(&self, name: &str) -> Command {
         self.site.command(&["drill", "end", name])

@@ -165,6 +165,12 @@ impl GroupCheck<'_, '_> {
                 Err(error) => self.find(&base, 0, error),
             }
         }
+        let results = folder.path.join(crate::drill::RESULTS_FILE);
+        match crate::drill::check(&results) {
+            Err(crate::drill::ResultsError::Damaged { offset, source, .. }) => self.find(&results, offset, source),
+            Err(error) => self.find(&results, 0, error),
+            Ok(()) => {}
+        }
         let journal = folder.journal();
         if let Err(error) = self.journal(&journal, &block) {
             self.find(&journal, 0, error);

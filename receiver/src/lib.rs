@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adopt;
 mod batch;
 pub mod check;
 mod clock;

@@ -1,6 +1,7 @@
 //! All groups of a store: who may see which, creation by the first admitted hello, selection by name.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -9,6 +10,7 @@ use proto::fencing::GroupRole;
 use proto::{Fingerprint, Generation, Name, Point};
 use tokio::sync::watch;
 
+use crate::adopt::AdoptError;
 use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
 use crate::core::{Cause, Stored, total};
 use crate::disk::Disk;
@@ -94,6 +96,9 @@ impl Node {
         let mut groups = BTreeMap::new();
         let folders = store.groups()?;
         store.settle(&folders)?;
+        if let Err(error) = store.sweep_adoptions() {
+            tracing::warn!("{error}");
+        }
         for folder in folders {
             crate::drill::sweep(store.disk(), &folder);
             let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
@@ -201,6 +206,32 @@ impl Node {
             (self.means.open)(folder, usage, options(&self.limits, self.store.disk())).map_err(|e| Arc::new(e) as Cause)?;
         groups.insert(key, Slot::Open(Arc::clone(&group)));
         Ok(Some(group))
+    }
+
+    /// Whether the client has a group of that name, usable or not.
+    pub(crate) fn has(&self, client: &Name, group: &Name) -> bool {
+        self.groups.lock().contains_key(&(client.clone(), group.clone()))
+    }
+
+    /// Opens a group that was built aside, under its name. Blocks on file I/O.
+    pub(crate) fn take_in(&self, client: &Name, group: &Name, building: &Path) -> Result<(), AdoptError> {
+        // Held throughout: a hello must find the group or nothing.
+        let mut groups = self.groups.lock();
+        let key = (client.clone(), group.clone());
+        if groups.contains_key(&key) {
+            return Err(AdoptError::Exists { client: client.clone(), group: group.clone() });
+        }
+        if let Stored::Absent { groups: count, .. } = held(&groups, client)
+            && count >= self.limits.groups_per_client
+        {
+            return Err(AdoptError::Limit { client: client.clone() });
+        }
+        let folder = self.store.name_group(building, client, group)?;
+        let usage = self.usages.get(client).cloned().unwrap_or_default();
+        let opened = (self.means.open)(folder, usage, options(&self.limits, self.store.disk()));
+        let group = opened.map_err(|e| AdoptError::Open(Arc::new(e)))?;
+        groups.insert(key, Slot::Open(group));
+        Ok(())
     }
 
     /// `group` or `client/group`.

@@ -14,6 +14,7 @@ use quinn::{Endpoint, Incoming, VarInt};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
+use crate::adopt::{AdoptError, AdoptProgress, Adoption};
 use crate::config::ReceiverConfig;
 use crate::drill::{self, Drill, DrillError, DrillResult, DrillWish, ResultsError, Whole};
 use crate::fork::{Flattening, OpenFork};
@@ -71,6 +72,9 @@ pub enum ReceiverError {
     /// A drill.
     #[error(transparent)]
     Drill(#[from] DrillError),
+    /// An image that was carried over.
+    #[error(transparent)]
+    Adopt(#[from] AdoptError),
     /// The results of drills.
     #[error(transparent)]
     Results(#[from] ResultsError),
@@ -314,6 +318,21 @@ impl Receiver {
     /// [`ReceiverError`].
     pub fn drill_results(&self, group: &str) -> Result<Vec<Arc<DrillResult>>, ReceiverError> {
         Ok(self.node.select(group)?.shared.drills.all()?)
+    }
+
+    /// Makes images that were carried over by hand the base of a new group. Takes as long as copying them; nothing can be activated before
+    /// the group's primary has compared them.
+    ///
+    /// # Errors
+    /// [`ReceiverError::Adopt`]; nothing of it is left then.
+    pub fn adopt(
+        &self,
+        adoption: Adoption,
+        progress: Arc<AdoptProgress>,
+    ) -> impl Future<Output = Result<(), ReceiverError>> + Send + use<> {
+        let node = Arc::clone(&self.node);
+        let adopted = tokio::task::spawn_blocking(move || crate::adopt::adopt(&node, &adoption, &progress));
+        async move { Ok(adopted.await.map_err(|_| ReceiverError::Stopping)??) }
     }
 
     /// Ends all sessions, syncs what has to be and gives the store up. Devices that are still in use stay usable.

@@ -14,7 +14,7 @@ use proto::fencing::GroupRole;
 use rustix::fs::{FlockOperation, flock};
 
 use crate::disk::Disk;
-use crate::superblock::{Superblock, SuperblockError, SuperblockFile};
+use crate::superblock::{Superblock, SuperblockError, SuperblockFile, Volume};
 
 /// The lock file. A leading dot is no name, so no client can be called like it.
 const LOCK_FILE: &str = ".lock";
@@ -22,6 +22,8 @@ const LOCK_FILE: &str = ".lock";
 const PID_WIDTH: usize = 20;
 /// Prefix of a group's folder while it is being created.
 const UNFINISHED_PREFIX: &str = ".new-";
+/// Prefix of a group's folder while its base is copied.
+const ADOPTING_PREFIX: &str = ".adopt-";
 /// Space that a group keeps for its failover: a store is often full exactly when it is needed.
 const RESERVE_FILE: &str = "reserve";
 /// Enough for the folder and the maps of a fork of 64 volumes.
@@ -204,34 +206,70 @@ impl Store {
     /// [`StoreError`].
     pub fn create_group(&self, client: &Name, group: &Name, block: Superblock) -> Result<GroupFolder, StoreError> {
         debug_assert!(block.role == GroupRole::Replica);
+        let building = self.root.join(client.as_str()).join(format!("{UNFINISHED_PREFIX}{group}"));
+        self.build(&building, block, &mut |path, volume| {
+            self.disk
+                .create_file(path)
+                .and_then(|file| file.set_len(volume.size_bytes).and_then(|()| file.sync_all()))
+                .map_err(at(path, "create the base"))
+        })?;
+        self.name_group(&building, client, group)
+    }
+
+    /// Where a group is built whose base is copied first; a start removes it.
+    pub(crate) fn adopting(&self, client: &Name, group: &Name) -> PathBuf {
+        self.root.join(client.as_str()).join(format!("{ADOPTING_PREFIX}{group}"))
+    }
+
+    /// Removes what was being adopted when the node was killed.
+    pub(crate) fn sweep_adoptions(&self) -> Result<(), StoreError> {
+        for (_, client) in named_folders(&self.root, "client")? {
+            for entry in std::fs::read_dir(&client).map_err(at(&client, "list the folder"))? {
+                let path = entry.map_err(at(&client, "list the folder"))?.path();
+                if path.file_name().and_then(|n| n.to_str()).is_some_and(|name| name.starts_with(ADOPTING_PREFIX)) {
+                    self.disk.remove_folder(&path).map_err(at(&path, "remove what an interrupted adopt left"))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Builds all of a group in a folder that is not its name yet; `base` makes the base of each volume, durably, in their order.
+    pub(crate) fn build<E: From<StoreError>>(
+        &self,
+        building: &Path,
+        block: Superblock,
+        base: &mut dyn FnMut(&Path, &Volume) -> Result<(), E>,
+    ) -> Result<(), E> {
         let disk = &self.disk;
-        let parent = self.root.join(client.as_str());
-        let building = parent.join(format!("{UNFINISHED_PREFIX}{group}"));
         if building.exists() {
-            disk.remove_folder(&building).map_err(at(&building, "remove what a failed creation left"))?;
+            disk.remove_folder(building).map_err(at(building, "remove what a failed creation left"))?;
         }
         for sub in ["base", "journal", "forks"] {
             let path = building.join(sub);
             disk.create_folders(&path).map_err(at(&path, "create the folder"))?;
         }
         for volume in &block.volumes {
-            let path = building.join("base").join(format!("{}.raw", volume.name));
-            disk.create_file(&path)
-                .and_then(|file| file.set_len(volume.size_bytes).and_then(|()| file.sync_all()))
-                .map_err(at(&path, "create the base"))?;
+            base(&building.join("base").join(format!("{}.raw", volume.name)), volume)?;
         }
         let path = building.join(RESERVE_FILE);
         disk.create_file(&path)
             .and_then(|file| file.allocate(RESERVE_BYTES).and_then(|()| file.sync_all()))
             .map_err(at(&path, "reserve space for a failover"))?;
-        SuperblockFile::create(disk, &building, block)?;
-        for folder in [&building.join("base"), &building] {
+        SuperblockFile::create(disk, building, block).map_err(StoreError::from)?;
+        for folder in [&building.join("base"), building] {
             disk.sync_folder(folder).map_err(at(folder, "sync the folder"))?;
         }
+        Ok(())
+    }
+
+    /// Gives a group that was built its name.
+    pub(crate) fn name_group(&self, building: &Path, client: &Name, group: &Name) -> Result<GroupFolder, StoreError> {
+        let parent = self.root.join(client.as_str());
         let path = parent.join(group.as_str());
-        disk.rename(&building, &path).map_err(at(&path, "name the group's folder"))?;
+        self.disk.rename(building, &path).map_err(at(&path, "name the group's folder"))?;
         for folder in [&parent, &self.root] {
-            disk.sync_folder(folder).map_err(at(folder, "sync the folder"))?;
+            self.disk.sync_folder(folder).map_err(at(folder, "sync the folder"))?;
         }
         Ok(GroupFolder { client: client.clone(), group: group.clone(), path })
     }

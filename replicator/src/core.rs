@@ -95,6 +95,8 @@ pub(crate) enum Action {
     MarkAll,
     /// Make everything suspect, also durably: the copy is of another history.
     SuspectAll,
+    /// Mark one block.
+    MarkFirst,
     /// Compare what is suspect with the copy; answer with [`Event::Compared`], at once if nothing is.
     Compare,
     /// Hand this answer to the comparison.
@@ -472,6 +474,8 @@ impl Core {
             out.push(Action::MarkAll);
         } else if known.is_none() {
             out.push(Action::SuspectAll);
+            // An adopted image is no point before an epoch was committed, and an epoch holds something, also if nothing differs.
+            out.extend(theirs.filter(|point| point.epoch == EpochId(0)).map(|_| Action::MarkFirst));
         }
         // Whoever wrote last is known from here on: what is suspect because of it is so durably.
         out.push(Action::Record { generation, sessions: [writer, session], forget_cleared: known.is_none() });

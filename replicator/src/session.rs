@@ -446,6 +446,7 @@ impl Driver {
                 tracing::info!(group = %self.shared.group, "the receiver has no copy; everything is sent");
                 self.shared.ledger.mark_all();
             }
+            Action::MarkFirst => self.shared.ledger.mark_first(),
             Action::SuspectAll => {
                 tracing::warn!(group = %self.shared.group, "the copy is not the one this node knew; everything is compared");
                 self.shared.ledger.suspect_all();

@@ -552,6 +552,7 @@ impl Primary {
                 self.ledger.merge_sealed();
             }
             Action::MarkAll => self.ledger.mark_all(),
+            Action::MarkFirst => self.ledger.mark_first(),
             Action::SuspectAll => {
                 self.ledger.suspect_all();
                 let log = self.log.clone();

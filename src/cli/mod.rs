@@ -1,6 +1,7 @@
 //! The command line: what can be said, and which module answers. Exit codes: 0 done, 1 failed, 2 the command line or the
 //! configuration is wrong, so that trying again unchanged cannot help, 3 refused because it would be dangerous as things are.
 
+mod adopt;
 mod check;
 pub(crate) mod client;
 pub(crate) mod drill;
@@ -311,6 +312,19 @@ TWINSITE_POINT and others, and throws the fork away. Exit code 0 of the script
 means that the point is verified; the last line that it prints is the remark.
 Exit code 0 if it passed, 1 if not.")]
     Drill(drill::DrillArgs),
+    /// Make images that were carried over by hand the copy of a new group (at the receiver)
+    #[command(after_help = "\
+Examples:
+  twinsite adopt alpha/db --disk root --from /mnt/usb/root.raw
+  twinsite adopt db --disk root --from root.raw --disk data --from data.raw
+  twinsite adopt db --watch        show the one that runs
+
+Before the primary connects for the first time: shut the guest down or take a
+snapshot, copy its disks raw, carry them here, adopt them, start the primary.
+It compares all blocks by hash and sends only those that differ. The images
+are copied and stay as they are. Nothing can be activated before the primary
+has committed its first epoch. Ctrl-C ends the watching only.")]
+    Adopt(adopt::AdoptArgs),
     /// Write a disk of a point to a file, raw or qcow2 (at the receiver)
     #[command(after_help = "\
 Examples:
@@ -460,6 +474,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Drill(args) => {
             let socket = socket(args.control())?;
             drill::run(&socket, args)
+        }
+        Command::Adopt(args) => {
+            let socket = socket(args.control())?;
+            adopt::run(&socket, args)
         }
         Command::Export(args) => {
             let socket = socket(args.control())?;

@@ -12,13 +12,14 @@ use proto::Point;
 use replicator::HandbackPlan;
 use serde::Deserialize;
 
+use super::adopt::AdoptRefused;
 use super::drills::{DRILLS_MAX, DrillRefused};
 use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
-    ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted, FailoverDone, FailoverPlan,
-    FailoverRequest, HandbackProgress, HandbackRequest, HookRuns, NodeId, NodeStatus, Points, Refused, SwitchoverRequest,
-    Verification, VerifyRequest,
+    AdoptRequest, AdoptStatus, ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted,
+    FailoverDone, FailoverPlan, FailoverRequest, HandbackProgress, HandbackRequest, HookRuns, NodeId, NodeStatus, Points,
+    Refused, SwitchoverRequest, Verification, VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -40,6 +41,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/handback", get(handback).post(begin_handback))
         .route("/v1/handback/plan", post(handback_plan))
         .route("/v1/switchover", post(switchover))
+        .route("/v1/adopt", get(adoption).post(adopt))
         .route("/v1/drills", get(drills))
         .route("/v1/drill", post(drill))
         .route("/v1/drill/hold", post(hold))
@@ -64,6 +66,7 @@ impl IntoResponse for RequestError {
             | Self::CopyOnly { .. }
             | Self::NeverHandedBack { .. }
             | Self::Drill(DrillRefused::Unknown { .. } | DrillRefused::NoPoint(_))
+            | Self::Adopt(AdoptRefused::Never { .. })
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
             | Self::AlreadyActive { .. }
@@ -71,10 +74,11 @@ impl IntoResponse for RequestError {
             | Self::NotRunning { .. }
             | Self::Verify(_)
             | Self::Handback(_)
-            | Self::Exports(ExportError::NameTaken { .. }) => StatusCode::CONFLICT,
+            | Self::Exports(ExportError::NameTaken { .. } | ExportError::Mixed { .. }) => StatusCode::CONFLICT,
             Self::Drill(DrillRefused::Name { .. } | DrillRefused::NoUser { .. }) => StatusCode::BAD_REQUEST,
             Self::Drill(DrillRefused::Folder { .. }) => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Drill(_) => StatusCode::CONFLICT,
+            Self::Drill(_) | Self::Adopt(AdoptRefused::Running { .. }) => StatusCode::CONFLICT,
+            Self::Adopt(_) => StatusCode::BAD_REQUEST,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Hook(_) => StatusCode::CONFLICT,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
@@ -210,4 +214,20 @@ async fn drill_results(
 ) -> Result<Json<DrillResults>, RequestError> {
     let Query(query) = query?;
     Ok(Json(node.drill_results(&query.group).await?))
+}
+
+async fn adopt(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<AdoptRequest>, JsonRejection>,
+) -> Result<Json<AdoptStatus>, RequestError> {
+    let Json(request) = body?;
+    Ok(Json(node.adopt(&request).await?))
+}
+
+async fn adoption(
+    State(node): State<Arc<Node>>,
+    query: Result<Query<GroupQuery>, QueryRejection>,
+) -> Result<Json<AdoptStatus>, RequestError> {
+    let Query(query) = query?;
+    Ok(Json(node.adoption(&query.group)?))
 }

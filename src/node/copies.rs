@@ -7,16 +7,18 @@ use std::time::Duration;
 
 use blockdev::BlockDevice;
 use proto::units::BLOCK_BYTES;
-use proto::{Generation, Identity, Name, Point};
+use proto::{Fingerprint, Generation, Identity, Name, Point};
+use receiver::adopt::{AdoptProgress, Adoption};
 use receiver::{GroupStatus, Limits, Receiver, ReceiverError, Role};
 use replicator::QueueStatus;
 use tokio::sync::{RwLock, watch};
 
+use super::adopt::AdoptRefused;
 use super::drills::DrillRefused;
 use super::exports::Offered;
 use super::failover::RequestError;
 use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, DrillResult, DrillStatus, PointInfo, Points};
-use crate::config::ReceiverConfig;
+use crate::config::{ClientConfig, ReceiverConfig};
 
 /// A group at the receiver: names are unique for each client only.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,6 +52,7 @@ impl From<receiver::Activated> for Activated {
 pub(crate) struct Copies {
     receiver: RwLock<Option<Receiver>>,
     space_max_bytes: Vec<(Name, u64)>,
+    clients: Vec<ClientConfig>,
 }
 
 impl Copies {
@@ -70,7 +73,7 @@ impl Copies {
         };
         let receiver = Receiver::start(started, identity).await?;
         let space_max_bytes = config.clients.iter().filter_map(|c| Some((c.name.clone(), c.space_max_bytes?))).collect();
-        Ok(Self { receiver: RwLock::new(Some(receiver)), space_max_bytes })
+        Ok(Self { receiver: RwLock::new(Some(receiver)), space_max_bytes, clients: config.clients.clone() })
     }
 
     pub(crate) async fn status(&self, offered: &Offered, drills: &[DrillStatus]) -> Vec<CopyStatus> {
@@ -199,6 +202,31 @@ impl Copies {
         let receiver = self.receiver.read().await;
         let Some(receiver) = receiver.as_ref() else { return Vec::new() };
         receiver.activated().await.into_iter().map(|a| a.map(Into::into).map_err(|error| error.to_string())).collect()
+    }
+
+    /// A group that a client may send, there or not, and the client's key.
+    pub(crate) fn expected(&self, selector: &str) -> Result<(GroupRef, Fingerprint), RequestError> {
+        let known = || self.clients.iter().map(|c| c.name.to_string()).collect();
+        let unknown = || AdoptRefused::Client { given: selector.to_owned(), known: known() };
+        let (client, group) = match (selector.split_once('/'), self.clients.as_slice()) {
+            (Some((client, group)), all) => (all.iter().find(|c| c.name.as_str() == client).ok_or_else(unknown)?, group),
+            (None, [one]) => (one, selector),
+            (None, _) => return Err(unknown().into()),
+        };
+        let group = group.parse::<Name>().map_err(|_| unknown())?;
+        if client.groups.as_ref().is_some_and(|groups| !groups.contains(&group)) {
+            return Err(AdoptRefused::NotAllowed { client: client.name.clone(), group }.into());
+        }
+        Ok((GroupRef { client: client.name.clone(), group }, client.key))
+    }
+
+    /// Makes images the base of a new group. Does not hold the receiver: a stop tells it to end first.
+    pub(crate) async fn adopt(&self, adoption: Adoption, progress: Arc<AdoptProgress>) -> Result<(), RequestError> {
+        let adopting = {
+            let receiver = self.receiver.read().await;
+            running(receiver.as_ref())?.adopt(adoption, progress)
+        };
+        adopting.await.map_err(failed)
     }
 
     /// Makes a drill; nothing of the group changes.

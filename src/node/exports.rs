@@ -4,8 +4,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use blockdev::nbd::{ConnectionStats, Export, ListenAddr, NbdServer, NbdServerError, ServerOptions, TlsError, server_config};
@@ -20,6 +20,9 @@ use crate::config::TlsConfig;
 /// How long a server's clients may take to finish the requests they have in flight.
 const DRAIN: Duration = Duration::from_secs(5);
 
+/// Niceness of the threads that serve drills: above that of replication, which goes first.
+const DRILL_NICE: i32 = 15;
+
 /// Why disks cannot be offered. One line each.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ExportError {
@@ -31,6 +34,12 @@ pub(crate) enum ExportError {
         "{address} serves a disk named {disk} already, of group {group}: nothing was changed; choose another --export address"
     )]
     NameTaken { address: String, disk: String, group: String },
+    #[error(
+        "{address} serves drills, or disks that are none, and not both: nothing was changed; choose another --export address"
+    )]
+    Mixed { address: String },
+    #[error("cannot start threads for drills: {0}")]
+    Threads(std::io::Error),
     #[error("{}: cannot make the folder of the socket: {source}: make it, or choose another path", path.display())]
     Folder { path: PathBuf, source: std::io::Error },
 }
@@ -38,6 +47,8 @@ pub(crate) enum ExportError {
 /// The servers, by address.
 pub(crate) struct Exports {
     io: IoThreads,
+    /// Made for the first drill.
+    yielding: OnceLock<IoThreads>,
     /// Set at the end of the start. Until then clients wait: a guest that comes back while its node starts must not find an address
     /// without its disk.
     open: AtomicBool,
@@ -55,12 +66,14 @@ pub(crate) struct Offered {
 
 struct Served {
     server: NbdServer,
+    /// Of drills, on threads that yield.
+    yields: bool,
     disks: Vec<ExportedDisk>,
 }
 
 impl Exports {
     pub(crate) fn new(io: IoThreads) -> Self {
-        Self { io, open: AtomicBool::new(false), servers: Mutex::default(), failed: Mutex::default() }
+        Self { io, yielding: OnceLock::new(), open: AtomicBool::new(false), servers: Mutex::default(), failed: Mutex::default() }
     }
 
     /// Serves what was added so far, and from now on whatever is added.
@@ -72,9 +85,32 @@ impl Exports {
     /// Makes sure that a server listens on `address`; its clients wait until disks are added. Returns the address with the port that
     /// the system chose. Nobody else's server is touched.
     pub(crate) async fn listen(&self, address: &ListenAddr, tls: Option<&TlsConfig>) -> Result<ListenAddr, ExportError> {
+        self.listen_on(address, tls, (&self.io, false)).await
+    }
+
+    /// As [`listen`](Self::listen), for drills: on threads that yield to guests and to replication.
+    pub(crate) async fn listen_yielding(&self, address: &ListenAddr) -> Result<ListenAddr, ExportError> {
+        let io = match self.yielding.get() {
+            Some(io) => io,
+            None => {
+                let made = yielding_threads(self.io.count()).map_err(ExportError::Threads)?;
+                self.yielding.get_or_init(|| made)
+            }
+        };
+        self.listen_on(address, None, (io, true)).await
+    }
+
+    async fn listen_on(
+        &self,
+        address: &ListenAddr,
+        tls: Option<&TlsConfig>,
+        (io, yields): (&IoThreads, bool),
+    ) -> Result<ListenAddr, ExportError> {
         let mut servers = self.servers.lock().await;
-        if servers.contains_key(&address.to_string()) {
-            return Ok(address.clone());
+        if let Some(served) = servers.get(&address.to_string()) {
+            // A guest must not end up on threads that yield to everybody, nor a drill on its.
+            let same = served.yields == yields;
+            return if same { Ok(address.clone()) } else { Err(ExportError::Mixed { address: address.to_string() }) };
         }
         if let ListenAddr::Unix(path) = address
             && let Some(folder) = path.parent()
@@ -94,9 +130,9 @@ impl Exports {
         {
             tracing::warn!(%address, "anyone who reaches this address can read and write its disks: set tls with client_ca");
         }
-        let server = NbdServer::bind(address, ServerOptions { tls, held: true, ..ServerOptions::default() }, &self.io)?;
+        let server = NbdServer::bind(address, ServerOptions { tls, held: true, ..ServerOptions::default() }, io)?;
         let bound = server.address().clone();
-        servers.insert(bound.to_string(), Served { server, disks: Vec::new() });
+        servers.insert(bound.to_string(), Served { server, yields, disks: Vec::new() });
         Ok(bound)
     }
 
@@ -200,6 +236,19 @@ impl Exports {
     pub(crate) async fn shutdown(&self) {
         stop(std::mem::take(&mut *self.servers.lock().await)).await;
     }
+}
+
+fn yielding_threads(count: usize) -> std::io::Result<IoThreads> {
+    let io = IoThreads::new(count)?;
+    for index in 0..io.count() {
+        io.spawn_on(index, || async {
+            // Without the right to be nicer nothing breaks.
+            if let Err(error) = rustix::process::setpriority_process(None, DRILL_NICE) {
+                tracing::debug!(%error, "a thread of drills keeps its priority");
+            }
+        });
+    }
+    Ok(io)
 }
 
 async fn stop(servers: BTreeMap<String, Served>) {

@@ -11,6 +11,7 @@ use blockdev::nbd::ListenAddr;
 use proto::{Generation, Point};
 
 use super::Node;
+use super::adopt::AdoptRefused;
 use super::copies::{Activated, GroupRef};
 use super::drills::DrillRefused;
 use super::exports::ExportError;
@@ -67,6 +68,8 @@ pub(crate) enum RequestError {
     Handback(#[from] replicator::HandbackError),
     #[error(transparent)]
     Drill(#[from] DrillRefused),
+    #[error(transparent)]
+    Adopt(#[from] AdoptRefused),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]

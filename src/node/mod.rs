@@ -3,6 +3,7 @@
 //! Must hold: a part that cannot start or fails says so in one line and leaves the others running; the state folder and
 //! the control socket belong to one process.
 
+mod adopt;
 mod control;
 mod copies;
 mod drills;
@@ -26,6 +27,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, RwLock, watch};
 
+use self::adopt::Adoptions;
 use self::copies::Copies;
 use self::drills::Drills;
 pub(crate) use self::drills::{environment as drill_environment, report as drill_report};
@@ -56,6 +58,7 @@ pub(crate) struct Node {
     record: Mutex<ExportRecord>,
     pub(crate) drills: Drills,
     hooks: Arc<Hooks>,
+    adoptions: Adoptions,
 }
 
 impl Node {
@@ -200,6 +203,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         record: Mutex::new(record),
         drills: Drills::new(&config.node.state_dir, drill_space_max_bytes),
         hooks,
+        adoptions: Adoptions::default(),
     });
     node.export_active().await;
     let handbacks = tokio::spawn(node.clone().follow_handbacks());
@@ -233,6 +237,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     let orderly = async {
         node.primaries.read().await.end_flushes();
         quit.send_replace(true);
+        node.adoptions.stop();
         // Guests first, so that the last epoch holds all that they wrote.
         node.exports.shutdown().await;
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;

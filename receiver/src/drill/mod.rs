@@ -19,7 +19,7 @@ pub use results::{
     DrillOutcome, DrillResult, OUTPUT_BYTES_MAX, REMARK_BYTES_MAX, RESULTS_MAGIC, RESULTS_MAX, ResultsError, SCRIPT_BYTES_MAX,
     layout,
 };
-pub(crate) use results::{Results, Summary};
+pub(crate) use results::{RESULTS_FILE, Results, Summary, check};
 pub use space::{FREE_BYTES_MAX, FREE_FRACTION, Space};
 
 use crate::disk::Disk;

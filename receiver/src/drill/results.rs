@@ -24,7 +24,8 @@ pub const SCRIPT_BYTES_MAX: usize = 512;
 pub const REMARK_BYTES_MAX: usize = 512;
 /// Most of a script's output that is kept, in bytes: its end.
 pub const OUTPUT_BYTES_MAX: usize = 4096;
-const FILE_NAME: &str = "drills";
+/// The file in the group's folder.
+pub(crate) const RESULTS_FILE: &str = "drills";
 const VERSION: u32 = 1;
 /// Fixed fields of an entry and its longest texts.
 const ENTRY_BYTES_MAX: usize = 56 + SCRIPT_BYTES_MAX + REMARK_BYTES_MAX + OUTPUT_BYTES_MAX;
@@ -146,7 +147,7 @@ pub(crate) struct Results {
 impl Results {
     /// Reads them; what is wrong is said now and whenever somebody asks for them.
     pub(crate) fn open(folder: &Path) -> Self {
-        let path = folder.join(FILE_NAME);
+        let path = folder.join(RESULTS_FILE);
         let read = read(&path).inspect_err(|error| tracing::error!("{error}"));
         Self { path, known: Mutex::new(read) }
     }
@@ -191,6 +192,11 @@ impl Results {
         disk.rename(&aside, &self.path).map_err(|e| ("replace", e))?;
         self.path.parent().map_or(Ok(()), |folder| disk.sync_folder(folder)).map_err(|e| ("sync", e))
     }
+}
+
+/// Whether the results in a file can be trusted; there need not be any.
+pub(crate) fn check(path: &Path) -> Result<(), ResultsError> {
+    read(path).map(drop)
 }
 
 fn read(path: &Path) -> Result<Vec<Arc<DrillResult>>, ResultsError> {
@@ -366,7 +372,7 @@ mod tests {
         let all = Results::open(dir.path()).all().unwrap();
         assert_eq!((all.len(), all[0].point.epoch.0, all[RESULTS_MAX - 1].point.epoch.0), (RESULTS_MAX, 1, 5000));
         assert!(all[0].output.ends_with("end") && all[0].output.len() <= OUTPUT_BYTES_MAX);
-        let bytes = std::fs::metadata(dir.path().join(FILE_NAME)).unwrap().len();
+        let bytes = std::fs::metadata(dir.path().join(RESULTS_FILE)).unwrap().len();
         assert!(bytes <= (HEADER_BYTES + RESULTS_MAX * ENTRY_BYTES_MAX + 4) as u64);
     }
 
@@ -376,7 +382,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let disk = Disk::default();
         Results::open(dir.path()).record(&disk, result(1, DrillOutcome::Passed)).unwrap();
-        let path = dir.path().join(FILE_NAME);
+        let path = dir.path().join(RESULTS_FILE);
         let good = std::fs::read(&path).unwrap();
         for at in 0..good.len() {
             let mut bad = good.clone();
@@ -391,6 +397,7 @@ mod tests {
         let error = results.record(&disk, result(2, DrillOutcome::Passed)).unwrap_err().to_string();
         assert!(error.contains(&path.display().to_string()) && error.contains("offset"), "{error}");
         assert_eq!(results.summary().error.unwrap(), error);
+        assert_eq!(check(&path).unwrap_err().to_string(), error);
         assert_eq!(std::fs::read(&path).unwrap(), bad);
     }
 

@@ -395,3 +395,13 @@ fn backoff_grows_to_its_limit_and_a_refusal_waits_longest() {
     let Phase::Waiting { until, refused } = f.core.phase() else { panic!("waits") };
     assert!(*refused && *until - f.now == REFUSED_RETRY);
 }
+
+/// Would catch an image that is compared, found to be equal, and never a point, because the guest writes nothing.
+#[test]
+fn an_adopted_image_is_compared_and_has_something_to_send() {
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.greet_after(Some(point(1, 0)), 0), [Action::Merge, Action::SuspectAll, Action::MarkFirst]);
+    fixture.epoch(1);
+    assert_eq!(fixture.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(point(1, 1))]);
+    assert_eq!(fixture.tick(0), []);
+}

@@ -51,6 +51,13 @@ impl Ledger {
         self.state.lock().in_flight.iter().all(|w| w.writes == 0)
     }
 
+    /// Marks the first block of the first volume, so that there is something to send.
+    pub(crate) fn mark_first(&self) {
+        if let Some(open) = self.state.lock().open.first_mut() {
+            open.mark(0, 1);
+        }
+    }
+
     /// Bytes that must be compared with the copy.
     pub(crate) fn suspect_bytes(&self) -> u64 {
         self.state.lock().suspect.iter().map(DirtyMap::bytes).sum()

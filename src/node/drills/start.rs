@@ -178,7 +178,7 @@ impl Node {
             // Until the disks are there a failover's end would stop the server that offers nothing.
             let _record = self.record.lock().await;
             self.exports.check_free(&address, &selector, disks.iter().map(|(name, _)| name)).await?;
-            let address = self.exports.listen(&address, None).await?;
+            let address = self.exports.listen_yielding(&address).await?;
             let added = async {
                 if let (ListenAddr::Unix(path), Some(User { uid, gid })) = (&address, user) {
                     let source = |source| DrillRefused::Folder { path: path.clone(), source };
