@@ -134,6 +134,9 @@ pub struct CopyStatus {
     /// The last of them: file, offset and what does not fit.
     #[serde(default)]
     pub last_damage: Option<String>,
+    /// What was given up of its points, and what holds it back.
+    #[serde(default)]
+    pub retention: receiver::RetentionStatus,
 }
 
 /// A disk of a copy.
@@ -207,7 +210,7 @@ pub struct Points {
 }
 
 /// A point that can be activated.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PointInfo {
     /// Its name.
     pub point: Point,
@@ -217,6 +220,34 @@ pub struct PointInfo {
     pub changed_bytes: u64,
     /// Bytes its epoch takes in the journal.
     pub stored_bytes: u64,
+    /// Its names; with one, it is never given up.
+    #[serde(default)]
+    pub names: Vec<Name>,
+}
+
+/// `POST /v1/names`: names a point, or takes a name away.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NameRequest {
+    /// `GROUP` or `CLIENT/GROUP`.
+    pub group: String,
+    /// The name.
+    pub name: Name,
+    /// The point, or another name of it; `None`: the name is taken away.
+    pub point: Option<String>,
+}
+
+/// The answer to a [`NameRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Named {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// The name.
+    pub name: Name,
+    /// The point that has it, or had it.
+    pub point: Point,
 }
 
 /// `GET /v1/failover?group=&point=`: what it would do.

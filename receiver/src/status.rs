@@ -8,6 +8,7 @@ use proto::{Generation, Name, Point};
 use serde::{Deserialize, Serialize};
 
 use crate::group::Group;
+use crate::retention::RetentionStatus;
 
 /// Role of a group, as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +57,8 @@ pub struct GroupStatus {
     pub last_error: Option<String>,
     /// What was compared with the primary.
     pub scrub: ScrubStatus,
+    /// What was given up, and what holds it back.
+    pub retention: RetentionStatus,
 }
 
 /// What was compared with the primary since the node was started.
@@ -154,6 +157,7 @@ pub(crate) fn queues(group: &Group) -> Vec<QueueStatus> {
 /// The state of an open group.
 pub(crate) fn of(group: &Group) -> GroupStatus {
     let shared = &group.shared;
+    let retention = crate::retention::keeper::status(shared);
     let state = shared.state.read();
     let committed = state.points.last().map(PointInfo::from);
     let now = crate::clock::unix_us();
@@ -182,6 +186,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
             damaged_frames: shared.findings.damaged_frames.load(Ordering::Relaxed),
             last_damage: shared.findings.last_damage(),
         },
+        retention,
     }
 }
 
@@ -204,5 +209,6 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         queues: Vec::new(),
         last_error: Some(error),
         scrub: ScrubStatus::default(),
+        retention: RetentionStatus::default(),
     }
 }

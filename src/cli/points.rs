@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use super::{client, human};
-use crate::api::Points;
+use super::{Usage, client, human};
+use crate::api::{NameRequest, Named, Points};
 
 /// Points shown unless all are asked for.
 const SHOWN: usize = 20;
@@ -19,19 +19,82 @@ pub(crate) fn run(socket: &Path, group: &str, all: bool, json: bool) -> anyhow::
         return Ok(());
     }
     let skipped = if all { 0 } else { points.points.len().saturating_sub(SHOWN) };
-    let mut rows = vec![["POINT", "CUT", ">AGE", ">CHANGED", ">STORED"].map(str::to_owned).to_vec()];
+    let mut rows = vec![["POINT", "CUT", ">AGE", ">CHANGED", ">STORED", "NAME"].map(str::to_owned).to_vec()];
+    if points.points.iter().all(|p| p.names.is_empty()) {
+        rows.iter_mut().for_each(|head| head.truncate(5));
+    }
     for p in points.points.iter().skip(skipped) {
-        rows.push(vec![
+        let mut row = vec![
             p.point.to_string(),
             human::utc(p.cut_unix_us),
             human::ms(human::age_ms(p.cut_unix_us)),
             human::bytes(p.changed_bytes),
             human::bytes(p.stored_bytes),
-        ]);
+            p.names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+        ];
+        row.truncate(rows.first().map_or(0, Vec::len));
+        rows.push(row);
     }
     if skipped > 0 {
         println!("{skipped} older points not shown; --all shows them");
     }
     print!("{}", human::table(&rows));
+    Ok(())
+}
+
+/// Ages that a timeline tells apart, in ms, with what it calls them.
+const AGES: [(u64, &str); 8] = [
+    (10 * 60_000, "10 minutes"),
+    (3_600_000, "1 hour"),
+    (6 * 3_600_000, "6 hours"),
+    (86_400_000, "1 day"),
+    (3 * 86_400_000, "3 days"),
+    (7 * 86_400_000, "7 days"),
+    (30 * 86_400_000, "30 days"),
+    (u64::MAX, "older"),
+];
+
+/// How many points there are of each age, and what they take.
+pub(crate) fn timeline(socket: &Path, group: &str) -> anyhow::Result<()> {
+    let points: Points = client::get(socket, &format!("/v1/points?group={}", client::encoded(group)))?;
+    let mut rows = vec![["UP TO", ">POINTS", ">CHANGED", ">STORED", "OLDEST", "NAMES"].map(str::to_owned).to_vec()];
+    let mut younger = 0;
+    for (limit, called) in AGES {
+        let of_age: Vec<_> = points.points.iter().filter(|p| (younger..limit).contains(&human::age_ms(p.cut_unix_us))).collect();
+        younger = limit;
+        let Some(oldest) = of_age.first() else { continue };
+        let names: Vec<String> = of_age.iter().flat_map(|p| &p.names).map(ToString::to_string).collect();
+        rows.push(vec![
+            called.to_owned(),
+            of_age.len().to_string(),
+            human::bytes(of_age.iter().map(|p| p.changed_bytes).sum()),
+            human::bytes(of_age.iter().map(|p| p.stored_bytes).sum()),
+            oldest.point.to_string(),
+            names.join(", "),
+        ]);
+    }
+    if rows.len() == 1 {
+        println!("group {}/{}: no committed point yet", points.client, points.group);
+        return Ok(());
+    }
+    print!("{}", human::table(&rows));
+    Ok(())
+}
+
+/// Names a point, or takes a name away.
+pub(crate) fn name(socket: &Path, group: &str, name: &str, point: Option<&str>, json: bool) -> anyhow::Result<()> {
+    let name = name.parse().map_err(|error| Usage(format!("name '{name}': {error}")))?;
+    let request = NameRequest { group: group.to_owned(), name, point: point.map(str::to_owned) };
+    let named: Named = client::post(socket, "/v1/names", &request)?;
+    if json {
+        println!("{}", serde_json::to_string_pretty(&named)?);
+    } else if point.is_some() {
+        println!(
+            "{}/{}: point {} is '{}' and stays until that name is taken away",
+            named.client, named.group, named.point, named.name
+        );
+    } else {
+        println!("{}/{}: point {} is no longer '{}'", named.client, named.group, named.point, named.name);
+    }
     Ok(())
 }

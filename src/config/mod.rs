@@ -78,6 +78,8 @@ pub struct ClientConfig {
     pub groups: Option<Vec<Name>>,
     /// Most bytes its groups may take.
     pub space_max_bytes: Option<u64>,
+    /// Which points are kept: its own ladder, or that of the receiver.
+    pub retention: receiver::Ladder,
 }
 
 /// `[[group]]`.

@@ -6,7 +6,7 @@ use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use proto::Point;
 use serde::Deserialize;
@@ -14,7 +14,8 @@ use serde::Deserialize;
 use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
-    ApiError, FailoverDone, FailoverPlan, FailoverRequest, NodeId, NodeStatus, Points, Verification, VerifyRequest,
+    ApiError, FailoverDone, FailoverPlan, FailoverRequest, NameRequest, Named, NodeId, NodeStatus, Points, Verification,
+    VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -30,6 +31,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/id", get(id))
         .route("/v1/status", get(status))
         .route("/v1/points", get(points))
+        .route("/v1/names", post(name))
         .route("/v1/failover", get(plan).post(failover))
         .route("/v1/verify", get(verification).post(verify))
         .fallback(async || (StatusCode::NOT_FOUND, answer("no such path; this node speaks /v1".to_owned())))
@@ -47,10 +49,12 @@ impl IntoResponse for RequestError {
             | Self::UnknownGroup { .. }
             | Self::AmbiguousGroup { .. }
             | Self::UnknownPoint { .. }
+            | Self::UnknownName { .. }
             | Self::UnknownPrimary { .. }
             | Self::CopyOnly { .. }
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
+            | Self::Name(_)
             | Self::AlreadyActive { .. }
             | Self::NotRunning { .. }
             | Self::Verify(_)
@@ -76,6 +80,15 @@ async fn points(
 ) -> Result<Json<Points>, RequestError> {
     let Query(query) = query?;
     Ok(Json(node.points(&query.group).await?))
+}
+
+async fn name(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<NameRequest>, JsonRejection>,
+) -> Result<Json<Named>, RequestError> {
+    let Json(request) = body?;
+    let copies = node.receiving()?;
+    Ok(Json(copies.name(&copies.find(&request.group).await?, &request).await?))
 }
 
 async fn plan(

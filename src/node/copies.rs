@@ -1,5 +1,6 @@
 //! The copies this node keeps, in the words of the control socket: the only place that knows the receiver's own types.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use tokio::sync::RwLock;
 
 use super::exports::Offered;
 use super::failover::RequestError;
-use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, PointInfo, Points};
+use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, NameRequest, Named, PointInfo, Points};
 use crate::config::ReceiverConfig;
 
 /// A group at the receiver: names are unique for each client only.
@@ -56,6 +57,7 @@ impl Copies {
             key: c.key,
             groups: c.groups.clone(),
             space_max_bytes: c.space_max_bytes,
+            retention: c.retention.clone(),
         });
         let started = receiver::ReceiverConfig {
             listen: config.listen,
@@ -115,6 +117,7 @@ impl Copies {
             differing_bytes: group.scrub.differing_bytes,
             damaged_frames: group.scrub.damaged_frames,
             last_damage: group.scrub.last_damage,
+            retention: group.retention,
             active: group.active.map(|a| ActiveStatus { point: a.point, export }),
             client: name.client,
             group: name.group,
@@ -145,14 +148,51 @@ impl Copies {
 
     pub(crate) async fn points(&self, group: &GroupRef) -> Result<Points, RequestError> {
         let receiver = self.receiver.read().await;
-        let points = running(receiver.as_ref())?.points(&group.to_string()).map_err(failed)?;
-        let one = |p: receiver::PointInfo| PointInfo {
+        let receiver = running(receiver.as_ref())?;
+        let points = receiver.points(&group.to_string()).map_err(failed)?;
+        let mut names: BTreeMap<Point, Vec<Name>> = BTreeMap::new();
+        for (name, point) in receiver.names(&group.to_string()).map_err(failed)? {
+            names.entry(point).or_default().push(name);
+        }
+        let mut one = |p: receiver::PointInfo| PointInfo {
             point: p.point,
             cut_unix_us: p.cut_unix_us,
             changed_bytes: (p.data_blocks + p.zero_blocks) * BLOCK_BYTES,
             stored_bytes: p.frame_bytes,
+            names: names.remove(&p.point).unwrap_or_default(),
         };
-        Ok(Points { client: group.client.clone(), group: group.group.clone(), points: points.into_iter().map(one).collect() })
+        Ok(Points {
+            client: group.client.clone(),
+            group: group.group.clone(),
+            points: points.into_iter().map(&mut one).collect(),
+        })
+    }
+
+    /// The point that a text means: a point, or the name of one. Whoever takes a point takes a name.
+    pub(crate) async fn resolve(&self, group: &GroupRef, text: &str) -> Result<Point, RequestError> {
+        if let Ok(point) = text.parse() {
+            return Ok(point);
+        }
+        let receiver = self.receiver.read().await;
+        let names = running(receiver.as_ref())?.names(&group.to_string()).map_err(failed)?;
+        let named = text.parse::<Name>().ok().and_then(|name| names.get(&name).copied());
+        named.ok_or_else(|| RequestError::UnknownName { group: group.to_string(), given: text.to_owned() })
+    }
+
+    /// Names a point, or takes a name away.
+    pub(crate) async fn name(&self, group: &GroupRef, request: &NameRequest) -> Result<Named, RequestError> {
+        let point = match &request.point {
+            Some(text) => Some(self.resolve(group, text).await?),
+            None => None,
+        };
+        let receiver = self.receiver.read().await;
+        let (receiver, selector) = (running(receiver.as_ref())?, group.to_string());
+        let point = match point {
+            Some(point) => receiver.name_point(&selector, point, &request.name).await.map(|()| point),
+            None => receiver.unname_point(&selector, &request.name).await,
+        };
+        let point = point.map_err(|error| RequestError::Name(error.to_string()))?;
+        Ok(Named { client: group.client.clone(), group: group.group.clone(), name: request.name.clone(), point })
     }
 
     /// Activates `point`, or the newest; an active group gives the fork it has.

@@ -50,6 +50,10 @@ pub(crate) enum RequestError {
     NeverVerified { group: String },
     #[error(transparent)]
     Verify(#[from] replicator::VerifyRefused),
+    #[error("group {group} has no point '{given}': give a point such as 3.18211, or a name that twinsite points {group} shows")]
+    UnknownName { group: String, given: String },
+    #[error("{0}")]
+    Name(String),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]

@@ -87,7 +87,7 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
 }
 
 fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {
-    MapHeader { group_id: shared.expected.group_id, point, size_bytes }
+    MapHeader { group_id: shared.group_id, point, size_bytes }
 }
 
 fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(), ForkError> {
