@@ -93,6 +93,8 @@ enum Experiment {
     Restart,
     /// Comparing a disk by hash after a kill, against one sequential reader.
     Compare,
+    /// Bytes that the receiver writes for each that it receives, and for each that it folds.
+    Retention,
     /// The guest's writes while the link is cut, restored and throttled.
     Link,
     /// All of them.
@@ -113,6 +115,7 @@ impl Experiment {
             Self::DirtyLog => vec![experiment::dirty_log::run],
             Self::Restart => vec![experiment::restart::run],
             Self::Compare => vec![experiment::compare::run],
+            Self::Retention => vec![experiment::retention::run],
             Self::Link => vec![experiment::link::run],
             Self::All => [
                 Self::Nbd,
@@ -124,6 +127,7 @@ impl Experiment {
                 Self::DirtyLog,
                 Self::Restart,
                 Self::Compare,
+                Self::Retention,
                 Self::Link,
             ]
             .into_iter()

@@ -12,7 +12,7 @@ mod worker;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use parking_lot::{Mutex, RwLock};
@@ -327,6 +327,8 @@ pub(crate) struct Shared {
     pub(crate) findings: Findings,
     pub(crate) names: Names,
     pub(crate) retention: Mutex<RetentionStatus>,
+    /// Bytes that a fold has collected and not written yet.
+    pub(crate) fold_waiting: AtomicUsize,
     pub(crate) usage: Arc<Usage>,
 }
 
@@ -474,6 +476,7 @@ impl Group {
             findings: Findings::default(),
             names,
             retention: Mutex::default(),
+            fold_waiting: AtomicUsize::new(0),
             usage: Arc::clone(&usage),
         });
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);

@@ -148,10 +148,15 @@ impl From<&crate::group::PointEntry> for PointInfo {
 pub(crate) fn queues(group: &Group) -> Vec<QueueStatus> {
     let queue =
         |name: &str, used: usize, limit: usize| QueueStatus { name: name.to_owned(), used: used as u64, limit: limit as u64 };
-    vec![
+    let mut queues = vec![
         queue("journal commands", group.queue_used(), crate::group::GROUP_QUEUE_MAX),
         queue("decoded frame bytes", group.shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
-    ]
+    ];
+    if group.shared.state.read().folding.is_some() {
+        let waiting = group.shared.fold_waiting.load(Ordering::Relaxed);
+        queues.push(queue("fold bytes", waiting, crate::group::fold::FOLD_BUFFER_BYTES));
+    }
+    queues
 }
 
 /// The state of an open group.

@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use proto::codec::DecodeError;
 use proto::units::BLOCK_BYTES;
@@ -29,7 +30,7 @@ use crate::pins::Pinned;
 use crate::superblock::{BaseSeal, Superblock};
 
 /// Blocks are collected up to so many bytes and then written in the order of the disk, neighbours together.
-pub(crate) const FOLD_BUFFER_BYTES: usize = 16 << 20;
+pub(crate) const FOLD_BUFFER_BYTES: usize = 8 << 20;
 /// Regions whose entries are looked through while the group's state is held.
 const FORGET_REGIONS_MAX: usize = 512;
 
@@ -177,6 +178,7 @@ impl Shared {
             }
             in_segment = (frame.segment, frame.offset + frame.header.frame_bytes() as u64);
             progress(before + in_segment.1, total)?;
+            self.fold_waiting.store(base.bytes.len(), Ordering::Relaxed);
             if frame.header.kind == FrameKind::Zero {
                 return Ok(());
             }
@@ -200,6 +202,7 @@ impl Shared {
             Ok(())
         })?;
         base.flush()?;
+        self.fold_waiting.store(0, Ordering::Relaxed);
         base.punch(&index)?;
         base.sync()?;
         Ok((base.done, index))

@@ -16,10 +16,12 @@ use crate::node::Node;
 
 /// Niceness of the thread: below capture and comparisons.
 const NICE: i32 = 15;
-/// Groups are looked at this often.
-const PERIOD: Duration = Duration::from_secs(5);
+/// From look to look; a client short of space is not kept waiting.
+const PERIOD: Duration = Duration::from_secs(1);
+/// The ladder is asked at each of so many looks.
+const LOOKS_OF_LADDER: u32 = 5;
 /// After a fold that failed, the group is left alone for so many looks.
-const LOOKS_AFTER_FAILURE: u32 = 6;
+const LOOKS_AFTER_FAILURE: u32 = 30;
 
 /// The running thread; dropping it stops it, within a frame of a fold.
 #[derive(Debug)]
@@ -60,7 +62,14 @@ fn run(node: &Weak<Node>, runtime: &Handle, stopped: &Receiver<()>) {
         look = look.wrapping_add(1);
         for group in node.open_groups() {
             let failed = group.shared.retention.lock().last_error.is_some();
-            if failed && !look.is_multiple_of(LOOKS_AFTER_FAILURE) {
+            let every = if failed {
+                LOOKS_AFTER_FAILURE
+            } else if is_urgent(&group.shared) {
+                1
+            } else {
+                LOOKS_OF_LADDER
+            };
+            if !look.is_multiple_of(every) {
                 continue;
             }
             let is_stopped = || stopped.try_recv() == Err(TryRecvError::Disconnected);
@@ -76,6 +85,11 @@ fn run(node: &Weak<Node>, runtime: &Handle, stopped: &Receiver<()>) {
 /// While somebody walks the journal, the switch to the new base is tried so often, this far apart.
 const SWITCH_TRIES: u32 = 600;
 const SWITCH_AGAIN: Duration = Duration::from_millis(100);
+
+fn is_urgent(shared: &Shared) -> bool {
+    let state = shared.state.read();
+    state.folding.is_some() || to_free(&shared.usage, state.journal_bytes) > 0
+}
 
 type Asked<'a> = std::pin::Pin<Box<dyn Future<Output = ()> + 'a>>;
 
@@ -129,6 +143,7 @@ pub(crate) fn tend(group: &Group, now_unix_us: u64, drive: &mut Drive<'_>) {
         Err(GroupError::Kept { .. } | GroupError::Closed { .. }) => {}
         Err(error) => failed(shared, &error),
     }
+    shared.fold_waiting.store(0, std::sync::atomic::Ordering::Relaxed);
     let mut status = shared.retention.lock();
     (status.folding_done_bytes, status.folding_total_bytes) = (0, 0);
 }
