@@ -167,6 +167,9 @@ pub struct CopyStatus {
     /// Why results of drills are not known or kept, one line.
     #[serde(default)]
     pub drill_error: Option<String>,
+    /// What was given up of its points, and what holds it back.
+    #[serde(default)]
+    pub retention: receiver::RetentionStatus,
 }
 
 /// A disk of a copy.
@@ -256,6 +259,34 @@ pub struct PointInfo {
     /// What the last drill with a script found on it.
     #[serde(default)]
     pub drill: Option<DrillResult>,
+    /// Its names; with one, it is never given up.
+    #[serde(default)]
+    pub names: Vec<Name>,
+}
+
+/// `POST /v1/names`: names a point, or takes a name away.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NameRequest {
+    /// `GROUP` or `CLIENT/GROUP`.
+    pub group: String,
+    /// The name.
+    pub name: Name,
+    /// The point, or another name of it; `None`: the name is taken away.
+    pub point: Option<String>,
+}
+
+/// The answer to a [`NameRequest`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Named {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
+    /// The name.
+    pub name: Name,
+    /// The point that has it, or had it.
+    pub point: Point,
 }
 
 /// `GET /v1/failover?group=&point=`: what it would do.

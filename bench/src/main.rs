@@ -93,6 +93,8 @@ enum Experiment {
     Restart,
     /// Comparing a disk by hash after a kill, against one sequential reader.
     Compare,
+    /// Bytes that the receiver writes for each that it receives, and for each that it folds.
+    Retention,
     /// The guest's writes while the link is cut, restored and throttled.
     Link,
     /// The lag with two drills under load against that without, and reads of a fresh drill against the raw file.
@@ -115,6 +117,7 @@ impl Experiment {
             Self::DirtyLog => vec![experiment::dirty_log::run],
             Self::Restart => vec![experiment::restart::run],
             Self::Compare => vec![experiment::compare::run],
+            Self::Retention => vec![experiment::retention::run],
             Self::Link => vec![experiment::link::run],
             Self::Drill => vec![experiment::drill::run],
             Self::All => [
@@ -127,6 +130,7 @@ impl Experiment {
                 Self::DirtyLog,
                 Self::Restart,
                 Self::Compare,
+                Self::Retention,
                 Self::Link,
                 Self::Drill,
             ]

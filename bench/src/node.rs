@@ -131,9 +131,22 @@ struct Export {
     connections: Vec<Connection>,
 }
 
+/// The part of a copy's status that experiments use.
 #[derive(Debug, Deserialize)]
-struct Copy {
+pub(crate) struct Copy {
     queues: Vec<Queue>,
+    pub(crate) received_bytes: u64,
+    pub(crate) stored_bytes: u64,
+    pub(crate) retention: Retention,
+}
+
+/// What a copy has given up.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Retention {
+    pub(crate) folding: Option<serde_json::Value>,
+    pub(crate) folds: u64,
+    pub(crate) folded_bytes: u64,
+    pub(crate) freed_bytes: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -240,6 +253,11 @@ impl Primary {
         self.site.folder.join("state/groups").join(GROUP).join(format!("{DISK}.dirtylog"))
     }
 
+    /// The base of its disk in the store of `receiver`.
+    pub(crate) fn base_in(&self, receiver: &Receiver) -> PathBuf {
+        receiver.store().join(&self.site.name).join(GROUP).join("base").join(format!("{DISK}.raw"))
+    }
+
     /// Where the disk is exported.
     pub(crate) fn socket(&self) -> PathBuf {
         self.site.folder.join("nbd.sock")
@@ -331,6 +349,19 @@ impl Receiver {
             bail!("{}: the receiver does not run: {error}", self.site.name);
         }
         Ok(daemon)
+    }
+
+    /// The space of its last client, from the next start on.
+    pub(crate) fn limit_space(&mut self, bytes: u64) -> Result<()> {
+        self.clients.truncate(self.clients.find("space_max").unwrap_or(self.clients.len()));
+        self.clients.push_str(&format!("space_max = \"{bytes}B\"\n"));
+        self.configure()
+    }
+
+    /// Its only copy.
+    pub(crate) fn copy(&self) -> Result<Copy> {
+        let copy = self.site.status()?.receiver.and_then(|r| r.groups.into_iter().next());
+        copy.with_context(|| format!("{}: no copy in its status", self.site.name))
     }
 
     /// The command that activates the newest point of `primary`'s group and exports it on `socket`.

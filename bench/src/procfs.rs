@@ -36,6 +36,18 @@ pub(crate) fn peak_resident(pid: u32) -> Result<u64> {
     peak_bytes(&status).with_context(|| format!("{path}: no VmHWM line"))
 }
 
+/// Bytes that `pid` has had written to a disk so far: `write_bytes` of `/proc/PID/io`, see proc(5).
+pub(crate) fn written(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/io");
+    let io =
+        fs::read_to_string(&path).with_context(|| format!("{path}: cannot read what was written: has the process ended?"))?;
+    written_bytes(&io).with_context(|| format!("{path}: no write_bytes line"))
+}
+
+fn written_bytes(io: &str) -> Option<u64> {
+    io.lines().find_map(|l| l.strip_prefix("write_bytes:"))?.trim().parse().ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -123,6 +123,8 @@ pub(crate) fn adopt(node: &Node, adoption: &Adoption, progress: &AdoptProgress) 
         generation: Generation(1),
         role: GroupRole::Replica,
         base: Some(Point { generation: Generation(1), epoch: EpochId(0) }),
+        base_seal: Default::default(),
+        folding: None,
         synced: None,
         fork: None,
         first_segment: FIRST_SEGMENT,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use proto::{Fingerprint, Name};
 
+use crate::retention::Ladder;
+
 /// A receiver's configuration.
 #[derive(Clone, Debug)]
 pub struct ReceiverConfig {
@@ -29,10 +31,13 @@ pub struct ClientConfig {
     pub key: Fingerprint,
     /// The groups it may have; `None`: any, up to the limit.
     pub groups: Option<Vec<Name>>,
-    /// Bytes its journals may take; `None`: what the disk has. When reached, its sessions are closed and nothing is deleted.
+    /// Bytes its journals may take; `None`: what the disk has. Before it is reached, points are given up earlier than
+    /// the ladder says; when it is reached all the same, its sessions are closed.
     pub space_max_bytes: Option<u64>,
     /// Whether it may have its disks back. Who does not trust a primary any more (a break-in is a disaster too) says no before it can ask.
     pub handback: bool,
+    /// Which points of its groups are kept.
+    pub retention: Ladder,
 }
 
 /// Limits of a receiver, with defaults that suit most.

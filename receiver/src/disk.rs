@@ -30,6 +30,15 @@ pub enum Op<'a> {
         /// The bytes.
         bytes: &'a [u8],
     },
+    /// Zeroes in a file, which give their space back where that can be done.
+    Punch {
+        /// The file.
+        file: &'a Path,
+        /// Where the first zero goes.
+        offset: u64,
+        /// How many; not beyond the file's end.
+        bytes: u64,
+    },
     /// A new length: zeroes are added, or the end is cut off.
     Resize {
         /// The file.
@@ -194,6 +203,28 @@ impl DiskFile {
     pub(crate) fn append_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         self.disk
             .perform(&Op::Write { file: &self.path, offset, bytes }, || self.uncached.write_all_at(&self.file, bytes, offset))
+    }
+
+    /// Makes a range of the file zeroes, as a hole where the file system can.
+    pub(crate) fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.disk.perform(&Op::Punch { file: &self.path, offset, bytes }, || {
+            let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+            match rustix::fs::fallocate(&self.file, flags, offset, bytes) {
+                Err(rustix::io::Errno::OPNOTSUPP) => self.write_zeroes(offset, bytes),
+                done => Ok(done?),
+            }
+        })
+    }
+
+    fn write_zeroes(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let zeroes = vec![0; bytes.min(1 << 20) as usize];
+        let (mut at, end) = (offset, offset + bytes);
+        while at < end {
+            let piece = zeroes.get(..(end - at).min(zeroes.len() as u64) as usize).unwrap_or_default();
+            self.file.write_all_at(piece, at)?;
+            at += piece.len() as u64;
+        }
+        Ok(())
     }
 
     pub(crate) fn set_len(&self, bytes: u64) -> io::Result<()> {

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use blockdev::{Buf, SharedFile};
 use parking_lot::{Mutex, RwLock};
@@ -109,6 +110,8 @@ pub(crate) struct FrameStore {
     pub(crate) table: RwLock<FrameTable>,
     files: Mutex<Lru<u32, SharedFile>>,
     cache: Cache,
+    /// Frames before this one were folded: the base has what they said last.
+    folded: AtomicU32,
 }
 
 type Cache = Mutex<Lru<u32, Arc<Decoded>>>;
@@ -121,6 +124,7 @@ impl FrameStore {
             table: RwLock::default(),
             files: Mutex::new(Lru::new(OPEN_SEGMENTS_MAX)),
             cache: Mutex::new(Lru::new(FRAME_CACHE_BYTES)),
+            folded: AtomicU32::new(0),
         }
     }
 
@@ -132,6 +136,20 @@ impl FrameStore {
     /// Forgets decoded frames from `first` on, whose numbers are given again.
     pub(crate) fn forget_from(&self, first: u32) {
         self.cache.lock().retain(|frame| frame < first);
+    }
+
+    /// Whether the base has the blocks of this frame. Whoever holds an index from before the fold is sent there: its point is not before that of
+    /// the base, so what it wants of the frame was the last word at the base's point too.
+    pub(crate) fn is_folded(&self, frame: FrameId) -> bool {
+        frame.0 < self.folded.load(Ordering::Acquire)
+    }
+
+    /// The frames before `first` were folded, and segments before `segment` are about to go.
+    pub(crate) fn fold_before(&self, first: u32, segment: u32) {
+        self.folded.store(first, Ordering::Release);
+        self.table.write().forget_before(first);
+        self.cache.lock().retain(|frame| frame >= first);
+        self.files.lock().retain(|number| number >= segment);
     }
 
     /// Bytes of decoded frames held now.

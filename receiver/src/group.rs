@@ -4,6 +4,7 @@
 //! session that lost the group cannot write (its commands carry its number), and a promotion stands between two
 //! commits, never in one. Frames of the next epoch wait in the channel while the thread syncs.
 
+pub(crate) mod fold;
 mod stage;
 #[cfg(test)]
 mod tests;
@@ -11,7 +12,7 @@ mod worker;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use parking_lot::{Mutex, RwLock};
@@ -25,12 +26,15 @@ use crate::core::{Arrived, Cause, StoredGroup};
 use crate::disk::Disk;
 use crate::fork::{FlattenStatus, Flattening, OpenFork};
 use crate::frames::FrameStore;
-use crate::index::{FrameId, Index};
-use crate::journal::{self, Expected, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Unsealed, Walker};
+use crate::index::{FrameId, FrameTable, Index};
+use crate::journal::{self, Expected, GroupId, Item, JournalError, JournalOptions, Mark, Payloads, Sink, Unsealed, Walker};
 use crate::liveness::Heard;
+use crate::names::{NameError, Names};
+use crate::pins::{Pin, Pinned, Pins};
+use crate::retention::{Ladder, RetentionStatus};
 use crate::scrub::Findings;
 use crate::store::GroupFolder;
-use crate::superblock::{ForkInUse, SuperblockError, SuperblockFile, Volume};
+use crate::superblock::{ForkInUse, Superblock, SuperblockError, SuperblockFile, Volume};
 use stage::Stage;
 use worker::Worker;
 
@@ -117,6 +121,32 @@ pub enum GroupError {
         /// How long it had.
         seconds: u64,
     },
+    /// A fold would take away what somebody looks at, or what must stay.
+    #[error("group '{group}' cannot be folded up to point {point}: {why}")]
+    Kept {
+        /// The group.
+        group: Name,
+        /// The point.
+        point: Point,
+        /// What is in the way.
+        why: &'static str,
+    },
+    /// The base cannot be written.
+    #[error("{}: cannot {what} the base: {source}", path.display())]
+    Base {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A frame that is to be folded.
+    #[error(transparent)]
+    Frame(#[from] crate::frames::FrameError),
+    /// Its named points.
+    #[error(transparent)]
+    Names(#[from] NameError),
     /// Its fork.
     #[error(transparent)]
     Fork(#[from] crate::fork::ForkError),
@@ -127,6 +157,8 @@ pub enum GroupError {
 pub(crate) struct Usage {
     pub(crate) used: AtomicU64,
     pub(crate) max: Option<u64>,
+    /// Which of their points are kept.
+    pub(crate) ladder: Ladder,
 }
 
 /// A committed point.
@@ -140,11 +172,30 @@ pub(crate) struct PointEntry {
     pub(crate) zero_blocks: u64,
     pub(crate) session: SessionToken,
     pub(crate) end: Mark,
+    /// Number of the first data frame after it.
+    pub(crate) next_frame: u32,
 }
 
 impl PointEntry {
-    fn new(seal: &Seal, end: Mark) -> Self {
+    /// The point of the base, whose seal is gone. An adopted image is no point: nobody knows yet what it shows.
+    fn of_base(block: &Superblock) -> Option<Self> {
+        let seal = block.base_seal;
+        Some(Self {
+            point: block.base.filter(|point| point.epoch > EpochId(0))?,
+            cut_unix_us: seal.cut_unix_us,
+            first_write_unix_us: seal.first_write_unix_us,
+            frame_bytes: 0,
+            data_blocks: 0,
+            zero_blocks: 0,
+            session: seal.session,
+            end: Mark { segment: block.first_segment.saturating_sub(1), bytes: 0 },
+            next_frame: 0,
+        })
+    }
+
+    fn new(seal: &Seal, end: Mark, next_frame: u32) -> Self {
         Self {
+            next_frame,
             point: seal.point(),
             cut_unix_us: seal.cut_unix_us,
             first_write_unix_us: seal.first_write_unix_us,
@@ -205,10 +256,10 @@ pub(crate) struct Promoted {
 }
 
 /// The newest point at an instant between two commands.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Snapshot {
     pub(crate) point: Option<Point>,
-    pub(crate) index: Index,
+    pub(crate) index: Pinned,
 }
 
 #[derive(Debug)]
@@ -264,7 +315,26 @@ enum Command {
     },
     /// Ends the session, so that its primary comes back and takes writes again.
     GiveUpDrain,
+    /// Gives up the points before this one, durably: a fold overwrites what they need.
+    BeginFold {
+        point: Point,
+        reply: oneshot::Sender<Result<PointEntry, GroupError>>,
+    },
+    /// The base has everything up to this point, durably.
+    EndFold {
+        point: Point,
+        reply: oneshot::Sender<Result<fold::Switched, GroupError>>,
+    },
     Stop,
+}
+
+/// Where the journal begins.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Beginning {
+    pub(crate) base: Option<Point>,
+    pub(crate) first_segment: u32,
+    /// Number of the first data frame that was not folded.
+    pub(crate) first_frame: u32,
 }
 
 /// What holds now, for readers.
@@ -274,7 +344,11 @@ pub(crate) struct State {
     pub(crate) role: GroupRole,
     pub(crate) fork: Option<ForkInUse>,
     pub(crate) index: Index,
+    /// Oldest first; that of the base, if there is one, is the first.
     pub(crate) points: Vec<PointEntry>,
+    pub(crate) beginning: Beginning,
+    /// A fold up to this point has begun, and may have to be done again.
+    pub(crate) folding: Option<Point>,
     pub(crate) peer: Option<Peer>,
     pub(crate) last_error: Option<String>,
     pub(crate) journal_bytes: u64,
@@ -285,18 +359,28 @@ pub(crate) struct State {
 pub(crate) struct Shared {
     pub(crate) folder: GroupFolder,
     pub(crate) disk: Disk,
-    pub(crate) expected: Expected,
+    pub(crate) group_id: GroupId,
+    pub(crate) volume_blocks: Arc<[u64]>,
+    pub(crate) pins: Arc<Pins>,
+    /// Held by whoever walks the journal; segments are given up only while nobody does.
+    walks: RwLock<()>,
     pub(crate) owner: Fingerprint,
     pub(crate) volumes: Vec<Volume>,
     pub(crate) state: RwLock<State>,
     pub(crate) frames: FrameStore,
     pub(crate) bytes_received: AtomicU64,
     pub(crate) findings: Findings,
-    pub(crate) usage: Arc<Usage>,
     /// The newest commit of a primary that takes no more writes.
     pub(crate) drained: watch::Sender<Option<Point>>,
     pub(crate) drills: crate::drill::Results,
     pub(crate) heard: Heard,
+    /// Pins of the points under forks that are kept, until the process ends.
+    pub(crate) kept: Mutex<Vec<Pin>>,
+    pub(crate) names: Names,
+    pub(crate) retention: Mutex<RetentionStatus>,
+    /// Bytes that a fold has collected and not written yet.
+    pub(crate) fold_waiting: AtomicUsize,
+    pub(crate) usage: Arc<Usage>,
 }
 
 /// A handle to a group.
@@ -340,8 +424,8 @@ impl Sink for Recovered<'_> {
 
     fn sealed(&mut self, seal: &Seal, end: Mark) {
         self.stage.seal(&mut self.committed);
-        self.points.push(PointEntry::new(seal, end));
         self.next_committed = next_frame(self.frames);
+        self.points.push(PointEntry::new(seal, end, self.next_committed));
     }
 
     fn unsealed(&mut self, unsealed: &Unsealed) -> bool {
@@ -360,7 +444,7 @@ fn next_frame(frames: &FrameStore) -> u32 {
 }
 
 /// Enters a frame into the table. The same order of frames gives the same numbers, here and in every rebuild.
-fn number_frame(table: &mut crate::index::FrameTable, segment: u32, offset: u64, kind: FrameKind) -> FrameId {
+fn number_frame(table: &mut FrameTable, segment: u32, offset: u64, kind: FrameKind) -> FrameId {
     match kind {
         FrameKind::Zero => FrameId::ZERO,
         FrameKind::Data => {
@@ -396,20 +480,23 @@ impl Group {
             base: block.base,
             volume_blocks: Arc::clone(&volume_blocks),
         };
-        let frames = FrameStore::new(&folder.journal(), volume_blocks);
+        let frames = FrameStore::new(&folder.journal(), Arc::clone(&volume_blocks));
         let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes), block.base.is_none());
         let mut found = Recovered {
             committed: empty,
             stage: Stage::default(),
-            points: Vec::new(),
+            points: PointEntry::of_base(&block).into_iter().collect(),
             frames: &frames,
             next_committed: 0,
             keeps: block.role == GroupRole::Replica,
             unsealed: None,
         };
         let disk = options.disk.clone();
+        let names = Names::open(&disk, &folder.path);
         let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
-        let Recovered { committed, stage, points, next_committed, unsealed, .. } = found;
+        let Recovered { committed, stage, mut points, next_committed, unsealed, .. } = found;
+        // The base may have something of what comes after them.
+        points.retain(|p| block.folding.is_none_or(|folding| p.point >= folding));
         let newest = points.last().map(|p| p.point).or(block.base);
         let epoch = newest.map_or(EpochId(1), |p| p.epoch.next());
         journal.expect(epoch);
@@ -421,24 +508,39 @@ impl Group {
             fork: block.fork.clone(),
             index: committed,
             points,
+            beginning: Beginning { base: block.base, first_segment: block.first_segment, first_frame: 0 },
+            folding: block.folding,
             peer: None,
             last_error: None,
             journal_bytes: journal.bytes(),
         };
+        let pins = Arc::new(Pins::default());
+        let points = crate::fork::kept_points(&folder, &block.volumes).unwrap_or_else(|error| {
+            tracing::error!("{}: {error}; nothing is folded until that is mended", folder.path.display());
+            state.points.first().map(|p| p.point).into_iter().collect()
+        });
+        let kept = points.into_iter().map(|point| pins.pin(point)).collect();
         let shared = Arc::new(Shared {
             drills: crate::drill::Results::open(&folder.path),
             folder,
             disk,
-            expected,
+            group_id: block.group_id,
+            volume_blocks,
+            pins,
+            walks: RwLock::default(),
             owner: block.owner,
             volumes: block.volumes,
             state: RwLock::new(state),
             frames,
             bytes_received: AtomicU64::new(0),
             findings: Findings::default(),
-            usage: Arc::clone(&usage),
             drained: watch::Sender::new(None),
             heard: Heard::default(),
+            kept: Mutex::new(kept),
+            names,
+            retention: Mutex::default(),
+            fold_waiting: AtomicUsize::new(0),
+            usage: Arc::clone(&usage),
         });
         let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
         let worker = Worker {
@@ -599,41 +701,91 @@ impl Shared {
         StoredGroup { generation: state.generation, role: state.role, owned: self.owner == key, volumes: self.volumes.clone() }
     }
 
-    /// The index at `point`: at once for the newest, else by walking the journal's headers up to it.
-    pub(crate) fn index_at(&self, point: Point) -> Result<Index, GroupError> {
-        let empty = || Index::new(self.volumes.iter().map(|v| v.size_bytes), self.expected.base.is_none());
-        if self.expected.base == Some(point) {
-            return Ok(empty());
+    /// Names a point: it stays until the name is taken away.
+    pub(crate) fn name_point(&self, point: Point, name: &Name) -> Result<(), GroupError> {
+        let mut holds = || self.state.read().points.binary_search_by_key(&point, |p| p.point).is_ok();
+        if self.names.set(&self.disk, name, point, &mut holds)? {
+            return Ok(());
         }
-        let entry = {
+        Err(GroupError::NoPoint { group: self.folder.group.clone(), point })
+    }
+
+    /// What the journal must fit that begins there.
+    pub(crate) fn expected(&self, beginning: Beginning) -> Expected {
+        Expected {
+            group_id: self.group_id,
+            first_segment: beginning.first_segment,
+            base: beginning.base,
+            volume_blocks: Arc::clone(&self.volume_blocks),
+        }
+    }
+
+    /// The index of the newest point.
+    pub(crate) fn newest(&self) -> Pinned {
+        let state = self.state.read();
+        Pinned { index: state.index.clone(), _pin: state.points.last().map(|p| self.pins.pin(p.point)) }
+    }
+
+    /// The index at `point`: at once for the newest and for that of the base, else by walking the journal's headers up to it.
+    pub(crate) fn index_at(&self, point: Point) -> Result<Pinned, GroupError> {
+        let _walk = self.walks.read();
+        let (entry, pin, beginning) = {
             let state = self.state.read();
-            if state.points.last().is_some_and(|p| p.point == point) {
-                return Ok(state.index.clone());
-            }
             let i = state.points.binary_search_by_key(&point, |p| p.point).ok();
-            i.and_then(|i| state.points.get(i)).copied()
+            let Some(entry) = i.and_then(|i| state.points.get(i)).copied() else {
+                return Err(GroupError::NoPoint { group: self.folder.group.clone(), point });
+            };
+            let pin = Some(self.pins.pin(point));
+            if state.points.last().is_some_and(|p| p.point == point) {
+                return Ok(Pinned { index: state.index.clone(), _pin: pin });
+            }
+            (entry, pin, state.beginning)
         };
-        let group = || self.folder.group.clone();
-        let Some(entry) = entry else { return Err(GroupError::NoPoint { group: group(), point }) };
+        let mut index = Index::new(self.volumes.iter().map(|v| v.size_bytes), beginning.base.is_none());
+        if beginning.base != Some(point) {
+            let mut stage = Stage::default();
+            self.walk(&entry, beginning, &mut |frame| {
+                stage.add(&index, (frame.header.volume, frame.header.kind, frame.id), frame.extents);
+                Ok(())
+            })?;
+            stage.seal(&mut index);
+        }
+        Ok(Pinned { index, _pin: pin })
+    }
+
+    /// Walks the journal up to a point, frame by frame with the numbers that they have in the table. The caller sees to it that no segment is given up meanwhile.
+    fn walk(
+        &self,
+        to: &PointEntry,
+        beginning: Beginning,
+        frame: &mut dyn FnMut(Walked<'_>) -> Result<(), GroupError>,
+    ) -> Result<(), GroupError> {
         let folder = self.folder.journal();
         let list = |source| JournalError::Io { path: folder.clone(), what: "list", source };
-        let mut walker = Walker::new(&folder, self.expected.clone(), Some(entry.end), (Payloads::Skip, 0)).map_err(list)?;
-        let (mut index, mut stage, mut table) = (empty(), Stage::default(), crate::index::FrameTable::default());
+        let payloads = (Payloads::Skip, 0);
+        let mut walker = Walker::new(&folder, self.expected(beginning), Some(to.end), payloads).map_err(list)?;
+        let mut table = FrameTable::beginning_at(beginning.first_frame);
         loop {
             match walker.next() {
                 Ok(Some(Item::Frame { segment, offset, header, extents, .. })) => {
                     let id = number_frame(&mut table, segment, offset, header.kind);
-                    stage.add(&index, (header.volume, header.kind, id), &extents);
+                    frame(Walked { segment, offset, id, header: &header, extents: &extents })?;
                 }
-                Ok(Some(Item::Seal { seal, .. })) if seal.point() == point => {
-                    stage.seal(&mut index);
-                    return Ok(index);
-                }
+                Ok(Some(Item::Seal { seal, .. })) if seal.point() == to.point => return Ok(()),
                 Ok(Some(Item::Seal { .. })) => {}
-                Ok(None) => return Err(GroupError::NoPoint { group: group(), point }),
+                Ok(None) => return Err(GroupError::NoPoint { group: self.folder.group.clone(), point: to.point }),
                 Err(bad) if bad.is_io() => return Err(JournalError::Unreadable { bad: bad.into() }.into()),
                 Err(bad) => return Err(JournalError::DamagedSegment { bad: bad.into() }.into()),
             }
         }
     }
+}
+
+/// A frame met in a walk.
+struct Walked<'a> {
+    segment: u32,
+    offset: u64,
+    id: FrameId,
+    header: &'a FrameHeader,
+    extents: &'a [BlockExtent],
 }

@@ -176,6 +176,51 @@ impl VolumeIndexMap {
         *self.regions.slot(number) = Some(runs);
     }
 
+    /// Forgets what the base has meanwhile, in up to `regions_max` regions from `number` on: runs of frames before `first`, and zeroes that
+    /// `folded`, the index of the base's point, has as zeroes too. Returns where to go on.
+    pub(crate) fn forget_folded(&mut self, number: u64, regions_max: usize, first: FrameId, folded: &Self) -> Option<u64> {
+        self.base_is_zero = false;
+        let touched: Vec<u64> = self.regions.iter_from(number).take(regions_max).map(|(number, _)| number).collect();
+        for number in &touched {
+            let Some(runs) = self.regions.get(*number) else { continue };
+            let mut kept = Vec::with_capacity(runs.len());
+            for run in runs.iter() {
+                match run.frame {
+                    FrameId::ZERO => folded.zeroes_left(*number, *run, &mut kept),
+                    frame if frame >= first => kept.push(*run),
+                    _ => {}
+                }
+            }
+            if kept.len() == runs.len() && kept[..] == runs[..] {
+                continue;
+            }
+            self.runs = (self.runs + kept.len() as u64).saturating_sub(runs.len() as u64);
+            if kept.is_empty() {
+                self.regions_used -= 1;
+                self.regions.remove(*number);
+            } else {
+                *self.regions.slot(*number) = Some(Arc::from(kept));
+            }
+        }
+        touched.last().filter(|_| touched.len() == regions_max).map(|last| last + 1)
+    }
+
+    /// The pieces of a run of zeroes that are something else here.
+    fn zeroes_left(&self, region: u64, run: Run, out: &mut Vec<Run>) {
+        let (mut at, end) = (run.start, run.end());
+        while at < end {
+            let (place, blocks) = self.find(region * REGION_BLOCKS + u64::from(at), u64::from(end - at));
+            let len = blocks as u16;
+            if place != Place::Zero {
+                match out.last_mut().filter(|last| last.frame == FrameId::ZERO && last.end() == at) {
+                    Some(last) => last.len += len,
+                    None => out.push(Run { start: at, len, frame: FrameId::ZERO }),
+                }
+            }
+            at += len;
+        }
+    }
+
     /// The first region from `number` on that has an entry.
     pub(crate) fn next_region(&self, number: u64) -> Option<u64> {
         self.regions.iter_from(number).next().map(|(number, _)| number)
@@ -259,6 +304,13 @@ impl Index {
         self.volumes.get(volume)
     }
 
+    /// Something was folded into the base: zeroes are an entry from now on.
+    pub(crate) fn base_is_written(&mut self) {
+        for volume in &mut self.volumes {
+            volume.base_is_zero = false;
+        }
+    }
+
     pub(crate) fn volumes_mut(&mut self) -> &mut [VolumeIndexMap] {
         &mut self.volumes
     }
@@ -291,6 +343,21 @@ pub(crate) struct FramePlace {
 }
 
 impl FrameTable {
+    /// An empty table whose first frame gets the number `next`.
+    pub(crate) fn beginning_at(next: u32) -> Self {
+        Self { segments: Vec::new(), next }
+    }
+
+    /// Forgets the frames before `first`: those that were folded.
+    pub(crate) fn forget_before(&mut self, first: u32) {
+        let whole = self.segments.partition_point(|s| s.first + s.offsets.len() as u32 <= first);
+        self.segments.drain(..whole);
+        if let Some(segment) = self.segments.first_mut().filter(|s| s.first < first) {
+            segment.offsets.drain(..(first - segment.first) as usize);
+            segment.first = first;
+        }
+    }
+
     /// Number the next data frame gets; `None` when the numbers are used up.
     pub(crate) fn next(&self) -> Option<FrameId> {
         (self.next <= FrameId::MAX.0).then_some(FrameId(self.next))

@@ -20,6 +20,7 @@ use crate::drill::{self, Drill, DrillError, DrillResult, DrillWish, ResultsError
 use crate::fork::{Flattening, OpenFork};
 use crate::group::{Group, GroupError};
 use crate::node::{Means, Node, SelectError, Slot};
+use crate::retention::keeper::Keeper;
 use crate::session::{self, Client, one_line};
 use crate::status::{self, GroupStatus, PointInfo};
 use crate::store::{Store, StoreError};
@@ -60,6 +61,12 @@ pub enum ReceiverError {
     Listen {
         /// The address.
         address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The thread that folds.
+    #[error("cannot start the retention thread: {source}")]
+    Thread {
         /// Why.
         source: std::io::Error,
     },
@@ -112,6 +119,7 @@ pub struct Receiver {
     node: Arc<Node>,
     endpoint: Endpoint,
     stop: watch::Sender<bool>,
+    keeper: Keeper,
     accepting: JoinHandle<()>,
     /// Set if activated copies are flattened, one at a time.
     flatten: Option<Arc<Semaphore>>,
@@ -145,6 +153,7 @@ impl Receiver {
             .await
             .map_err(|_| ReceiverError::Stopping)??;
         let node = Arc::new(node);
+        let keeper = Keeper::start(&node).map_err(|source| ReceiverError::Thread { source })?;
         let keys: BTreeSet<Fingerprint> = clients.iter().map(|c| c.key).collect();
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(identity.quic_server(keys)?));
         server.transport_config(Arc::new(proto::transport::settings(true)));
@@ -159,7 +168,7 @@ impl Receiver {
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         let accept = Accept { node: Arc::clone(&node), clients: Arc::new(clients), connections, handshakes, stopped };
         let accepting = tokio::spawn(accept.run(endpoint.clone()));
-        Ok(Self { node, endpoint, stop, accepting, flatten })
+        Ok(Self { node, endpoint, stop, keeper, accepting, flatten })
     }
 
     /// The address it listens on.
@@ -189,6 +198,34 @@ impl Receiver {
         let group = self.node.select(group)?;
         let state = group.shared.state.read();
         Ok(state.points.iter().map(PointInfo::from).collect())
+    }
+
+    /// The named points of a group.
+    ///
+    /// # Errors
+    /// [`ReceiverError::Select`].
+    pub fn names(&self, group: &str) -> Result<BTreeMap<Name, Point>, ReceiverError> {
+        Ok(self.node.select(group)?.shared.names.all())
+    }
+
+    /// Names a kept point; it stays until the name is taken away. Durable when this returns.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn name_point(&self, group: &str, point: Point, name: &Name) -> Result<(), ReceiverError> {
+        let (group, name) = (self.node.select(group)?, name.clone());
+        let named = tokio::task::spawn_blocking(move || group.shared.name_point(point, &name));
+        Ok(named.await.map_err(|_| ReceiverError::Stopping)??)
+    }
+
+    /// Takes a name away and gives the point that had it.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn unname_point(&self, group: &str, name: &Name) -> Result<Point, ReceiverError> {
+        let (group, name) = (self.node.select(group)?, name.clone());
+        let removed = tokio::task::spawn_blocking(move || group.shared.names.remove(&group.shared.disk, &name));
+        Ok(removed.await.map_err(|_| ReceiverError::Stopping)?.map_err(GroupError::from)?)
     }
 
     /// Read-only disks of a group at a kept point (the newest by default), and that point.
@@ -339,6 +376,8 @@ impl Receiver {
     pub async fn shutdown(self) {
         let _ = self.stop.send(true);
         let _ = self.accepting.await;
+        let keeper = self.keeper;
+        let _ = tokio::task::spawn_blocking(move || keeper.stop()).await;
         for group in self.node.open_groups() {
             group.stop().await;
         }

@@ -443,7 +443,7 @@ impl Session {
         let views = match &self.compared {
             Some(views) => Arc::clone(views),
             None => {
-                let index = group.shared.state.read().index.clone();
+                let index = group.shared.newest();
                 let views = views(&group.shared, index).map_err(|error| Arc::new(error) as Cause)?;
                 let views: Result<Vec<View>, _> = views.into_iter().map(|view| view.reading_fresh().in_bulk()).collect();
                 let views = views.map_err(|error| Arc::new(error) as Cause)?;

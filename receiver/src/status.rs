@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::drill::DrillResult;
 use crate::fork::FlattenStatus;
 use crate::group::Group;
+use crate::retention::RetentionStatus;
 
 /// Role of a group, as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +65,8 @@ pub struct GroupStatus {
     pub scrub: ScrubStatus,
     /// What drills found.
     pub drills: DrillsStatus,
+    /// What was given up, and what holds it back.
+    pub retention: RetentionStatus,
 }
 
 /// What drills of a group found.
@@ -174,15 +177,21 @@ impl From<&crate::group::PointEntry> for PointInfo {
 pub(crate) fn queues(group: &Group) -> Vec<QueueStatus> {
     let queue =
         |name: &str, used: usize, limit: usize| QueueStatus { name: name.to_owned(), used: used as u64, limit: limit as u64 };
-    vec![
+    let mut queues = vec![
         queue("journal commands", group.queue_used(), crate::group::GROUP_QUEUE_MAX),
         queue("decoded frame bytes", group.shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
-    ]
+    ];
+    if group.shared.state.read().folding.is_some() {
+        let waiting = group.shared.fold_waiting.load(Ordering::Relaxed);
+        queues.push(queue("fold bytes", waiting, crate::group::fold::FOLD_BUFFER_BYTES));
+    }
+    queues
 }
 
 /// The state of an open group.
 pub(crate) fn of(group: &Group) -> GroupStatus {
     let shared = &group.shared;
+    let retention = crate::retention::keeper::status(shared);
     let state = shared.state.read();
     let committed = state.points.last().map(PointInfo::from);
     let now = crate::clock::unix_us();
@@ -215,6 +224,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
             last_damage: shared.findings.last_damage(),
         },
         drills: shared.drills.summary().into(),
+        retention,
     }
 }
 
@@ -240,5 +250,6 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         last_error: Some(error),
         scrub: ScrubStatus::default(),
         drills: DrillsStatus::default(),
+        retention: RetentionStatus::default(),
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use proto::codec::{DecodeError, Reader, bounded, check_crc};
 use proto::fencing::GroupRole;
 use proto::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
-use proto::{EpochId, Fingerprint, Generation, Name, Point};
+use proto::{EpochId, Fingerprint, Generation, Name, Point, SessionToken};
 
 use crate::disk::{Disk, DiskFile};
 
@@ -54,6 +54,13 @@ pub mod layout {
         (160, 8, "fork_epoch"),
         (168, 8, "created_unix_us"),
         (176, 65, "fork_name"),
+        (241, 1, "has_folding"),
+        (242, 6, "reserved"),
+        (248, 8, "folding_generation"),
+        (256, 8, "folding_epoch"),
+        (264, 8, "base_cut_unix_us"),
+        (272, 8, "base_first_write_unix_us"),
+        (280, 16, "base_session"),
     ];
     /// `(offset, bytes, field)` of an entry of the volume table.
     pub const VOLUME: &[(usize, usize, &str)] = &[(0, 8, "size_bytes"), (8, 65, "name"), (73, 7, "reserved")];
@@ -94,6 +101,17 @@ pub struct ForkInUse {
     pub point: Point,
 }
 
+/// What the seal of the base's point said; the seal itself is gone with its segment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BaseSeal {
+    /// Its cut, microseconds since 1970 on the primary's clock.
+    pub cut_unix_us: u64,
+    /// The oldest write in it, on the same clock.
+    pub first_write_unix_us: u64,
+    /// The session that cut it.
+    pub session: SessionToken,
+}
+
 /// What the receiver must never forget about a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
@@ -107,6 +125,10 @@ pub struct Superblock {
     pub role: GroupRole,
     /// The point that the base shows; `None`: an empty base, all zeroes.
     pub base: Option<Point>,
+    /// What its seal said; zeroes while there is no base.
+    pub base_seal: BaseSeal,
+    /// Set before the first block of a fold up to this point is written into the base: points before it are not offered any more.
+    pub folding: Option<Point>,
     /// The newest point known to have been synced when this was written; its frames are never taken for a torn commit.
     pub synced: Option<Point>,
     /// The fork in use, if promoted.
@@ -217,6 +239,12 @@ impl Superblock {
         point(&mut out, self.fork.as_ref().map(|f| f.point));
         out.extend_from_slice(&self.created_unix_us.to_le_bytes());
         put_text(&mut out, self.fork.as_ref().map_or("", |f| f.name.as_str()), 65);
+        out.push(self.folding.is_some().into());
+        out.extend_from_slice(&[0; 6]);
+        point(&mut out, self.folding);
+        out.extend_from_slice(&self.base_seal.cut_unix_us.to_le_bytes());
+        out.extend_from_slice(&self.base_seal.first_write_unix_us.to_le_bytes());
+        out.extend_from_slice(&self.base_seal.session.0);
         out.resize(VOLUMES_AT, 0);
         for volume in &self.volumes {
             out.extend_from_slice(&volume.size_bytes.to_le_bytes());
@@ -256,11 +284,13 @@ impl Superblock {
         };
         let (has_base, has_synced, has_fork) = (r.u8()? != 0, r.u8()? != 0, r.u8()? != 0);
         let first_segment = r.u32()?;
-        let mut point =
-            || -> Result<Point, DecodeError> { Ok(Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) }) };
-        let (base, synced, fork_point) = (point()?, point()?, point()?);
+        let (base, synced, fork_point) = (get_point(&mut r)?, get_point(&mut r)?, get_point(&mut r)?);
         let created_unix_us = r.u64()?;
         let fork_name = get_text(&mut r, 65)?;
+        let has_folding = r.u8()? != 0;
+        r.bytes(6)?;
+        let folding = get_point(&mut r)?;
+        let base_seal = BaseSeal { cut_unix_us: r.u64()?, first_write_unix_us: r.u64()?, session: SessionToken(r.array()?) };
         let fork = if has_fork {
             let name = fork_name.parse().map_err(|_| rule("the fork has a name"))?;
             Some(ForkInUse { name, point: fork_point })
@@ -281,6 +311,8 @@ impl Superblock {
             generation,
             role,
             base: has_base.then_some(base),
+            base_seal,
+            folding: has_folding.then_some(folding),
             synced: has_synced.then_some(synced),
             fork,
             first_segment,
@@ -289,6 +321,10 @@ impl Superblock {
         };
         Ok((sequence, block))
     }
+}
+
+fn get_point(r: &mut Reader<'_>) -> Result<Point, DecodeError> {
+    Ok(Point { generation: Generation(r.u64()?), epoch: EpochId(r.u64()?) })
 }
 
 /// A length byte, the text, zeroes up to `field_bytes`.

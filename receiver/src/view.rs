@@ -12,17 +12,18 @@ use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, Uncac
 use proto::units::BLOCK_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
-use crate::frames::{FrameError, FreshFrames};
+use crate::frames::{Decoded, FrameError, FreshFrames};
 use crate::group::{GroupError, Shared};
-use crate::index::{Index, Place};
+use crate::index::{FrameId, Place};
 use crate::journal::JournalError;
+use crate::pins::Pinned;
 use crate::superblock::Volume;
 
 /// One volume of a group at one point.
 #[derive(Debug)]
 pub struct View {
     shared: Arc<Shared>,
-    index: Arc<Index>,
+    index: Arc<Pinned>,
     volume: usize,
     size: u64,
     base: SharedFile,
@@ -34,18 +35,18 @@ pub struct View {
 }
 
 /// The view of one volume for a comparison with the primary: what is decoded in memory does not count.
-pub(crate) fn fresh(shared: &Arc<Shared>, index: Index, volume: usize) -> Result<Option<View>, GroupError> {
+pub(crate) fn fresh(shared: &Arc<Shared>, index: Pinned, volume: usize) -> Result<Option<View>, GroupError> {
     let of_volume = shared.volumes.get(volume).map(|spec| view(shared, &Arc::new(index), volume, spec)).transpose()?;
     Ok(of_volume.map(View::reading_fresh))
 }
 
 /// The views of all volumes of a group from one index.
-pub(crate) fn views(shared: &Arc<Shared>, index: Index) -> Result<Vec<View>, GroupError> {
+pub(crate) fn views(shared: &Arc<Shared>, index: Pinned) -> Result<Vec<View>, GroupError> {
     let index = Arc::new(index);
     shared.volumes.iter().enumerate().map(|(volume, spec)| view(shared, &index, volume, spec)).collect()
 }
 
-fn view(shared: &Arc<Shared>, index: &Arc<Index>, volume: usize, spec: &Volume) -> Result<View, GroupError> {
+fn view(shared: &Arc<Shared>, index: &Arc<Pinned>, volume: usize, spec: &Volume) -> Result<View, GroupError> {
     let base_path = shared.folder.base(&spec.name);
     let base = File::open(&base_path).map(SharedFile::new).map_err(|source| JournalError::Io {
         path: base_path.clone(),
@@ -89,7 +90,7 @@ impl View {
 
     /// The places of a byte range in order: place, first byte of the piece, its length.
     fn pieces(&self, offset: u64, length: u64) -> impl Iterator<Item = (Place, u64, u64)> + '_ {
-        let map = self.index.volume(self.volume);
+        let map = self.index.index.volume(self.volume);
         let (mut at, end) = (offset, offset + length);
         std::iter::from_fn(move || {
             let map = map.filter(|_| at < end)?;
@@ -102,9 +103,24 @@ impl View {
         })
     }
 
-    /// A base that nothing was folded into is all zeroes.
+    /// Where it is now. What was in no frame when the index was made, before anything was folded, is zeroes, whatever a fold writes elsewhere.
     fn known(&self, place: Place) -> Place {
-        if place == Place::Base && self.shared.expected.base.is_none() { Place::Zero } else { place }
+        let base_is_zero = || self.index.index.volume(self.volume).is_some_and(|map| map.base_is_zero());
+        match place {
+            Place::Base if base_is_zero() => Place::Zero,
+            Place::Frame(frame) if self.shared.frames.is_folded(frame) => Place::Base,
+            place => place,
+        }
+    }
+
+    /// The frame, or nothing if its blocks are in the base by now.
+    async fn load(&self, frame: FrameId) -> io::Result<Option<Arc<Decoded>>> {
+        let loaded = self.shared.frames.load(frame, self.fresh.as_ref()).await;
+        loaded.map(Some).or_else(|error| self.folded_meanwhile(frame, error))
+    }
+
+    fn folded_meanwhile(&self, frame: FrameId, error: FrameError) -> io::Result<Option<Arc<Decoded>>> {
+        if self.shared.frames.is_folded(frame) { Ok(None) } else { Err(self.failed(error)) }
     }
 
     async fn fill(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -114,11 +130,12 @@ impl View {
             match place {
                 Place::Zero => part.fill(0),
                 Place::Base => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
-                Place::Frame(frame) => {
-                    let decoded = self.shared.frames.load(frame, self.fresh.as_ref()).await;
-                    let decoded = decoded.map_err(|error| self.failed(error))?;
-                    self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
-                }
+                Place::Frame(frame) => match self.load(frame).await? {
+                    Some(decoded) => {
+                        self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
+                    }
+                    None => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
+                },
             }
         }
         Ok(())
@@ -137,8 +154,12 @@ impl View {
                 Place::Zero => part.fill(0),
                 Place::Base => std::os::unix::fs::FileExt::read_exact_at(self.base.file(), part, at)?,
                 Place::Frame(frame) => {
-                    let decoded = self.shared.frames.load_now(frame, self.fresh.as_ref());
-                    let decoded = decoded.map_err(|error| self.failed(error))?;
+                    let loaded = self.shared.frames.load_now(frame, self.fresh.as_ref()).map(Some);
+                    let loaded = loaded.or_else(|error| self.folded_meanwhile(frame, error))?;
+                    let Some(decoded) = loaded else {
+                        std::os::unix::fs::FileExt::read_exact_at(self.base.file(), part, at)?;
+                        continue;
+                    };
                     self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
                 }
             }
@@ -172,7 +193,7 @@ impl View {
     }
 
     /// Copies the content of a frame from byte `at` on; `None` if the frame does not hold all of it.
-    fn copy(&self, decoded: &crate::frames::Decoded, mut at: u64, mut part: &mut [u8]) -> Option<()> {
+    fn copy(&self, decoded: &Decoded, mut at: u64, mut part: &mut [u8]) -> Option<()> {
         while !part.is_empty() {
             let content = decoded.from(self.volume, at / BLOCK_BYTES)?.get((at % BLOCK_BYTES) as usize..)?;
             let n = content.len().min(part.len());

@@ -123,15 +123,31 @@ Examples:
   twinsite points db
   twinsite points alpha/db --all      if two clients send a group of this name
   twinsite points db --json
+  twinsite points db --timeline       what is kept, by age
+  twinsite points db --name 1.18211 before-upgrade
+  twinsite points db --unname before-upgrade
 
 The newest point has what was written last, also what you may want to be rid
-of: to run from an earlier one, twinsite failover db --point POINT.")]
+of: to run from an earlier one, twinsite failover db --point POINT.
+
+Older points are given up one after the other, as `retention` in the receiver's
+configuration says. A point with a name stays until the name is taken away, and
+so do all points after it.")]
     Points {
         /// GROUP, or CLIENT/GROUP
         group: String,
         /// All points, not only the newest
         #[arg(long)]
         all: bool,
+        /// How many points there are of each age, and what they take
+        #[arg(long, conflicts_with_all = ["all", "name", "unname"])]
+        timeline: bool,
+        /// Give a point a name
+        #[arg(long, num_args = 2, value_names = ["POINT", "NAME"], conflicts_with_all = ["all", "unname"])]
+        name: Option<Vec<String>>,
+        /// Take a name away
+        #[arg(long, value_name = "NAME", conflicts_with = "all")]
+        unname: Option<String>,
         /// Print JSON (always all points)
         #[arg(long)]
         json: bool,
@@ -457,7 +473,15 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Run { check, with_parent } => run(file.as_deref(), check, with_parent),
         Command::Id { json } => id::run(file.as_deref(), json),
         Command::Status { group, watch, json, at } => status::run(&socket(&at)?, group.as_deref(), watch, json),
-        Command::Points { group, all, json, at } => points::run(&socket(&at)?, &group, all, json),
+        Command::Points { group, all, timeline, name, unname, json, at } => {
+            let socket = socket(&at)?;
+            match (name.as_deref(), unname) {
+                (Some([point, name]), _) => points::name(&socket, &group, name, Some(point), json),
+                (_, Some(name)) => points::name(&socket, &group, &name, None, json),
+                _ if timeline && !json => points::timeline(&socket, &group),
+                _ => points::run(&socket, &group, all, json),
+            }
+        }
         Command::Failover { group, point, export, preview, yes, force, ignore_hooks, json, at } => {
             let wish = failover::Wish { group, point, export, preview, yes, force, ignore_hooks, json };
             failover::run(&socket(&at)?, &wish)

@@ -276,6 +276,7 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     let limit = group.space_max_bytes.map_or_else(String::new, |max| format!(", limit {}", bytes(max)));
     out.pair("stored", &format!("{}{limit}", bytes(group.stored_bytes)));
     out.pair("received", &format!("{} since the node started", bytes(group.received_bytes)));
+    retention(out, group, paint);
     let differing = match group.differing_bytes {
         0 => "none of it differed".to_owned(),
         differing => paint.bad(&format!("{} of it differed and were sent again", bytes(differing))),
@@ -338,6 +339,26 @@ fn flattened(flatten: &FlattenStatus, paint: Paint) -> String {
             let drawn = human::bar(flatten.done_bytes, flatten.total_bytes, BAR_WIDTH);
             format!("{drawn} {percent} %  {done} of {total}  {}/s  {left} left", bytes(flatten.rate_bytes_per_s))
         }
+    }
+}
+
+fn retention(out: &mut Lines, group: &CopyStatus, paint: Paint) {
+    let of = &group.retention;
+    let base = of.base.map_or_else(|| "base empty".to_owned(), |point| format!("base at point {point}"));
+    let now = match of.folding {
+        Some(to) if of.folding_total_bytes > 0 => {
+            format!(", folding up to {to}: {} of {}", bytes(of.folding_done_bytes), bytes(of.folding_total_bytes))
+        }
+        Some(to) => format!(", folding up to {to} waits"),
+        None => String::new(),
+    };
+    let held = of.held_by.map_or_else(String::new, |point| format!(", held back by a reader of point {point}"));
+    out.pair("retention", &format!("{base}{now}{held}; {} given back since the node started", bytes(of.freed_bytes)));
+    if of.early_folds > 0 {
+        out.pair("space", &paint.warn("nearly used: points are given up earlier than the ladder says"));
+    }
+    if let Some(error) = &of.last_error {
+        out.pair("retention", &paint.bad(&human::sanitised(error)));
     }
 }
 

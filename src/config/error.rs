@@ -34,6 +34,12 @@ pub enum Problem {
         /// As it should look.
         example: &'static str,
     },
+    /// No rung of a ladder.
+    #[error("is no rung: write \"all for 10m\", or \"1h for 3d\" for one point an hour up to an age of three days")]
+    Rung,
+    /// Rungs that are no ladder.
+    #[error("is no ladder: {0}")]
+    Ladder(receiver::LadderError),
     /// No size.
     #[error("is not a size: write a number and a unit, for example \"64MiB\" or \"500GB\"")]
     Size,

@@ -121,6 +121,8 @@ pub struct ClientConfig {
     pub space_max_bytes: Option<u64>,
     /// Whether it may have its disks back after a failover, or roll them back.
     pub handback: bool,
+    /// Which points are kept: its own ladder, or that of the receiver.
+    pub retention: receiver::Ladder,
 }
 
 /// `[[group]]`.

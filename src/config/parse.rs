@@ -156,10 +156,11 @@ fn receiver<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut
     let store = reader.need(s, "store", "\"/srv/twinsite\"", text("a path in quotes", |t| path(context, t)));
     let drill_space = reader.get(s, "drill_space_max", text("\"10GiB\"", units::size));
     let flatten = reader.get(s, "flatten", flag);
+    let ladder = retention(reader, s).unwrap_or_default();
     let clients: Vec<_> = reader
         .sections(s, "client", "[[receiver.client]]")
         .into_iter()
-        .map(|section| client(reader, section, &mut context.seen))
+        .map(|section| client(reader, section, &ladder, &mut context.seen))
         .collect();
     reader.finish(section);
     Some(ReceiverConfig {
@@ -171,7 +172,24 @@ fn receiver<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut
     })
 }
 
-fn client<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, seen: &mut Seen) -> Option<ClientConfig> {
+/// `retention`, if it is there.
+fn retention<'d>(reader: &mut Reader<'d>, section: &mut Section<'d>) -> Option<receiver::Ladder> {
+    let rungs = reader.get(section, "retention", list(units::rung))?;
+    match receiver::Ladder::new(rungs.value.clone()) {
+        Ok(ladder) => Some(ladder),
+        Err(error) => {
+            reader.wrong(&rungs, Problem::Ladder(error));
+            None
+        }
+    }
+}
+
+fn client<'d>(
+    reader: &mut Reader<'d>,
+    mut section: Section<'d>,
+    ladder: &receiver::Ladder,
+    seen: &mut Seen,
+) -> Option<ClientConfig> {
     section.title = titled("[[receiver.client]]", &section);
     let s = &mut section;
     let name = reader.need(s, "name", "\"alpha\"", text("\"alpha\"", |t| Ok(t.parse::<Name>()?)));
@@ -190,6 +208,7 @@ fn client<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, seen: &mut Seen
     }
     let space = reader.get(s, "space_max", text("\"500GiB\"", units::size));
     let handback = reader.get(s, "handback", flag);
+    let own = retention(reader, s);
     reader.finish(section);
     Some(ClientConfig {
         name: name?.value,
@@ -197,6 +216,7 @@ fn client<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, seen: &mut Seen
         groups: groups.map(|found| found.value),
         space_max_bytes: space.map(|found| found.value),
         handback: handback.is_none_or(|found| found.value),
+        retention: own.unwrap_or_else(|| ladder.clone()),
     })
 }
 

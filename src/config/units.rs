@@ -53,6 +53,16 @@ pub(crate) fn duration_or_off(text: &str) -> Result<Option<Duration>, Problem> {
     duration(text).map(Some).map_err(|_| Problem::DurationOrOff)
 }
 
+/// A rung of a ladder: `all for 10m`, or `1h for 3d`, which keeps one point an hour up to an age of three days.
+///
+/// # Errors
+/// [`Problem::Rung`].
+pub(crate) fn rung(text: &str) -> Result<receiver::Rung, Problem> {
+    let (every, reach) = text.split_once(" for ").ok_or(Problem::Rung)?;
+    let every = if every.trim() == "all" { None } else { Some(duration(every).map_err(|_| Problem::Rung)?) };
+    Ok(receiver::Rung { every, reach: duration(reach).map_err(|_| Problem::Rung)? })
+}
+
 /// Bits a second of a text such as `20 Mbit/s`; `None` for `none`.
 ///
 /// Bits only: "MB/s" and "Mb/s" differ by eight, and by the reader's habit.

@@ -18,8 +18,8 @@ use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
     AdoptRequest, AdoptStatus, ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted,
-    FailoverDone, FailoverPlan, FailoverRequest, HandbackProgress, HandbackRequest, HookRuns, NodeId, NodeStatus, Points,
-    Refused, SwitchoverRequest, Verification, VerifyRequest,
+    FailoverDone, FailoverPlan, FailoverRequest, HandbackProgress, HandbackRequest, HookRuns, NameRequest, Named, NodeId,
+    NodeStatus, Points, Refused, SwitchoverRequest, Verification, VerifyRequest,
 };
 
 #[derive(Deserialize)]
@@ -35,6 +35,7 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/id", get(id))
         .route("/v1/status", get(status))
         .route("/v1/points", get(points))
+        .route("/v1/names", post(name))
         .route("/v1/failover", get(plan).post(failover))
         .route("/v1/hooks", get(hooks))
         .route("/v1/verify", get(verification).post(verify))
@@ -62,6 +63,7 @@ impl IntoResponse for RequestError {
             | Self::UnknownGroup { .. }
             | Self::AmbiguousGroup { .. }
             | Self::UnknownPoint { .. }
+            | Self::UnknownName { .. }
             | Self::UnknownPrimary { .. }
             | Self::CopyOnly { .. }
             | Self::NeverHandedBack { .. }
@@ -69,6 +71,7 @@ impl IntoResponse for RequestError {
             | Self::Adopt(AdoptRefused::Never { .. })
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
+            | Self::Name(_)
             | Self::AlreadyActive { .. }
             | Self::PrimaryAlive { .. }
             | Self::NotRunning { .. }
@@ -106,6 +109,15 @@ async fn points(
 ) -> Result<Json<Points>, RequestError> {
     let Query(query) = query?;
     Ok(Json(node.points(&query.group).await?))
+}
+
+async fn name(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<NameRequest>, JsonRejection>,
+) -> Result<Json<Named>, RequestError> {
+    let Json(request) = body?;
+    let copies = node.receiving()?;
+    Ok(Json(copies.name(&copies.find(&request.group).await?, &request).await?))
 }
 
 async fn plan(

@@ -17,7 +17,9 @@ use super::adopt::AdoptRefused;
 use super::drills::DrillRefused;
 use super::exports::Offered;
 use super::failover::RequestError;
-use crate::api::{ActiveStatus, CopyState, CopyStatus, CopyVolume, DrillResult, DrillStatus, PointInfo, Points};
+use crate::api::{
+    ActiveStatus, CopyState, CopyStatus, CopyVolume, DrillResult, DrillStatus, NameRequest, Named, PointInfo, Points,
+};
 use crate::config::{ClientConfig, ReceiverConfig};
 
 /// A group at the receiver: names are unique for each client only.
@@ -63,6 +65,7 @@ impl Copies {
             groups: c.groups.clone(),
             space_max_bytes: c.space_max_bytes,
             handback: c.handback,
+            retention: c.retention.clone(),
         });
         let started = receiver::ReceiverConfig {
             listen: config.listen,
@@ -125,6 +128,7 @@ impl Copies {
             differing_bytes: group.scrub.differing_bytes,
             damaged_frames: group.scrub.damaged_frames,
             last_damage: group.scrub.last_damage,
+            retention: group.retention,
             active: group.active.map(|a| ActiveStatus { point: a.point, export, flatten: a.flatten }),
             drills: drills.iter().filter(|d| d.client == name.client && d.group == name.group).cloned().collect(),
             verified: group.drills.verified,
@@ -164,14 +168,50 @@ impl Copies {
         // What is wrong with the results is said by `status`; the points are there all the same.
         let results = receiver.drill_results(&group.to_string()).unwrap_or_default();
         let results: BTreeMap<Point, _> = results.iter().map(|result| (result.point, result)).collect();
-        let one = |p: receiver::PointInfo| PointInfo {
+        let mut names: BTreeMap<Point, Vec<Name>> = BTreeMap::new();
+        for (name, point) in receiver.names(&group.to_string()).map_err(failed)? {
+            names.entry(point).or_default().push(name);
+        }
+        let mut one = |p: receiver::PointInfo| PointInfo {
             drill: results.get(&p.point).map(|result| DrillResult::clone(result)),
             point: p.point,
             cut_unix_us: p.cut_unix_us,
             changed_bytes: (p.data_blocks + p.zero_blocks) * BLOCK_BYTES,
             stored_bytes: p.frame_bytes,
+            names: names.remove(&p.point).unwrap_or_default(),
         };
-        Ok(Points { client: group.client.clone(), group: group.group.clone(), points: points.into_iter().map(one).collect() })
+        Ok(Points {
+            client: group.client.clone(),
+            group: group.group.clone(),
+            points: points.into_iter().map(&mut one).collect(),
+        })
+    }
+
+    /// The point that a text means: a point, or the name of one. Whoever takes a point takes a name.
+    pub(crate) async fn resolve(&self, group: &GroupRef, text: &str) -> Result<Point, RequestError> {
+        if let Ok(point) = text.parse() {
+            return Ok(point);
+        }
+        let receiver = self.receiver.read().await;
+        let names = running(receiver.as_ref())?.names(&group.to_string()).map_err(failed)?;
+        let named = text.parse::<Name>().ok().and_then(|name| names.get(&name).copied());
+        named.ok_or_else(|| RequestError::UnknownName { group: group.to_string(), given: text.to_owned() })
+    }
+
+    /// Names a point, or takes a name away.
+    pub(crate) async fn name(&self, group: &GroupRef, request: &NameRequest) -> Result<Named, RequestError> {
+        let point = match &request.point {
+            Some(text) => Some(self.resolve(group, text).await?),
+            None => None,
+        };
+        let receiver = self.receiver.read().await;
+        let (receiver, selector) = (running(receiver.as_ref())?, group.to_string());
+        let point = match point {
+            Some(point) => receiver.name_point(&selector, point, &request.name).await.map(|()| point),
+            None => receiver.unname_point(&selector, &request.name).await,
+        };
+        let point = point.map_err(|error| RequestError::Name(error.to_string()))?;
+        Ok(Named { client: group.client.clone(), group: group.group.clone(), name: request.name.clone(), point })
     }
 
     /// Activates `point`, or the newest; an active group gives the fork it has.

@@ -70,6 +70,10 @@ pub(crate) enum RequestError {
     Drill(#[from] DrillRefused),
     #[error(transparent)]
     Adopt(#[from] AdoptRefused),
+    #[error("group {group} has no point '{given}': give a point such as 3.18211, or a name that twinsite points {group} shows")]
+    UnknownName { group: String, given: String },
+    #[error("{0}")]
+    Name(String),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]

@@ -10,4 +10,5 @@ pub(crate) mod memory;
 pub(crate) mod mirror;
 pub(crate) mod nbd;
 pub(crate) mod restart;
+pub(crate) mod retention;
 pub(crate) mod wire;

@@ -32,6 +32,8 @@ fn scene() -> Scene {
         generation: Generation(1),
         role: proto::fencing::GroupRole::Replica,
         base: Some(point),
+        base_seal: Default::default(),
+        folding: None,
         synced: None,
         fork: None,
         first_segment: 1,
@@ -52,6 +54,7 @@ fn scene() -> Scene {
         zero_blocks: 0,
         session: Default::default(),
         end: Mark { segment: 1, bytes: 0 },
+        next_frame: 0,
     });
     Scene { _dir: dir, group, image, io: IoThreads::new(1).unwrap() }
 }

@@ -30,8 +30,8 @@ use own::Own;
 
 use crate::disk::Disk;
 use crate::group::{GroupError, Shared};
-use crate::store::at;
-use crate::superblock::ForkInUse;
+use crate::store::{GroupFolder, at};
+use crate::superblock::{ForkInUse, Volume};
 
 /// In a fork's folder: its data files are the whole disks.
 pub(crate) const FLAT_FILE: &str = "flat";
@@ -100,6 +100,23 @@ pub(crate) fn assemble(shared: &Arc<Shared>, generation: Generation, fork: &Fork
     Ok(OpenFork { generation, point: fork.point, name: fork.name.clone(), volumes })
 }
 
+/// Names of forks that keep what a primary wrote of its own begin so.
+pub(crate) const KEPT_PREFIX: &str = "diverged-";
+
+/// The points of the forks that are kept: they stay as long as these, which are of no use without them.
+pub(crate) fn kept_points(folder: &GroupFolder, volumes: &[Volume]) -> Result<Vec<Point>, ForkError> {
+    let (parent, mut points) = (folder.path.join("forks"), Vec::new());
+    let Some(first) = volumes.first() else { return Ok(points) };
+    let listed = std::fs::read_dir(&parent).map_err(at(&parent, "list the folder"))?;
+    for entry in listed {
+        let path = entry.map_err(at(&parent, "list the folder"))?.path();
+        if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(KEPT_PREFIX.as_bytes())) {
+            points.push(MapFile::point(&path.join(format!("{}.map", first.name)))?);
+        }
+    }
+    Ok(points)
+}
+
 /// Whether a fork needs the journal up to its point, and the base, of its group: not once it is flat.
 pub(crate) fn pins(shared: &Shared, fork: &ForkInUse) -> bool {
     !shared.folder.fork(&fork.name).join(FLAT_FILE).exists()
@@ -146,7 +163,7 @@ fn open_volume(
 }
 
 fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {
-    MapHeader { group_id: shared.expected.group_id, point, size_bytes }
+    MapHeader { group_id: shared.group_id, point, size_bytes }
 }
 
 /// Makes the folder of a fork with nothing in it; appears under its name when it is whole.

@@ -33,6 +33,8 @@ pub(super) fn scene() -> Scene {
         generation: Generation(1),
         role: proto::fencing::GroupRole::Replica,
         base: Some(point),
+        base_seal: Default::default(),
+        folding: None,
         synced: None,
         fork: None,
         first_segment: 1,

@@ -487,6 +487,8 @@ fn group_folder(scratch: &Path, shape: usize, synced: Option<Point>) -> GroupFol
             generation: Generation(1),
             role: GroupRole::Replica,
             base: SHAPES[shape].base,
+            base_seal: Default::default(),
+            folding: None,
             synced,
             fork: None,
             first_segment: SHAPES[shape].first_segment,

@@ -6,11 +6,13 @@ use std::path::Path;
 use proto::fencing::GroupRole;
 use proto::fuzzing::Choices;
 use proto::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
-use proto::{EpochId, Generation, Point};
+use proto::{EpochId, Generation, Point, SessionToken};
 
 use super::{CHANGES_MAX, damage, mend};
 use crate::disk::Disk;
-use crate::superblock::{FILE_BYTES, FILE_NAME, ForkInUse, SLOT_BYTES, Superblock, SuperblockError, SuperblockFile, Volume};
+use crate::superblock::{
+    BaseSeal, FILE_BYTES, FILE_NAME, ForkInUse, SLOT_BYTES, Superblock, SuperblockError, SuperblockFile, Volume,
+};
 
 /// A slot as it was written, its sequence number, and what it says.
 type Written = (Vec<u8>, u64, Superblock);
@@ -109,6 +111,7 @@ fn block(choices: &mut Choices<'_>) -> Superblock {
         (has & (1 << bit) != 0).then_some(point)
     };
     let (base, synced, fork) = (point(0), point(1), point(2));
+    let folding = (has & 32 != 0).then_some(()).and(base);
     let volumes = if has & 8 == 0 { 1 + choices.below(4) } else { GROUP_VOLUMES_MAX };
     Superblock {
         group_id: [choices.u8(); 16],
@@ -116,6 +119,12 @@ fn block(choices: &mut Choices<'_>) -> Superblock {
         generation: Generation(choices.u64()),
         role: if has & 16 == 0 { GroupRole::Replica } else { GroupRole::Active },
         base,
+        base_seal: BaseSeal {
+            cut_unix_us: choices.u64(),
+            first_write_unix_us: choices.u64(),
+            session: SessionToken([choices.u8(); 16]),
+        },
+        folding,
         synced,
         fork: fork.map(|point| ForkInUse { name: format!("active-{}", point.generation).parse().unwrap(), point }),
         first_segment: choices.u8().into(),

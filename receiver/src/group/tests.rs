@@ -34,6 +34,8 @@ impl Scene {
             generation: Generation(1),
             role: GroupRole::Replica,
             base: None,
+            base_seal: Default::default(),
+            folding: None,
             synced: None,
             fork: None,
             first_segment: 1,

@@ -83,9 +83,9 @@ impl Worker {
                 state.journal_bytes = self.journal.bytes();
             }
             Command::Snapshot { session, reply } if self.has(session) => {
-                let state = self.shared.state.read();
-                let point = state.points.last().map(|p| p.point).or(self.superblock.get().base);
-                let _ = reply.send(Snapshot { point, index: state.index.clone() });
+                let index = self.shared.newest();
+                let point = self.shared.state.read().points.last().map(|p| p.point);
+                let _ = reply.send(Snapshot { point, index });
             }
             Command::ClaimHandback { session, peer, stands, events, reply } => {
                 let _ = reply.send(self.claim_handback(session, peer, stands, events));
@@ -112,6 +112,12 @@ impl Worker {
             | Command::Release { .. } => {}
             Command::Promote { point, reply } => {
                 let _ = reply.send(self.promote(point));
+            }
+            Command::BeginFold { point, reply } => {
+                let _ = reply.send(self.begin_fold(point));
+            }
+            Command::EndFold { point, reply } => {
+                let _ = reply.send(self.end_fold(point));
             }
             Command::Stop => return ControlFlow::Break(()),
         }
@@ -273,7 +279,7 @@ impl Worker {
         {
             let mut state = self.shared.state.write();
             self.stage.seal(&mut state.index);
-            state.points.push(PointEntry::new(seal, end));
+            state.points.push(PointEntry::new(seal, end, self.next_committed));
             state.journal_bytes = self.journal.bytes();
         }
         self.tell(GroupEvent::Committed(seal.point()));
@@ -398,7 +404,7 @@ impl Worker {
         self.shared.state.write().peer = None;
     }
 
-    fn count(&mut self) {
+    pub(super) fn count(&mut self) {
         let now = self.journal.bytes();
         if now >= self.counted {
             self.usage.used.fetch_add(now - self.counted, Ordering::Relaxed);

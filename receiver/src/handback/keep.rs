@@ -13,16 +13,15 @@ use proto::{FrameKind, Name};
 use quinn::RecvStream;
 
 use super::{Handback, HandbackError};
-use crate::fork::{ForkError, OpenFork};
+use crate::fork::{ForkError, KEPT_PREFIX, OpenFork};
 use crate::group::GroupError;
+use crate::pins::Pin;
 use crate::session::one_line;
 use crate::store::at;
 use crate::superblock::ForkInUse;
 
 /// Forks of this kind that a group keeps at most.
 pub(crate) const KEPT_FORKS_MAX: usize = 16;
-/// Names of such forks begin so.
-pub(crate) const KEPT_PREFIX: &str = "diverged-";
 
 /// Names of those that are still arriving.
 const ARRIVING_PREFIX: &str = "arriving-";
@@ -31,14 +30,18 @@ const ARRIVING_PREFIX: &str = "arriving-";
 pub(super) struct Kept {
     arriving: Name,
     tally: Tally,
+    /// The point under it stays.
+    pin: Pin,
 }
 
 impl Handback {
     /// Takes the primary's own blocks from a stream.
     pub(super) async fn keep(&mut self, mut stream: RecvStream) -> Result<Kept, HandbackError> {
         let (arriving, fork) = self.new_fork().await?;
+        // The fork's own views pin it until then.
+        let pin = self.group.shared.pins.pin(self.ready.newest);
         let tally = self.take(&mut stream, &fork).await?;
-        Ok(Kept { arriving, tally })
+        Ok(Kept { arriving, tally, pin })
     }
 
     /// Gives what arrived its name, if it is what was sent.
@@ -59,6 +62,7 @@ impl Handback {
                 let parent = shared.folder.path.join("forks");
                 shared.disk.rename(&from, &to).map_err(at(&to, "name the fork's folder")).map_err(ForkError::from)?;
                 shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
+                shared.kept.lock().push(kept.pin);
                 return Ok(name);
             }
             Err(HandbackError::Forks { group: group(), count: KEPT_FORKS_MAX })

@@ -287,7 +287,7 @@ async fn open(node: &Arc<Node>, client: &Arc<Client>, ask: &Ask) -> Result<Opene
     let shared = Arc::clone(&found.shared);
     let looked = tokio::task::spawn_blocking(move || {
         let (then, now) = (shared.index_at(from)?, shared.index_at(newest)?);
-        let volumes = (0..shared.volumes.len()).filter_map(|v| Some((now.volume(v)?, then.volume(v)?)));
+        let volumes = (0..shared.volumes.len()).filter_map(|v| Some((now.index.volume(v)?, then.index.volume(v)?)));
         let give = volumes.map(|(now, then)| now.differing(then)).collect::<Vec<_>>();
         Ok::<_, GroupError>((views(&shared, now)?, give))
     });

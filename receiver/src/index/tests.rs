@@ -53,6 +53,45 @@ proptest! {
         prop_assert_eq!((first.runs, first.regions_used), (single.runs, single.regions_used));
     }
 
+    /// After a fold the base has what the index of its point says: a pruned index and the base together show what the whole index showed.
+    #[test]
+    fn what_the_base_has_is_forgotten_and_nothing_else(
+        ops in prop::collection::vec((0..BLOCKS, prop_oneof![1..4u32, 1..2000u32], prop::bool::weighted(0.3)), 1..60),
+        fold in 0..60_usize, empty_base in any::<bool>(), step in 1..4_usize,
+    ) {
+        let mut live = VolumeIndexMap::new(BLOCKS * BLOCK_BYTES, empty_base);
+        let mut folded = live.clone();
+        for (i, (start, blocks, zero)) in ops.iter().enumerate() {
+            let frame = if *zero { FrameId::ZERO } else { FrameId(i as u32) };
+            put(&mut live, BlockExtent { start: BlockIndex(*start), blocks: *blocks }, frame);
+            if i == fold {
+                folded = live.clone();
+            }
+        }
+        let whole = live.clone();
+        let first = FrameId(fold as u32 + 1);
+        let mut next = Some(0);
+        while let Some(number) = next {
+            next = live.forget_folded(number, step, first, &folded);
+        }
+        if fold >= ops.len() {
+            return Ok(());
+        }
+        let one = |map: &VolumeIndexMap, block: u64| map.find(block, 1).0;
+        for block in 0..BLOCKS {
+            // What the base shows where its point had nothing is what it showed before.
+            let in_base = one(&folded, block);
+            let shown = match one(&live, block) { Place::Base => in_base, place => place };
+            prop_assert_eq!(shown, one(&whole, block), "block {}", block);
+            prop_assert!(!matches!(one(&live, block), Place::Frame(frame) if frame < first));
+        }
+        let (mut runs, mut used) = (0, 0);
+        for (_, of_region) in live.regions.iter_from(0) {
+            (runs, used) = (runs + of_region.len() as u64, used + 1);
+        }
+        prop_assert_eq!((live.runs, live.regions_used), (runs, used));
+    }
+
     /// Against a plain map of blocks, with snapshots taken on the way that must stay as they were.
     #[test]
     fn behaves_like_a_map_of_blocks(

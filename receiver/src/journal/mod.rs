@@ -13,6 +13,7 @@ mod walk;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use proto::{EpochId, Point, Seal};
 
@@ -129,6 +130,9 @@ fn remedy(source: &io::Error) -> &'static str {
     }
 }
 
+/// A segment that is older ends with the next epoch.
+const SEGMENT_AGE_MAX: Duration = Duration::from_secs(3600);
+
 /// What can be set for a journal.
 #[derive(Clone, Debug)]
 pub(crate) struct JournalOptions {
@@ -161,6 +165,14 @@ struct Tail {
     number: u32,
     file: DiskFile,
     bytes: u64,
+    /// When it was begun, or opened again.
+    since: Instant,
+}
+
+impl Tail {
+    fn new(number: u32, file: DiskFile, bytes: u64) -> Self {
+        Self { number, file, bytes, since: Instant::now() }
+    }
 }
 
 impl Journal {
@@ -189,7 +201,7 @@ impl Journal {
             group_id: expected.group_id,
             first_segment: expected.first_segment,
             options,
-            tail: tail.zip(end).map(|(file, mark)| Tail { number: mark.segment, file, bytes: mark.bytes }),
+            tail: tail.zip(end).map(|(file, mark)| Tail::new(mark.segment, file, mark.bytes)),
             sealed,
             next_epoch: EpochId(0),
             poisoned: false,
@@ -197,6 +209,25 @@ impl Journal {
             bytes,
             sealed_bytes,
         })
+    }
+
+    /// The first segment that is needed when the base has everything up to `end`, the end of a seal; the tail is always needed.
+    pub(crate) fn first_needed(&self, end: Mark) -> io::Result<u32> {
+        let is_tail = self.tail.as_ref().is_none_or(|tail| tail.number <= end.segment);
+        let bytes = if is_tail { u64::MAX } else { std::fs::metadata(segment_path(&self.folder, end.segment))?.len() };
+        Ok(if bytes == end.bytes { end.segment + 1 } else { end.segment })
+    }
+
+    /// Bytes of the segments before `first`.
+    pub(crate) fn bytes_before(&self, first: u32) -> io::Result<u64> {
+        (self.first_segment..first).map(|n| Ok(std::fs::metadata(segment_path(&self.folder, n))?.len())).sum()
+    }
+
+    /// The journal begins with segment `first` from now on; those before it had so many bytes, and are no longer its own.
+    pub(crate) fn begin_at(&mut self, first: u32, bytes_before: u64) {
+        self.first_segment = first;
+        self.bytes = self.bytes.saturating_sub(bytes_before);
+        self.sealed_bytes = self.sealed_bytes.saturating_sub(bytes_before);
     }
 
     /// Tells which epoch arrives next; stands in the header of a new segment.
@@ -281,7 +312,7 @@ impl Journal {
         self.tail = None;
         match recover::truncate_to(&self.options.disk, &self.folder, self.first_segment, self.sealed) {
             Ok(tail) => {
-                self.tail = tail.zip(self.sealed).map(|(file, m)| Tail { number: m.segment, file, bytes: m.bytes });
+                self.tail = tail.zip(self.sealed).map(|(file, m)| Tail::new(m.segment, file, m.bytes));
                 self.bytes = self.sealed_bytes;
                 Ok(())
             }
@@ -297,7 +328,7 @@ impl Journal {
         match &self.tail {
             None => self.begin_segment(),
             Some(tail)
-                if (self.ending || tail.bytes + bytes > self.options.segment_bytes_max)
+                if (self.ending || tail.bytes + bytes > self.options.segment_bytes_max || self.is_old(tail))
                     && tail.bytes > SEGMENT_HEADER_BYTES as u64 =>
             {
                 // Synced before any seal that covers it is written: recovery relies on it.
@@ -306,6 +337,11 @@ impl Journal {
             }
             Some(_) => Ok(()),
         }
+    }
+
+    /// Whether an epoch ends here and the tail was begun long ago: what a quiet group gives up must be in segments that have ended, too.
+    fn is_old(&self, tail: &Tail) -> bool {
+        self.sealed == Some(Mark { segment: tail.number, bytes: tail.bytes }) && tail.since.elapsed() >= SEGMENT_AGE_MAX
     }
 
     fn begin_segment(&mut self) -> Result<(), JournalError> {
@@ -333,7 +369,7 @@ impl Journal {
             JournalError::Io { path: path.clone(), what: "begin a segment of", source }
         })?;
         self.bytes += SEGMENT_HEADER_BYTES as u64;
-        self.tail = Some(Tail { number, file, bytes: SEGMENT_HEADER_BYTES as u64 });
+        self.tail = Some(Tail::new(number, file, SEGMENT_HEADER_BYTES as u64));
         self.ending = false;
         Ok(())
     }

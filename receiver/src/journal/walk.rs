@@ -28,6 +28,13 @@ pub(crate) struct Expected {
     pub(crate) volume_blocks: Arc<[u64]>,
 }
 
+impl Expected {
+    /// Whether the base has what this epoch says.
+    pub(crate) fn is_folded(&self, epoch: EpochId) -> bool {
+        self.base.is_some_and(|base| epoch <= base.epoch)
+    }
+}
+
 /// One step of a walk.
 #[derive(Debug)]
 pub(crate) enum Item {
@@ -69,6 +76,14 @@ impl LaterSeal {
     pub(crate) fn end(&self) -> Mark {
         Mark { segment: self.segment, bytes: self.offset + super::segment::PLACED_SEAL_BYTES as u64 }
     }
+}
+
+/// What a record was.
+enum Step {
+    Item(Item),
+    /// Of an epoch that is in the base.
+    Folded,
+    EndOfSegment,
 }
 
 /// What holds within the epoch being read.
@@ -127,6 +142,8 @@ pub(crate) struct Walker {
     last_closed: Option<Mark>,
     state: EpochState,
     payloads: (Payloads, u32),
+    /// Within the first segment, before the seal of the base's point: records of epochs that were folded, whose beginning may be gone.
+    folded: bool,
 }
 
 impl Walker {
@@ -137,7 +154,17 @@ impl Walker {
         segments.retain(|n| *n >= expected.first_segment && end.is_none_or(|e| *n <= e.segment));
         let none = Point { generation: Generation(0), epoch: EpochId(0) };
         let state = EpochState::after(expected.base.unwrap_or(none));
-        Ok(Self { folder: folder.to_owned(), expected, segments, end, reader: None, last_closed: None, state, payloads })
+        Ok(Self {
+            folder: folder.to_owned(),
+            expected,
+            segments,
+            end,
+            reader: None,
+            last_closed: None,
+            state,
+            payloads,
+            folded: false,
+        })
     }
 
     /// The next record that fits, `None` at the end. After `Bad` the walk stays where it is.
@@ -145,15 +172,17 @@ impl Walker {
         loop {
             let Some(mut reader) = self.reader.take() else {
                 let Some(number) = self.segments.front().copied() else { return Ok(None) };
-                self.reader = Some(self.open(number)?);
+                let (reader, folded) = self.open(number)?;
+                (self.reader, self.folded) = (Some(reader), folded);
                 self.segments.pop_front();
                 continue;
             };
             let (segment, offset) = (reader.number(), reader.offset());
             let step = self.step(&mut reader);
             match step {
-                Ok(None) => self.last_closed = Some(Mark { segment, bytes: reader.bytes() }),
-                Ok(Some(item)) => {
+                Ok(Step::EndOfSegment) => self.last_closed = Some(Mark { segment, bytes: reader.bytes() }),
+                Ok(Step::Folded) => self.reader = Some(reader),
+                Ok(Step::Item(item)) => {
                     self.reader = Some(reader);
                     return Ok(Some(item));
                 }
@@ -176,23 +205,29 @@ impl Walker {
         &self.state.tally
     }
 
-    fn step(&mut self, reader: &mut SegmentReader) -> Result<Option<Item>, RecordError> {
+    fn step(&mut self, reader: &mut SegmentReader) -> Result<Step, RecordError> {
         let (segment, offset) = (reader.number(), reader.offset());
         let payloads = if segment >= self.payloads.1 { self.payloads.0 } else { Payloads::Skip };
         Ok(match reader.next(payloads)? {
-            None => None,
+            None => Step::EndOfSegment,
+            Some(Record::Frame { header, .. }) if self.folded && self.expected.is_folded(header.epoch) => Step::Folded,
+            Some(Record::Seal(seal)) if self.folded && self.expected.is_folded(seal.epoch) => {
+                self.folded = self.expected.base != Some(seal.point());
+                Step::Folded
+            }
             Some(Record::Frame { header, head, extents, payload }) => {
                 self.state.frame(&header, &head, &extents)?;
-                Some(Item::Frame { segment, offset, header, extents, payload })
+                Step::Item(Item::Frame { segment, offset, header, extents, payload })
             }
             Some(Record::Seal(seal)) => {
                 self.state.seal(&seal)?;
-                Some(Item::Seal { seal, end: Mark { segment, bytes: reader.offset() } })
+                Step::Item(Item::Seal { seal, end: Mark { segment, bytes: reader.offset() } })
             }
         })
     }
 
-    fn open(&self, number: u32) -> Result<SegmentReader, Bad> {
+    /// The reader of a segment, and whether it begins with what was folded.
+    fn open(&self, number: u32) -> Result<(SegmentReader, bool), Bad> {
         let bad = |offset, error| self.bad(number, offset, error);
         let foreign = |number, rule| {
             let error = RecordError::Bad(DecodeError::Rule { what: "segment header", rule });
@@ -210,7 +245,8 @@ impl Walker {
         if header.group_id != self.expected.group_id || header.number != number {
             return Err(foreign(number, "the group's own identity and the number of the file's name"));
         }
-        if header.first_epoch != self.state.next {
+        let folded = number == self.expected.first_segment && self.expected.is_folded(header.first_epoch);
+        if header.first_epoch != self.state.next && !folded {
             return Err(foreign(number, "begins with the epoch after the last seal"));
         }
         // What came before the first kept segment is gone with it.
@@ -220,7 +256,7 @@ impl Walker {
         }
         let bytes = self.end.filter(|e| e.segment == number).map_or(bytes, |e| e.bytes.min(bytes));
         let blocks = Arc::clone(&self.expected.volume_blocks);
-        Ok(SegmentReader::new(file, bytes, number, self.expected.group_id, blocks))
+        Ok((SegmentReader::new(file, bytes, number, self.expected.group_id, blocks), folded))
     }
 
     fn bad(&self, segment: u32, offset: u64, error: RecordError) -> Bad {
@@ -264,6 +300,7 @@ impl Walker {
         self.reader = Some(reader);
         self.segments = list_segments(&self.folder)?.into_iter().filter(|n| *n > number).collect();
         self.state = EpochState::after(later.seal.point());
+        self.folded = self.expected.base.is_some_and(|base| later.seal.point() < base);
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Random lives of a store: epochs, resets, lost connections, full disks, failing syncs, kills and power losses in any order, one
+//! Random lives of a store: epochs, folds, resets, lost connections, full disks, failing syncs, kills and power losses in any order, one
 //! after the other on the same disk. What the sweep does once at every change, this does again and again on what came of it.
 //!
 //! A failure names the seed that replays it.
@@ -24,6 +24,8 @@ struct Life {
     up: Option<(Replica, SessionNo)>,
     required: BTreeMap<Point, Volumes>,
     possible: Option<(Point, Volumes)>,
+    /// Points that a fold may have given up.
+    given_up: BTreeMap<Point, Volumes>,
     counts: Counts,
 }
 
@@ -33,6 +35,8 @@ struct Counts {
     kills: usize,
     power_losses: usize,
     refused: usize,
+    folds: usize,
+    failed_folds: usize,
 }
 
 impl Life {
@@ -40,7 +44,17 @@ impl Life {
         let dir = folder();
         let (disk, rng) = (SimDisk::new(dir.path()), SmallRng::seed_from_u64(seed));
         let (required, counts) = (BTreeMap::new(), Counts::default());
-        Self { dir, disk, rng, primary: Primary::new(seed), up: None, required, possible: None, counts }
+        Self {
+            dir,
+            disk,
+            rng,
+            primary: Primary::new(seed),
+            up: None,
+            required,
+            possible: None,
+            given_up: BTreeMap::new(),
+            counts,
+        }
     }
 
     /// The process is gone; perhaps the power too.
@@ -103,7 +117,8 @@ impl Life {
                 return Err(format!("point {point} is gone or shows something else"));
             }
         }
-        let extra: Vec<_> = found.iter().filter(|(p, _)| !self.required.contains_key(p)).collect();
+        let given_up = std::mem::take(&mut self.given_up);
+        let extra: Vec<_> = found.iter().filter(|(p, v)| !self.required.contains_key(p) && given_up.get(p) != Some(v)).collect();
         if !extra.is_empty() && !matches!((extra.as_slice(), &self.possible), ([(p, v)], Some((q, w))) if *p == q && *v == w) {
             return Err(format!("points that were never sealed: {:?}", extra.iter().map(|(p, _)| p).collect::<Vec<_>>()));
         }
@@ -119,7 +134,8 @@ impl Life {
 
     fn step(&mut self) -> Result<(), String> {
         self.rise()?;
-        match self.rng.random_range(0..20) {
+        match self.rng.random_range(0..23) {
+            20.. => self.fold(),
             0..9 => self.epoch(),
             9..11 => self.unsealed(),
             11 => self.fall(),
@@ -163,6 +179,31 @@ impl Life {
         self.up = Some((replica, session));
     }
 
+    /// Folds up to any point but the newest. One that fails goes on living, or falls.
+    fn fold(&mut self) {
+        let Some((mut replica, session)) = self.up.take() else { return };
+        let older: Vec<Point> = self.required.keys().copied().collect();
+        let Some(to) = older.get(..older.len().saturating_sub(1)).filter(|o| !o.is_empty()) else {
+            self.up = Some((replica, session));
+            return;
+        };
+        let to = to[self.rng.random_range(0..to.len())];
+        let kept = self.required.split_off(&to);
+        self.given_up.extend(std::mem::replace(&mut self.required, kept));
+        match replica.fold(GROUP, to) {
+            Err(_) if self.disk.is_dead() || self.rng.random_bool(0.5) => {
+                self.counts.failed_folds += 1;
+                return self.fall();
+            }
+            Err(_) => {
+                self.counts.failed_folds += 1;
+                self.disk.set_room(None);
+            }
+            Ok(()) => self.counts.folds += 1,
+        }
+        self.up = Some((replica, session));
+    }
+
     fn unsealed(&mut self) {
         let passes = self.passes();
         let before = self.primary.now.clone();
@@ -196,7 +237,10 @@ fn random_lives_keep_every_answered_point() {
         all.kills += life.counts.kills;
         all.power_losses += life.counts.power_losses;
         all.refused += life.counts.refused;
+        all.folds += life.counts.folds;
+        all.failed_folds += life.counts.failed_folds;
     }
     eprintln!("{LIVES} lives: {all:?}");
     assert!(all.commits > 1000 && all.kills > 100 && all.power_losses > 100, "{all:?}");
+    assert!(all.folds > 100 && all.failed_folds > 50, "{all:?}");
 }

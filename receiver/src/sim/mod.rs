@@ -7,6 +7,8 @@
 
 mod disk;
 #[cfg(test)]
+mod folding;
+#[cfg(test)]
 mod lives;
 mod model;
 #[cfg(test)]
@@ -30,6 +32,8 @@ pub enum Sabotage {
     SkipSync,
     /// A primary of an old generation is let in.
     AcceptOldGeneration,
+    /// A fold overwrites the base before it says so.
+    SilentFold,
 }
 
 thread_local! {

@@ -63,6 +63,10 @@ impl Change {
             Op::CreateFolder(path) => Self::CreateFolder(inside(path)),
             Op::CreateFile(path) => Self::CreateFile(inside(path)),
             Op::Write { file, offset, bytes } => Self::Write { file: inside(file), offset: *offset, bytes: Arc::from(*bytes) },
+            // The disks of simulations are small: a hole is written as zeroes.
+            Op::Punch { file, offset, bytes } => {
+                Self::Write { file: inside(file), offset: *offset, bytes: vec![0; *bytes as usize].into() }
+            }
             Op::Resize { file, bytes } => Self::Resize { file: inside(file), bytes: *bytes },
             Op::Sync(path) => Self::Sync(inside(path)),
             Op::Forget(path) => Self::Forget(inside(path)),

@@ -28,7 +28,19 @@ pub(super) fn key() -> Fingerprint {
 
 /// Opens the store of the tests, whose segments hold a handful of blocks.
 pub(super) fn open(root: &Path, disk: Disk) -> Result<Replica, ReplicaError> {
-    let client = ClientConfig { name: "a".parse().unwrap(), key: key(), groups: None, space_max_bytes: None, handback: true };
+    open_within(root, disk, None)
+}
+
+/// As [`open`], with so much space for the client.
+pub(super) fn open_within(root: &Path, disk: Disk, space_max_bytes: Option<u64>) -> Result<Replica, ReplicaError> {
+    let client = ClientConfig {
+        name: "a".parse().unwrap(),
+        key: key(),
+        groups: None,
+        space_max_bytes,
+        handback: true,
+        retention: Default::default(),
+    };
     Replica::open(&root.join("store"), disk, vec![client], Limits { segment_bytes: 14_000, ..Limits::default() })
 }
 
@@ -47,6 +59,8 @@ pub(super) struct Primary {
     pub(super) generation: Generation,
     pub(super) committed: EpochId,
     pub(super) now: Volumes,
+    /// What its clock shows; 0: the number of the epoch.
+    pub(super) clock_unix_us: u64,
     frames: u64,
     rng: rand::rngs::SmallRng,
 }
@@ -57,6 +71,7 @@ impl Primary {
             generation: Generation(1),
             committed: EpochId(0),
             now: SIZES.map(|bytes| vec![0; bytes]),
+            clock_unix_us: 0,
             frames: 0,
             rng: rand::rngs::SmallRng::seed_from_u64(seed),
         }
@@ -98,7 +113,7 @@ impl Primary {
             passes: passes.len() as u32,
             epoch,
             generation: self.generation,
-            cut_unix_us: epoch.0,
+            cut_unix_us: if self.clock_unix_us == 0 { epoch.0 } else { self.clock_unix_us },
             frames: tally.frames,
             frame_bytes: tally.frame_bytes,
             data_blocks: tally.data_blocks,

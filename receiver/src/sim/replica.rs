@@ -180,6 +180,50 @@ impl Replica {
         Ok((promoted.generation, promoted.fork.point))
     }
 
+    /// Folds everything up to `point` into the base.
+    ///
+    /// # Errors
+    /// [`ReplicaError`]. After an error it can be asked again.
+    pub fn fold(&mut self, group: &str, point: Point) -> Result<(), ReplicaError> {
+        let group = self.node.select(group)?;
+        let entry = drive(&group, group.begin_fold(point))?;
+        let (_, at_base) = group.shared.write_base(&entry, &mut |_, _| Ok(()))?;
+        let switched = drive(&group, group.end_fold(point))?;
+        group.shared.clean_up(switched, &at_base)?;
+        Ok(())
+    }
+
+    /// Has the keeper look at a group at this time of day, and do what is due.
+    #[cfg(test)]
+    pub(super) fn tend(&mut self, group: &str, now_unix_us: u64) -> Result<crate::RetentionStatus, ReplicaError> {
+        use crate::retention::keeper::{self, Drive};
+        let group = self.node.select(group)?;
+        keeper::tend(&group, now_unix_us, &mut Drive { ask: &|asked| drive(&group, asked), is_stopped: &|| false });
+        Ok(keeper::status(&group.shared))
+    }
+
+    /// Names a point.
+    ///
+    /// # Errors
+    /// [`ReplicaError`].
+    pub fn name(&mut self, group: &str, point: Point, name: &Name) -> Result<(), ReplicaError> {
+        Ok(self.node.select(group)?.shared.name_point(point, name)?)
+    }
+
+    /// Estimated memory of the newest point's index.
+    #[cfg(test)]
+    pub(super) fn index_bytes(&self, group: &str) -> Result<u64, ReplicaError> {
+        Ok(self.node.select(group)?.shared.state.read().index.memory_bytes())
+    }
+
+    /// The point up to which a fold has begun that is not done.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Select`].
+    pub fn folding(&self, group: &str) -> Result<Option<Point>, ReplicaError> {
+        Ok(self.node.select(group)?.shared.state.read().folding)
+    }
+
     /// As [`promote`](Self::promote), and makes the fork.
     #[cfg(test)]
     pub(super) fn activate(&mut self, group: &str, point: Option<Point>) -> Result<(Generation, Point), ReplicaError> {

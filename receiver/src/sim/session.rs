@@ -294,7 +294,7 @@ impl Session {
     fn hash(&self, query: &HashQuery) -> Result<Event, Cause> {
         let cause = |error: std::io::Error| Arc::new(error) as Cause;
         let Some((group, _)) = &self.group else { return Err(cause(std::io::ErrorKind::NotConnected.into())) };
-        let index = group.shared.state.read().index.clone();
+        let index = group.shared.newest();
         let view =
             crate::view::fresh(&group.shared, index, usize::from(query.volume.0)).map_err(|error| Arc::new(error) as Cause)?;
         let view = view.ok_or_else(|| cause(std::io::ErrorKind::NotFound.into()))?;

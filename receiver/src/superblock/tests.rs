@@ -7,6 +7,8 @@ fn block() -> Superblock {
         generation: Generation(3),
         role: GroupRole::Active,
         base: None,
+        base_seal: BaseSeal { cut_unix_us: 7, first_write_unix_us: 6, session: SessionToken([4; 16]) },
+        folding: Some(Point { generation: Generation(1), epoch: EpochId(8) }),
         synced: Some(Point { generation: Generation(2), epoch: EpochId(9) }),
         fork: Some(ForkInUse {
             name: "active-3".parse().unwrap(),

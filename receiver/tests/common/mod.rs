@@ -52,7 +52,17 @@ impl Site {
         let clients = clients.iter().map(|c| {
             let identity = identity();
             let key = identity.fingerprint();
-            (ClientConfig { name: name(c), key, groups: None, space_max_bytes: None, handback: true }, identity)
+            (
+                ClientConfig {
+                    name: name(c),
+                    key,
+                    groups: None,
+                    space_max_bytes: None,
+                    handback: true,
+                    retention: Default::default(),
+                },
+                identity,
+            )
         });
         Self {
             identity: identity(),

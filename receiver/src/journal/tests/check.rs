@@ -35,6 +35,8 @@ impl Scene {
             generation: Generation(1),
             role: GroupRole::Replica,
             base: None,
+            base_seal: Default::default(),
+            folding: None,
             synced,
             fork: None,
             first_segment: FIRST_SEGMENT,

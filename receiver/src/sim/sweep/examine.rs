@@ -111,6 +111,14 @@ impl Examiner {
 /// What was reopened is of use: it takes an epoch, or the promotion again, and the next start knows it.
 fn go_on(root: &Path, mut replica: Replica, found: &Found) -> Result<(), String> {
     let mut primary = Primary::new(99);
+    // A fold that was stopped is done again, and nobody sees anything of it.
+    if let (Found::Group(_), Ok(Some(point))) = (found, replica.folding(GROUP)) {
+        replica.fold(GROUP, point).map_err(|e| format!("folding again: {e}"))?;
+        let after = look(root, &replica)?;
+        if after != *found {
+            return Err(format!("before folding again {found:?}, after it {after:?}"));
+        }
+    }
     let standing = match found {
         Found::Group(found) => {
             primary.generation = found.standing.0;

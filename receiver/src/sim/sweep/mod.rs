@@ -171,6 +171,9 @@ fn sabotage_is_noticed() {
         let after_cut = i > 0 && matches!(trace.get(i - 1), Some(Change::Resize { file, .. }) if is_segment(file));
         keep(c, matches!(c, Change::Sync(_)) && after_cut)
     });
+    sabotaged("the base is not synced before it is the beginning", &|_, c| {
+        keep(c, matches!(c, Change::Sync(path) if path.parent().is_some_and(|p| p.ends_with("db/base"))))
+    });
     let folders: BTreeSet<_> =
         trace.iter().filter_map(|c| if let Change::SyncFolder(path) = c { Some(path) } else { None }).collect();
     for folder in ["", "store", "store/a", "store/a/.new-db"] {
@@ -179,6 +182,15 @@ fn sabotage_is_noticed() {
             keep(c, matches!(c, Change::SyncFolder(path) if path == std::path::Path::new(folder)))
         });
     }
+}
+
+/// Would catch a sweep that does not see what a fold overwrites: nobody says that it has begun.
+#[test]
+fn sabotage_of_a_fold_is_noticed() {
+    crate::sim::sabotage(Some(crate::sim::Sabotage::SilentFold));
+    let run = Run::whole();
+    sabotaged(&run, &mut Examiner::new(false), "a fold begins without a word", &as_it_was);
+    crate::sim::sabotage(None);
 }
 
 /// What a start does before it answers is needed, each of it.

@@ -29,6 +29,8 @@ pub(super) struct Expect {
     required: BTreeMap<Point, u64>,
     /// The point whose seal may have been written.
     possible: Option<(Point, u64)>,
+    /// Points that a fold may have given up: gone, or as they were.
+    given_up: BTreeMap<Point, u64>,
     standings: Vec<Standing>,
     /// The fork was handed out.
     forked: bool,
@@ -45,6 +47,11 @@ impl Expect {
                 Some(found) if found == *digest => {}
                 Some(_) => return Err(format!("point {point} shows something else")),
                 None => return Err(format!("the acknowledged point {point} is gone")),
+            }
+        }
+        for (point, digest) in &self.given_up {
+            if left.remove(point).is_some_and(|found| found != *digest) {
+                return Err(format!("point {point}, which is being folded, shows something else"));
             }
         }
         if let Some((point, digest)) = left.pop_first()
@@ -113,7 +120,7 @@ impl Run {
         // From here on it is promised.
         run.primary = Primary::new(changes);
         if let Found::Group(FoundGroup { points, standing, .. }) = found {
-            run.expect = Expect { created: true, required: points, possible: None, standings: vec![standing], forked: false };
+            run.expect = Expect { created: true, required: points, standings: vec![standing], ..Expect::default() };
             if let Some(newest) = run.expect.required.last_key_value().map(|(p, _)| *p) {
                 run.primary.committed = newest.epoch;
                 run.primary.now = crate::sim::primary::read_at(&replica, newest).unwrap();
@@ -124,6 +131,9 @@ impl Run {
         run.replica = Some(replica);
         run.restarted = run.disk.changes();
         run.mark();
+        if let Ok(Some(point)) = run.replica().folding(GROUP) {
+            run.fold(point.epoch.0).unwrap();
+        }
         if run.expect.standings[0].1 == GroupRole::Replica {
             let session = run.greet().unwrap();
             run.epoch(session, &[2]).unwrap();
@@ -233,6 +243,22 @@ impl Run {
         self.alive()
     }
 
+    /// Folds up to an epoch.
+    fn fold(&mut self, epoch: u64) -> Result<(), Dead> {
+        let point = Point { generation: Generation(1), epoch: EpochId(epoch) };
+        let kept = self.expect.required.split_off(&point);
+        self.expect.given_up = std::mem::replace(&mut self.expect.required, kept);
+        self.mark();
+        let folded = self.replica().fold(GROUP, point);
+        self.alive()?;
+        folded.unwrap();
+        self.expect.given_up.clear();
+        let found = super::examine::look(self.dir.path(), self.replica.as_ref().unwrap()).unwrap();
+        self.expect.permits(&found).unwrap();
+        self.mark();
+        Ok(())
+    }
+
     fn stop(&mut self) -> Result<(), Dead> {
         self.replica.take().unwrap().stop();
         self.alive()
@@ -253,7 +279,7 @@ impl Run {
     }
 
     /// Creation, epochs in one and in several segments, resets within one and across several, a lost connection and its
-    /// successor, kills, clean stops, a promotion, the life after it.
+    /// successor, folds, one of them while an epoch arrives, kills, clean stops, a promotion, the life after it.
     fn live(&mut self) -> Result<(), Dead> {
         self.open()?;
         let session = self.greet()?;
@@ -264,6 +290,7 @@ impl Run {
         self.epoch(session, &[1, 2, 1])?;
         self.unsealed(session, &[4, 4, 4, 3])?;
         self.epoch(session, &[4, 4, 2])?;
+        self.fold(2)?;
         // The connection is lost in the middle of an epoch; another session goes on.
         let before = self.primary.now.clone();
         let lost = self.primary.epoch(&[4, 4, 4]);
@@ -279,18 +306,24 @@ impl Run {
         self.open()?;
         let session = self.greet()?;
         self.epoch(session, &[5])?;
+        self.fold(4)?;
         // Killed in the middle of an epoch that spans segments.
         let before = self.primary.now.clone();
         let killed = self.primary.epoch(&[4, 4, 4]);
         self.primary.now = before;
         send_passes(self.replica(), session, &killed, 4096);
         self.alive()?;
+        self.fold(5)?;
         self.open()?;
         let session = self.greet()?;
         self.epoch(session, &[1, 1])?;
-        self.activate(Some(Point { generation: Generation(1), epoch: EpochId(3) }))?;
+        self.activate(Some(Point { generation: Generation(1), epoch: EpochId(6) }))?;
         self.open()?;
-        self.activate(Some(Point { generation: Generation(1), epoch: EpochId(3) }))?;
+        self.activate(Some(Point { generation: Generation(1), epoch: EpochId(6) }))?;
+        let past_the_fork = self.replica().fold(GROUP, Point { generation: Generation(1), epoch: EpochId(7) });
+        self.alive()?;
+        assert!(past_the_fork.unwrap_err().to_string().contains("the active fork needs an earlier one"));
+        self.fold(6)?;
         self.stop()?;
         self.open()
     }

@@ -17,7 +17,14 @@ use crate::recovery::Replica;
 impl World {
     pub(super) fn client() -> Result<ClientConfig, String> {
         let key = KEY.parse().map_err(|_| "the key")?;
-        Ok(ClientConfig { name: name(CLIENT), key, groups: None, space_max_bytes: None, handback: true })
+        Ok(ClientConfig {
+            name: name(CLIENT),
+            key,
+            groups: None,
+            space_max_bytes: None,
+            handback: true,
+            retention: receiver::Ladder::default(),
+        })
     }
 
     pub(super) fn limits() -> Limits {

@@ -1,0 +1,108 @@
+//! What the receiver writes to its disk: for each byte that it receives, and for each block that it folds.
+
+use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde_json::json;
+
+use crate::chart::{Bar, Chart, Panel};
+use crate::context::Bench;
+use crate::fio::{self, Load, Span};
+use crate::node::{self, DISK};
+use crate::report::{Check, Report, Table};
+use crate::{disk, procfs, tools};
+
+const DISK_BYTES: u64 = 1 << 30;
+/// Segments are a part of the space, so that some are full after a short load.
+const SPACE_BYTES: u64 = 2 << 30;
+/// At a rate, so that the journal stays within its space while the load runs. 40 MiB/s are some 10,000 writes a second.
+const LOAD: Load = Load {
+    title: "4 KiB random write at 40 MiB/s",
+    rw: "randwrite",
+    bs: "4k",
+    iodepth: 32,
+    bandwidth: false,
+    more: &["--rate=40m", "--norandommap", "--random_generator=tausworthe64"],
+};
+const SETTLE_MAX: Duration = Duration::from_secs(300);
+const FOLD_MAX: Duration = Duration::from_secs(300);
+/// Most bytes that may be written for one that is received, and for one that is folded.
+const BOUND: f64 = 1.1;
+
+pub(crate) fn run(bench: &Bench) -> Result<Report> {
+    let needed = vec![tools::FIO];
+    tools::require(&needed)?;
+    let seconds = bench.seconds(8, 30);
+    let file = bench.path("disk.raw");
+    disk::sparse(&file, DISK_BYTES)?;
+    let (mut receiver, primary) = node::pair_of_one(bench, "k", &file, "1s")?;
+    receiver.limit_space(SPACE_BYTES)?;
+    let receiving = receiver.start(bench)?;
+    let mut sending = primary.start(bench)?;
+    primary.settle(&mut sending, SETTLE_MAX)?;
+    eprintln!("retention: {seconds} s of random writes");
+    let before = (procfs::written(receiving.pid())?, receiver.copy()?);
+    fio::run(bench, &primary.socket(), &LOAD, Span { seconds, seed: 1 })?;
+    primary.settle(&mut sending, SETTLE_MAX)?;
+    let after = (procfs::written(receiving.pid())?, receiver.copy()?);
+    let received = after.1.received_bytes - before.1.received_bytes;
+    let at_commit = (after.0 - before.0) as f64 / received as f64;
+    sending.kill()?;
+    receiving.stop()?;
+    // What is there is nearly all that may be: the oldest points are folded until it is 70 %.
+    receiver.limit_space(after.1.stored_bytes * 102 / 100)?;
+    eprintln!("retention: folding of some {} MB", after.1.stored_bytes * 32 / 100 / 1_000_000);
+    let mut receiving = receiver.start(bench)?;
+    let idle = procfs::written(receiving.pid())?;
+    let mut folded = receiver.copy()?;
+    receiving.wait_until("has folded", FOLD_MAX, || {
+        folded = receiver.copy()?;
+        Ok(folded.retention.folds > 0 && folded.retention.folding.is_none())
+    })?;
+    let written = procfs::written(receiving.pid())? - idle;
+    let base = primary.base_in(&receiver);
+    let base = std::fs::metadata(&base).with_context(|| format!("{}: the base is not there", base.display()))?;
+    let surviving = base.blocks() * 512;
+    let by_folding = written as f64 / surviving as f64;
+    receiving.stop()?;
+    let head = ["", "written MB", "for MB", "written for each"];
+    let mut table = Table::new(format!("what the receiver writes, {seconds} s of {}", LOAD.title), &head);
+    let mb = |bytes: u64| format!("{:.1}", bytes as f64 / 1e6);
+    let row = |what: &str, written: u64, of: u64, each: f64| vec![what.to_owned(), mb(written), mb(of), format!("{each:.3}")];
+    table.row(row("commit, of what is received", after.0 - before.0, received, at_commit));
+    table.row(row("folding, of surviving blocks", written, surviving, by_folding));
+    let checks = vec![
+        Check::at_most("bytes written for each received at commit".to_owned(), at_commit, BOUND, "times"),
+        Check::at_most(format!("bytes written for each that survives in the base of disk {DISK}"), by_folding, BOUND, "times"),
+    ];
+    let bar = |label: &str, value| Bar { label: label.to_owned(), value, ours: true };
+    Ok(Report {
+        name: "retention",
+        title: "bytes that the receiver writes, by /proc/PID/io".to_owned(),
+        parameters: json!({ "seconds": seconds, "disk_bytes": DISK_BYTES, "interval": "1s", "space_bytes": SPACE_BYTES }),
+        results: json!({
+            "commit": { "written_bytes": after.0 - before.0, "received_bytes": received, "times": at_commit },
+            "fold": {
+                "written_bytes": written,
+                "surviving_bytes": surviving,
+                "times": by_folding,
+                "folds": folded.retention.folds,
+                "freed_bytes": folded.retention.freed_bytes,
+                "told_bytes": folded.retention.folded_bytes,
+            },
+        }),
+        tables: vec![table],
+        checks,
+        chart: Chart {
+            title: "Bytes that the receiver writes".to_owned(),
+            panels: vec![Panel {
+                title: "At commit for each byte received, by folding for each byte that survives".to_owned(),
+                axis: "times".to_owned(),
+                bars: vec![bar("commit", at_commit), bar("folding", by_folding)],
+                bound: Some(BOUND),
+            }],
+        },
+        tools: needed,
+    })
+}

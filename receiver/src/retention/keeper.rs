@@ -1,0 +1,238 @@
+//! The thread that folds: one for a receiver, at the lowest priority, one group after the other.
+//!
+//! Looks at every group now and then, and has done what is [`due`](super::due). A fold that fails is told in the group's status and tried again
+//! later. Never in the way of what arrives: the group's thread only does the two changes of the superblock.
+
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use super::{Due, RetentionStatus, SPACE_HIGH_PERCENT, SPACE_LOW_PERCENT, Situation, due};
+use crate::group::{Group, GroupError, Shared, Usage};
+use crate::journal::{list_segments, segment_path};
+use crate::node::Node;
+
+/// Niceness of the thread: below capture and comparisons.
+const NICE: i32 = 15;
+/// From look to look; a client short of space is not kept waiting.
+const PERIOD: Duration = Duration::from_secs(1);
+/// The ladder is asked at each of so many looks.
+const LOOKS_OF_LADDER: u32 = 5;
+/// After a fold that failed, the group is left alone for so many looks.
+const LOOKS_AFTER_FAILURE: u32 = 30;
+
+/// The running thread; dropping it stops it, within a frame of a fold.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    stop: Option<Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Keeper {
+    /// Starts it over the groups of `node`, as long as that lives.
+    pub(crate) fn start(node: &Arc<Node>) -> std::io::Result<Self> {
+        let (stop, stopped) = channel();
+        let (node, runtime) = (Arc::downgrade(node), Handle::current());
+        let run = move || run(&node, &runtime, &stopped);
+        let thread = std::thread::Builder::new().name("retention".to_owned()).spawn(run)?;
+        Ok(Self { stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Stops it. Blocks until it has put down what it was doing.
+    pub(crate) fn stop(mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the retention thread has panicked");
+        }
+    }
+}
+
+fn run(node: &Weak<Node>, runtime: &Handle, stopped: &Receiver<()>) {
+    // Zero is this very thread. Without the right to be nicer nothing breaks.
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::debug!(%error, "the retention thread keeps its priority");
+    }
+    let mut look = 0_u32;
+    while stopped.recv_timeout(PERIOD) == Err(RecvTimeoutError::Timeout) {
+        let Some(node) = node.upgrade() else { break };
+        look = look.wrapping_add(1);
+        for group in node.open_groups() {
+            let failed = group.shared.retention.lock().last_error.is_some();
+            let every = if failed {
+                LOOKS_AFTER_FAILURE
+            } else if is_urgent(&group.shared) {
+                1
+            } else {
+                LOOKS_OF_LADDER
+            };
+            if !look.is_multiple_of(every) {
+                continue;
+            }
+            let is_stopped = || stopped.try_recv() == Err(TryRecvError::Disconnected);
+            let mut drive = Drive { ask: &|f| runtime.block_on(f), is_stopped: &is_stopped };
+            tend(&group, crate::clock::unix_us(), &mut drive);
+            if is_stopped() {
+                return;
+            }
+        }
+    }
+}
+
+/// While somebody walks the journal, the switch to the new base is tried so often, this far apart.
+const SWITCH_TRIES: u32 = 600;
+const SWITCH_AGAIN: Duration = Duration::from_millis(100);
+
+fn is_urgent(shared: &Shared) -> bool {
+    let state = shared.state.read();
+    state.folding.is_some() || to_free(&shared.usage, state.journal_bytes) > 0
+}
+
+type Asked<'a> = std::pin::Pin<Box<dyn Future<Output = ()> + 'a>>;
+
+/// How the group's thread is asked, and when to stop.
+pub(crate) struct Drive<'a> {
+    pub(crate) ask: &'a dyn Fn(Asked<'_>),
+    pub(crate) is_stopped: &'a dyn Fn() -> bool,
+}
+
+impl Drive<'_> {
+    fn wait<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let mut answer = None;
+        let slot = &mut answer;
+        (self.ask)(Box::pin(async move { *slot = Some(future.await) }));
+        answer
+    }
+}
+
+/// Looks at a group and does what is due.
+pub(crate) fn tend(group: &Group, now_unix_us: u64, drive: &mut Drive<'_>) {
+    let shared = &group.shared;
+    if let Some(damage) = shared.names.damage() {
+        shared.retention.lock().last_error = Some(damage.to_string());
+        return;
+    }
+    let due = match look(shared, now_unix_us) {
+        Ok(due) => due,
+        Err(error) => return failed(shared, &error),
+    };
+    let Some(due) = due else { return };
+    if due.early {
+        let folder = &shared.folder;
+        tracing::warn!(
+            "{}/{}: client '{}' has used {} of its {} bytes of space: points before {} are given up earlier than the ladder says",
+            folder.client,
+            folder.group,
+            folder.client,
+            shared.usage.used.load(std::sync::atomic::Ordering::Relaxed),
+            shared.usage.max.unwrap_or(0),
+            due.to
+        );
+    }
+    match fold(group, due, drive) {
+        Ok(()) => {
+            let mut status = shared.retention.lock();
+            status.folds += 1;
+            status.early_folds += u64::from(due.early);
+            status.last_error = None;
+        }
+        // Somebody began to look at a point a moment ago; the next look takes it into account.
+        Err(GroupError::Kept { .. } | GroupError::Closed { .. }) => {}
+        Err(error) => failed(shared, &error),
+    }
+    shared.fold_waiting.store(0, std::sync::atomic::Ordering::Relaxed);
+    let mut status = shared.retention.lock();
+    (status.folding_done_bytes, status.folding_total_bytes) = (0, 0);
+}
+
+fn failed(shared: &Shared, error: &dyn std::error::Error) {
+    let line = format!("points cannot be folded into the base: {error}; it is tried again");
+    let mut status = shared.retention.lock();
+    if status.last_error.as_ref() != Some(&line) {
+        tracing::error!("{}/{}: {line}", shared.folder.client, shared.folder.group);
+    }
+    status.last_error = Some(line);
+}
+
+fn look(shared: &Shared, now_unix_us: u64) -> std::io::Result<Option<Due>> {
+    let folder = shared.folder.journal();
+    let first = shared.state.read().beginning.first_segment;
+    let mut segments = Vec::new();
+    for number in list_segments(&folder)?.into_iter().filter(|n| *n >= first) {
+        match std::fs::metadata(segment_path(&folder, number)) {
+            Ok(found) => segments.push((number, found.len())),
+            // Cut off with an epoch that was given up.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let named = shared.names.points();
+    let state = shared.state.read();
+    let fork = state.fork.as_ref().map(|fork| fork.point);
+    let situation = Situation {
+        points: &state.points,
+        base: state.beginning.base,
+        folding: state.folding,
+        pinned: [shared.pins.oldest(), fork].into_iter().flatten().min(),
+        named: &named,
+        segments: &segments,
+        to_free: to_free(&shared.usage, state.journal_bytes),
+        now_unix_us,
+    };
+    let (due, held_by) = due(&shared.usage.ladder, &situation);
+    shared.retention.lock().held_by = held_by;
+    Ok(due)
+}
+
+/// What of a group's journal has to go so that its client has room again: in proportion to what the group takes.
+fn to_free(usage: &Usage, journal_bytes: u64) -> u64 {
+    let used = u128::from(usage.used.load(std::sync::atomic::Ordering::Relaxed));
+    let Some(max) = usage.max.map(u128::from).filter(|max| used * 100 > max * u128::from(SPACE_HIGH_PERCENT)) else { return 0 };
+    let excess = used - (max * u128::from(SPACE_LOW_PERCENT) / 100).min(used);
+    u64::try_from(excess * u128::from(journal_bytes) / used.max(1)).unwrap_or(u64::MAX)
+}
+
+fn fold(group: &Group, due: Due, drive: &mut Drive<'_>) -> Result<(), GroupError> {
+    let shared = &group.shared;
+    let closed = || GroupError::Closed { group: shared.folder.group.clone() };
+    let entry = drive.wait(group.begin_fold(due.to)).ok_or_else(closed)??;
+    let (folded, at_base) = shared.write_base(&entry, &mut |done, total| {
+        let mut status = shared.retention.lock();
+        (status.folding_done_bytes, status.folding_total_bytes) = (done, total);
+        if (drive.is_stopped)() { Err(closed()) } else { Ok(()) }
+    })?;
+    shared.retention.lock().folded_bytes += folded.written_bytes;
+    let mut tries = 0;
+    let switched = loop {
+        match drive.wait(group.end_fold(due.to)).ok_or_else(closed)? {
+            // Somebody walks the journal; what is written need not be written again for that.
+            Err(GroupError::Kept { .. }) if tries < SWITCH_TRIES && !(drive.is_stopped)() => {
+                tries += 1;
+                std::thread::sleep(SWITCH_AGAIN);
+            }
+            done => break done?,
+        }
+    };
+    let freed = shared.clean_up(switched, &at_base)?;
+    shared.retention.lock().freed_bytes += freed;
+    tracing::info!(
+        "{}/{}: the base is at point {}: {} bytes written into it, {} bytes made holes, {freed} bytes of journal given back",
+        shared.folder.client,
+        shared.folder.group,
+        due.to,
+        folded.written_bytes,
+        folded.punched_bytes
+    );
+    Ok(())
+}
+
+/// The status of a group's retention.
+pub(crate) fn status(shared: &Shared) -> RetentionStatus {
+    let state = shared.state.read();
+    let (base, folding) = (state.beginning.base, state.folding);
+    drop(state);
+    RetentionStatus { base, folding, ..shared.retention.lock().clone() }
+}

@@ -1,0 +1,104 @@
+//! A client with little space: the real receiver folds while it receives, and is killed in the middle of it again and again.
+//!
+//! Would catch: a client that is refused for good although old points could make room, a fold that a SIGKILL leaves half done, a base or a
+//! point that shows something else afterwards, a named point that is given up, a store that `check` does not understand after folds.
+
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use serde_json::Value;
+use support::nbd::Nbd;
+use support::site::Site;
+use support::{eventually, noise, one_at_a_time, seed};
+
+const MIB: u64 = 1 << 20;
+const DISK_BYTES: u64 = 24 * MIB;
+const SPACE_MIB: u64 = 40;
+const GROUP: &str = "db";
+/// Each writes some MiB, and most of them end with a SIGKILL.
+const ROUNDS: u64 = 5;
+/// A primary that was refused comes back within 15 s.
+const FOLDED_WITHIN: Duration = Duration::from_secs(90);
+
+fn retention(site: &Site) -> Value {
+    site.receiver.copy("primary", GROUP)["retention"].clone()
+}
+
+#[test]
+fn a_receiver_that_is_killed_while_it_folds_keeps_what_it_promised() {
+    let _one = one_at_a_time();
+    let mut site = Site::new();
+    let mut rng = SmallRng::seed_from_u64(seed());
+    let config = std::fs::read_to_string(site.receiver.config()).unwrap();
+    let at = config.find("[receiver]").unwrap();
+    site.receiver.configure(&format!("{}space_max = \"{SPACE_MIB}MiB\"\n", &config[at..]));
+    site.receiver.start();
+    let image = site.image("db.raw", DISK_BYTES);
+    site.primary.configure(&site.group(GROUP, &image));
+    site.primary.start();
+    site.primary.committed_once(GROUP);
+    let (mut images, mut kills_in_a_fold, mut early) = (BTreeMap::new(), 0, 0);
+    for round in 0..ROUNDS {
+        let mut nbd = Nbd::connect(&site.socket(GROUP), "data").unwrap();
+        for piece in 0..16 {
+            let offset = rng.random_range(0..DISK_BYTES / MIB) * MIB;
+            nbd.write(offset, &noise(round * 100 + piece, MIB as usize)).unwrap();
+            // Epochs of their own, so that there are points to give up.
+            std::thread::sleep(Duration::from_millis(60));
+        }
+        nbd.flush().unwrap();
+        // Killed as soon as it folds, or when everything was taken.
+        let in_a_fold = eventually("a fold, or all of it committed", FOLDED_WITHIN, || {
+            let folding = !retention(&site)["folding"].is_null();
+            let primary = site.primary.primary(GROUP);
+            (folding || primary["dirty_bytes"] == 0).then_some(folding)
+        });
+        early += retention(&site)["early_folds"].as_u64().unwrap();
+        site.receiver.kill();
+        kills_in_a_fold += u32::from(in_a_fold);
+        site.receiver.start();
+        eventually("all of it committed", FOLDED_WITHIN, || (site.primary.primary(GROUP)["dirty_bytes"] == 0).then_some(()));
+        site.primary.settled(GROUP);
+        let newest = site.receiver.points(GROUP).last().unwrap().0.clone();
+        images.insert(newest, std::fs::read(&image).unwrap());
+    }
+    let status = eventually("the base has something", FOLDED_WITHIN, || {
+        let status = retention(&site);
+        (!status["base"].is_null() && status["folding"].is_null()).then_some(status)
+    });
+    println!("killed in a fold: {kills_in_a_fold}; early folds seen: {early}; {status}");
+    assert!(status["last_error"].is_null(), "{status}");
+    let points = site.receiver.points(GROUP);
+    assert_eq!(points[0].0, status["base"].as_str().unwrap(), "the base's point is offered");
+    // A name: by point, by another name, and taken away.
+    let newest = points.last().unwrap().0.clone();
+    site.receiver.cli(&["points", GROUP, "--name", &newest, "before-upgrade"]);
+    site.receiver.cli(&["points", GROUP, "--name", "before-upgrade", "again"]);
+    site.receiver.cli(&["points", GROUP, "--unname", "again"]);
+    let listed = site.receiver.json(&["points", GROUP]);
+    assert_eq!(listed["points"].as_array().unwrap().last().unwrap()["names"], serde_json::json!(["before-upgrade"]));
+    assert!(site.receiver.cli(&["points", GROUP, "--timeline"]).contains("before-upgrade"));
+    assert!(!site.receiver.ask(&["points", GROUP, "--name", "9.9", "nowhere"]).status.success());
+    site.receiver.kill();
+    let store = site.store.to_str().unwrap().to_owned();
+    let checked = site.receiver.ask(&["check", &store]);
+    assert!(checked.status.success(), "{}", support::text(&checked));
+    site.receiver.start();
+    // The oldest point of which the image is remembered and that is still there, and the newest.
+    let kept: Vec<String> = site.receiver.points(GROUP).into_iter().map(|p| p.0).collect();
+    assert!(kept.contains(&newest));
+    let oldest = images.keys().find(|point| kept.contains(point)).unwrap().clone();
+    site.primary.kill();
+    let socket = site.folder.path().join("copy.sock");
+    site.receiver.failover(GROUP, Some(&oldest), &socket);
+    let mut copy = Nbd::connect(&socket, "data").unwrap();
+    for (at, piece) in (0..).step_by(MIB as usize).zip(images[&oldest].chunks(MIB as usize)) {
+        assert!(copy.read(at, piece.len() as u32).unwrap() == piece, "point {oldest} differs in the MiB at {at}");
+    }
+}
