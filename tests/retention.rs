@@ -15,7 +15,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::Value;
 use support::nbd::Nbd;
 use support::site::Site;
-use support::{eventually, noise, one_at_a_time, seed};
+use support::{eventually, noise, seed};
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 24 * MIB;
@@ -32,7 +32,6 @@ fn retention(site: &Site) -> Value {
 
 #[test]
 fn a_receiver_that_is_killed_while_it_folds_keeps_what_it_promised() {
-    let _one = one_at_a_time();
     let mut site = Site::new();
     let mut rng = SmallRng::seed_from_u64(seed());
     let config = std::fs::read_to_string(site.receiver.config()).unwrap();

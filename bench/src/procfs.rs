@@ -39,7 +39,8 @@ pub(crate) fn peak_resident(pid: u32) -> Result<u64> {
 /// Bytes that `pid` has had written to a disk so far: `write_bytes` of `/proc/PID/io`, see proc(5).
 pub(crate) fn written(pid: u32) -> Result<u64> {
     let path = format!("/proc/{pid}/io");
-    let io = fs::read_to_string(&path).with_context(|| format!("{path}: cannot read what was written: has the process ended?"))?;
+    let io =
+        fs::read_to_string(&path).with_context(|| format!("{path}: cannot read what was written: has the process ended?"))?;
     written_bytes(&io).with_context(|| format!("{path}: no write_bytes line"))
 }
 

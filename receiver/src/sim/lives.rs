@@ -44,7 +44,17 @@ impl Life {
         let dir = folder();
         let (disk, rng) = (SimDisk::new(dir.path()), SmallRng::seed_from_u64(seed));
         let (required, counts) = (BTreeMap::new(), Counts::default());
-        Self { dir, disk, rng, primary: Primary::new(seed), up: None, required, possible: None, given_up: BTreeMap::new(), counts }
+        Self {
+            dir,
+            disk,
+            rng,
+            primary: Primary::new(seed),
+            up: None,
+            required,
+            possible: None,
+            given_up: BTreeMap::new(),
+            counts,
+        }
     }
 
     /// The process is gone; perhaps the power too.
