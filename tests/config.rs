@@ -116,6 +116,23 @@ fn every_mistake_is_one_line() {
             group("[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"06:00\""),
             "t.toml:5: [[group.rate_schedule]] has no key 'limit': add a line such as limit = \"none\"",
         ),
+        (
+            receiver("[[drill]]\ngroup = \"db\"\nrun = \"s.sh\""),
+            "t.toml:4: [[drill]] has no key 'every': add a line such as every = \"1d\", or at = \"03:00\"",
+        ),
+        (
+            receiver("[[drill]]\ngroup = \"db\"\nrun = \"s.sh\"\nevery = \"1d\"\nat = \"03:00\""),
+            "t.toml:8: at = \"03:00\": is given beside every: keep one of the two",
+        ),
+        (
+            receiver("[[drill]]\ngroup = \"a/b/c\"\nrun = \"s.sh\"\nevery = \"10s\""),
+            "t.toml:5: group = \"a/b/c\": is not a name: write 1 to 64 of a-z A-Z 0-9 . _ - starting with a letter or digit\n\
+             t.toml:7: every = \"10s\": is outside of its limits: choose a value from \"1min\" to \"365d\"",
+        ),
+        (
+            "[[drill]]\ngroup = \"db\"\nrun = \"s.sh\"\nevery = \"1d\"\n".to_owned(),
+            "t.toml:1: [[drill]] needs a [receiver]: drills are done where the copies are; move it to that node's configuration",
+        ),
         (group("codec = \"zip\""), "t.toml:5: codec = \"zip\": is not known here: choose one of lz4, raw"),
         (
             "[[group]]\nname = \"db\"\npeer = \"nowhere\"\n".to_owned(),

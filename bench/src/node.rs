@@ -380,8 +380,9 @@ impl Receiver {
 
     /// The command that makes a copy of `image` the base of `primary`'s group.
     pub(crate) fn adopt(&self, primary: &Primary, image: &Path) -> Command {
-        let mut command = self.site.command(&["adopt", &format!("{}/{GROUP}", primary.site.name), "--disk", DISK, "--from"]);
-        command.arg(image);
+        let group = format!("{}/{GROUP}", primary.site.name);
+        let mut command = self.site.command(&["adopt", &group, "--disk", DISK]);
+        command.arg("--from").arg(image);
         command
     }
 
