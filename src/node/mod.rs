@@ -7,6 +7,7 @@ mod control;
 mod copies;
 mod exports;
 mod failover;
+mod fenced;
 mod metrics;
 mod notify;
 mod primaries;
@@ -208,6 +209,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
             }
         },
     };
+    let fenced = tokio::spawn(fenced::watch(node.clone()));
     notify::notify("READY=1");
     println!("ready");
     tracing::info!(name = node.id.name, key = %node.id.key, control = %config.node.control.display(), "ready");
@@ -234,6 +236,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         _ = interrupt.recv() => tracing::warn!("stopped at once; what was not committed is sent again at the next start"),
     }
     control.abort();
+    fenced.abort();
     if let Some(metrics) = metrics {
         metrics.abort();
     }
