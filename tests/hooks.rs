@@ -201,3 +201,33 @@ fn a_node_that_is_killed_while_a_hook_runs_knows_it_afterwards() {
     scene.served();
     assert_eq!(scene.runs()[1]["outcome"], "succeeded");
 }
+
+/// Would catch a primary that stops its guest's services over and over, or not at all.
+#[test]
+fn a_fenced_primary_runs_its_hook_once() {
+    let folder = scratch();
+    let mut pair = Pair::start(folder.path(), "db", "100ms", &[("root", 4 * MIB)]);
+    pair.primary.committed("db");
+    pair.primary.stop();
+    let (hook, noted) = (folder.path().join("hook"), folder.path().join("noted"));
+    let body = format!("#!/bin/sh\necho $TWINSITE_HOOK $TWINSITE_GROUP $TWINSITE_DISKS >> {}\n", noted.display());
+    std::fs::write(&hook, body).unwrap();
+    std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let config = std::fs::read_to_string(pair.primary.config()).unwrap();
+    std::fs::write(pair.primary.config(), format!("{config}\n[hooks]\nfenced = \"{}\"\n", hook.display())).unwrap();
+    pair.primary.start();
+    pair.primary.committed("db");
+    assert!(!noted.exists());
+    pair.receiver.failover("db", None, &folder.path().join("copy.sock"));
+    let runs = || pair.primary.json(&["hooks"])["runs"].as_array().unwrap().clone();
+    eventually("the hook has run", Duration::from_secs(20), || {
+        runs().first().filter(|run| run["outcome"] == "succeeded").map(drop)
+    });
+    // Fenced for some more looks.
+    let until = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < until {
+        assert_eq!(runs().len(), 1);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert_eq!(std::fs::read_to_string(&noted).unwrap(), format!("fenced db root {} -\n", 4 * MIB));
+}

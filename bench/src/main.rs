@@ -15,6 +15,7 @@ mod disk;
 mod experiment;
 mod fio;
 mod http;
+mod journal;
 mod nbd_client;
 mod node;
 mod os;
@@ -83,8 +84,10 @@ enum Experiment {
     FirstSync,
     /// pgbench at a fixed rate: dirty bytes against bytes sent, and the lag. Needs root.
     Wire,
-    /// From the failover command to the first read of a 1 TiB disk.
+    /// From the failover command to the first read and write of a 1 TiB disk, also with 200,000 points.
     Failover,
+    /// Reads of an activated copy, fresh and flattened, against the raw file.
+    ForkReads,
     /// Peak resident memory while a 1 TiB disk is written at random.
     Memory,
     /// First writes to the regions of a disk whose dirty log is clean, against the export without a tap.
@@ -112,7 +115,8 @@ impl Experiment {
             Self::Mirror => vec![experiment::mirror::run],
             Self::FirstSync => vec![experiment::first_sync::run],
             Self::Wire => vec![experiment::wire::run],
-            Self::Failover => vec![experiment::failover::run],
+            Self::Failover => vec![experiment::failover::run, experiment::points::run],
+            Self::ForkReads => vec![experiment::fork_reads::run],
             Self::Memory => vec![experiment::memory::run],
             Self::DirtyLog => vec![experiment::dirty_log::run],
             Self::Restart => vec![experiment::restart::run],
@@ -126,6 +130,7 @@ impl Experiment {
                 Self::FirstSync,
                 Self::Wire,
                 Self::Failover,
+                Self::ForkReads,
                 Self::Memory,
                 Self::DirtyLog,
                 Self::Restart,

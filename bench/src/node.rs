@@ -138,6 +138,7 @@ pub(crate) struct Copy {
     pub(crate) received_bytes: u64,
     pub(crate) stored_bytes: u64,
     pub(crate) retention: Retention,
+    active: Option<Active>,
 }
 
 /// What a copy has given up.
@@ -147,6 +148,16 @@ pub(crate) struct Retention {
     pub(crate) folds: u64,
     pub(crate) folded_bytes: u64,
     pub(crate) freed_bytes: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Active {
+    flatten: Option<Flatten>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Flatten {
+    state: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -186,6 +197,8 @@ pub(crate) struct Receiver {
     listen: String,
     /// Whom it knows, as its configuration says it.
     clients: String,
+    /// Whether it makes raw files of active copies: off where it would disturb a measurement.
+    flatten: bool,
 }
 
 /// Makes a receiver and primaries that know each other's keys; starts none.
@@ -193,7 +206,7 @@ pub(crate) fn pair(bench: &Bench, receiver: &str, specs: &[PrimarySpec<'_>]) -> 
     let binary = bench.binary(&TWINSITE)?;
     let site = Site::new(bench, &binary, receiver)?;
     let listen = free_udp_address()?;
-    let mut receiver = Receiver { site, listen, clients: String::new() };
+    let mut receiver = Receiver { site, listen, clients: String::new(), flatten: false };
     receiver.configure()?;
     let peer_key = receiver.site.key(bench)?;
     let mut primaries = Vec::new();
@@ -256,6 +269,13 @@ impl Primary {
     /// The base of its disk in the store of `receiver`.
     pub(crate) fn base_in(&self, receiver: &Receiver) -> PathBuf {
         receiver.store().join(&self.site.name).join(GROUP).join("base").join(format!("{DISK}.raw"))
+    }
+
+    /// The newest epoch that the receiver has committed.
+    pub(crate) fn newest_epoch(&self) -> Result<u64> {
+        let committed = self.status()?.committed;
+        let epoch = committed.as_ref().and_then(|point| point.as_str()?.split_once('.')?.1.parse().ok());
+        epoch.with_context(|| format!("{}: no committed point in its status", self.site.name))
     }
 
     /// Where the disk is exported.
@@ -329,13 +349,14 @@ impl Primary {
 
 impl Receiver {
     fn configure(&self) -> Result<()> {
-        self.site.write(&format!("[receiver]\nlisten = \"{}\"\nstore = \"store\"\n{}", self.listen, self.clients))
+        let Self { listen, clients, flatten, .. } = self;
+        self.site.write(&format!("[receiver]\nlisten = \"{listen}\"\nstore = \"store\"\nflatten = {flatten}\n{clients}"))
     }
 
     /// Another receiver, `name`, with a copy of this one's store. This one must not run.
     pub(crate) fn twin(&self, bench: &Bench, name: &str) -> Result<Self> {
         let site = Site::new(bench, &self.site.binary, name)?;
-        let twin = Self { site, listen: free_udp_address()?, clients: self.clients.clone() };
+        let twin = Self { site, listen: free_udp_address()?, clients: self.clients.clone(), flatten: self.flatten };
         twin.configure()?;
         let mut command = Command::new(tools::CP.program);
         command.args(["--archive", "--sparse=always", "--reflink=auto"]).arg(self.store()).arg(twin.store());
@@ -362,6 +383,33 @@ impl Receiver {
     pub(crate) fn copy(&self) -> Result<Copy> {
         let copy = self.site.status()?.receiver.and_then(|r| r.groups.into_iter().next());
         copy.with_context(|| format!("{}: no copy in its status", self.site.name))
+    }
+
+    /// Says whether it makes raw files of active copies, from its next start on.
+    pub(crate) fn flatten(&mut self, flatten: bool) -> Result<()> {
+        self.flatten = flatten;
+        self.configure()
+    }
+
+    /// Whether its one copy is a raw file by now.
+    pub(crate) fn is_flat(&self) -> Result<bool> {
+        let copies = self.site.status()?.receiver.map(|r| r.groups).unwrap_or_default();
+        let state = copies.into_iter().find_map(|copy| copy.active?.flatten).map(|flatten| flatten.state);
+        Ok(state.as_deref() == Some("flat"))
+    }
+
+    /// Folder of the copy of `primary`'s group.
+    pub(crate) fn group_folder(&self, primary: &Primary) -> PathBuf {
+        self.store().join(&primary.site.name).join(GROUP)
+    }
+
+    /// As [`failover`](Self::failover), to `point`.
+    pub(crate) fn failover_to(&self, primary: &Primary, socket: &Path, point: Option<&str>) -> Command {
+        let mut command = self.failover(primary, socket);
+        if let Some(point) = point {
+            command.args(["--point", point]);
+        }
+        command
     }
 
     /// The command that activates the newest point of `primary`'s group and exports it on `socket`.

@@ -118,8 +118,8 @@ impl Hooks {
     }
 
     /// Starts the hook of a node that learned that its group is fenced.
-    pub(crate) fn fenced(self: &Arc<Self>, facts: Facts) -> Option<u64> {
-        self.begin_hook(Hook::Fenced, facts)
+    pub(crate) fn fenced(self: &Arc<Self>, facts: Facts) {
+        self.begin_hook(Hook::Fenced, facts);
     }
 
     fn begin_hook(self: &Arc<Self>, hook: Hook, facts: Facts) -> Option<u64> {

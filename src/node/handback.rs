@@ -1,21 +1,20 @@
 //! Who writes, changed on purpose: switchover here, disks given back (failback) and taken back to a point (rollback) at the primary.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::{Generation, Name};
-use replicator::{HandbackPlan, HandbackStatus, HandbackTarget, LinkState};
+use proto::Generation;
+use replicator::{HandbackPlan, HandbackStatus, HandbackTarget};
 
 use super::Node;
 use super::copies::GroupRef;
 use super::failover::RequestError;
-use crate::api::{FailoverDone, FailoverRequest, HandbackProgress, HandbackRequest, PrimaryStatus, SwitchoverRequest};
+use crate::api::{FailoverDone, FailoverRequest, HandbackProgress, HandbackRequest, SwitchoverRequest};
 use crate::hooks::{Facts, Phase, Transition};
 
 /// How long a primary may take to commit what it has, unless another time is given.
 pub(crate) const DRAIN_DEFAULT: Duration = Duration::from_secs(60);
-/// How often it is looked whether a handback has ended, or a group is fenced.
+/// How often it is looked whether a handback has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 fn target(request: &HandbackRequest) -> HandbackTarget {
@@ -68,31 +67,6 @@ impl Node {
             }
         });
         Ok(begun)
-    }
-
-    /// Runs the hook of groups that are found to be fenced, as long as the node runs.
-    pub(crate) async fn follow_fences(self: Arc<Self>) {
-        let mut known: BTreeMap<Name, Generation> = BTreeMap::new();
-        loop {
-            for group in self.primaries.read().await.status() {
-                let PrimaryStatus::Running(status) = group else { continue };
-                let facts = Facts {
-                    client: None,
-                    group: status.group.clone(),
-                    point: status.committed,
-                    generation: status.generation,
-                    export: None,
-                    disks: Vec::new(),
-                    repeated: false,
-                };
-                if status.state != LinkState::Fenced || status.handback.is_some() {
-                    known.remove(&status.group);
-                } else if known.insert(status.group.clone(), status.generation).is_none() {
-                    self.hooks.fenced(facts);
-                }
-            }
-            tokio::time::sleep(LOOK_EVERY).await;
-        }
     }
 
     pub(crate) async fn handback(&self, group: &str) -> Result<HandbackProgress, RequestError> {

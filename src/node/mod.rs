@@ -9,6 +9,7 @@ mod copies;
 mod drills;
 mod exports;
 mod failover;
+mod fenced;
 mod handback;
 mod metrics;
 mod notify;
@@ -207,7 +208,6 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     });
     node.export_active().await;
     let handbacks = tokio::spawn(node.clone().follow_handbacks());
-    let fences = tokio::spawn(node.clone().follow_fences());
 
     let (stop, stopping) = watch::channel(false);
     // Ends the drills of the schedule, whose scripts run on the runtime's threads for blocking work.
@@ -224,6 +224,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
             }
         },
     };
+    let fenced = tokio::spawn(fenced::watch(node.clone()));
     notify::notify("READY=1");
     println!("ready");
     tracing::info!(name = node.id.name, key = %node.id.key, control = %config.node.control.display(), "ready");
@@ -256,7 +257,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     }
     control.abort();
     handbacks.abort();
-    fences.abort();
+    fenced.abort();
     if let Some(metrics) = metrics {
         metrics.abort();
     }

@@ -1,4 +1,4 @@
-//! From `twinsite failover` to the first block read from the copy of a 1 TiB disk.
+//! From `twinsite failover` to the first block read from, and the first one written to, the copy of a 1 TiB disk.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -38,6 +38,8 @@ struct Sample {
     restarted: bool,
     /// From the start of the command to the first block read.
     first_read_ms: f64,
+    /// From the start of the command to the first write acknowledged; the read is before it.
+    first_write_ms: f64,
     /// From the start of the command to its end.
     command_ms: f64,
     /// From the start of the receiver's process to its control socket answering; only if it was restarted.
@@ -85,18 +87,20 @@ fn once(bench: &Bench, restarted: bool, seconds: u32) -> Result<Sample> {
     let start = Instant::now();
     let command = Daemon::spawn(bench, "failover", receiver.failover(&primary, &socket))?;
     let mut block = vec![0; BLOCK];
-    loop {
-        let read = NbdClient::connect(&socket, DISK).and_then(|mut c| c.read(MARK_AT, &mut block));
+    let mut copy = loop {
+        let read = NbdClient::connect(&socket, DISK).and_then(|mut c| c.read(MARK_AT, &mut block).map(|()| c));
         match read {
-            Ok(()) => break,
+            Ok(connected) => break connected,
             Err(_) if start.elapsed() < ANSWER_MAX => {}
             Err(error) => return Err(error.context(format!("no answer from the copy: {}", command.last_line()))),
         }
         os::check_stop()?;
         receiving.check_alive()?;
         thread::sleep(Duration::from_millis(1));
-    }
+    };
     let first_read_ms = ms(start);
+    copy.write(MARK_AT + BLOCK as u64, &mark)?;
+    let first_write_ms = ms(start);
     if block != mark {
         bail!("the copy answers with other data than was written and committed at offset {MARK_AT}");
     }
@@ -106,7 +110,7 @@ fn once(bench: &Bench, restarted: bool, seconds: u32) -> Result<Sample> {
     // Scattered blocks take space.
     let _ = std::fs::remove_file(&file);
     let _ = std::fs::remove_dir_all(receiver.store());
-    Ok(Sample { restarted, first_read_ms, command_ms, receiver_start_ms })
+    Ok(Sample { restarted, first_read_ms, first_write_ms, command_ms, receiver_start_ms })
 }
 
 fn ms(since: Instant) -> f64 {
@@ -114,7 +118,7 @@ fn ms(since: Instant) -> f64 {
 }
 
 fn report(samples: &[Sample], rounds: u32, seconds: u32, tools: Vec<tools::Tool>) -> Report {
-    let head = ["receiver", "first read ms", "lowest..highest", "command ms", "receiver's start ms"];
+    let head = ["receiver", "first read ms", "lowest..highest", "first write ms", "command ms", "receiver's start ms"];
     let mut table = Table::new("from the command to the first block read (median)", &head);
     let (mut bars, mut checks) = (Vec::new(), Vec::new());
     for (restarted, title) in [(false, "running"), (true, "restarted")] {
@@ -126,11 +130,15 @@ fn report(samples: &[Sample], rounds: u32, seconds: u32, tools: Vec<tools::Tool>
             title.to_owned(),
             whole(median(&first)),
             format!("{}..{}", whole(low), whole(high)),
+            whole(median(&of(|s| s.first_write_ms))),
             whole(median(&of(|s| s.command_ms))),
             started,
         ]);
         let worst = if first.is_empty() { f64::NAN } else { high };
         checks.push(Check::at_most(format!("first read of a 1 TiB disk, receiver {title}, slowest round"), worst, 1000.0, "ms"));
+        let written = of(|s| s.first_write_ms);
+        let worst = if written.is_empty() { f64::NAN } else { range(&written).1 };
+        checks.push(Check::at_most(format!("first write to a 1 TiB disk, receiver {title}, slowest round"), worst, 500.0, "ms"));
         bars.push(Bar { label: format!("receiver {title}"), value: median(&first), ours: true });
     }
     Report {
