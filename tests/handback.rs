@@ -382,3 +382,60 @@ fn a_failback_survives_the_death_of_either_side() {
     write_some(&pair.sockets, &mut model, &mut random, 50);
     verified(&pair);
 }
+
+/// Either side is killed at any moment of a rollback: the disks are what they were, or what they are to be, or no guest writes to them until
+/// the command is repeated.
+#[test]
+fn a_rollback_survives_the_death_of_either_side() {
+    let folder = scratch();
+    let mut random = SmallRng::seed_from_u64(seed());
+    let mut pair = Pair::start(folder.path(), "db", "50ms", DISKS);
+    let mut model = Model::new();
+    write_some(&pair.sockets, &mut model, &mut random, 300);
+    pair.primary.settled("db");
+    let then = Model { disks: model.disks.clone(), changed: BTreeSet::new() };
+    let before = pair.receiver.points("db").last().expect("a point").0.clone();
+    write_some(&pair.sockets, &mut model, &mut random, 1000);
+    pair.primary.settled("db");
+    for kill in 0..KILLS {
+        let wait = Duration::from_millis(random.random_range(0..KILL_WITHIN_MS));
+        let mut running =
+            pair.primary.command(&["rollback", "db", "--point", &before, "--yes", "--json"]).spawn().expect("the command");
+        std::thread::sleep(wait);
+        let primary = random.random_bool(0.7);
+        if primary {
+            pair.primary.kill()
+        } else {
+            pair.receiver.kill()
+        }
+        let done = running.wait().expect("its end").success();
+        if primary {
+            pair.primary.start()
+        } else {
+            pair.receiver.start()
+        }
+        let generation = pair.receiver.copy("primary", "db")["generation"].as_u64().expect("a generation");
+        println!("kill {kill} after {wait:?} (primary: {primary}): generation {generation}, the command succeeded: {done}");
+        if generation > 1 {
+            break;
+        }
+        let status = pair.primary.primary("db");
+        if status["writes_refused"] == "handback" {
+            let mut nbd = Nbd::connect(&pair.sockets[0], DISKS[0].0).expect("the export");
+            nbd.write(0, &[1; 4096]).expect_err("disks that are neither the one nor the other take no writes");
+        } else {
+            // Nothing was overwritten: the guest goes on with what it had.
+            images_are(&pair, &model, "a rollback that had not begun");
+            pair.primary.committed("db");
+        }
+    }
+    let status = pair.primary.primary("db");
+    if pair.receiver.copy("primary", "db")["generation"] == 1 || !status["writes_refused"].is_null() {
+        hand_back_well(&pair, &["rollback", "db", "--point", &before]);
+    }
+    images_are(&pair, &then, "rolled back");
+    model.disks = then.disks;
+    write_some(&pair.sockets, &mut model, &mut random, 50);
+    verified(&pair);
+    images_are(&pair, &model, "written again");
+}

@@ -311,7 +311,11 @@ impl Replicator {
             freeze_budget_bytes: tuning.freeze_budget_bytes,
             epochs_in_flight: tuning.epochs_in_flight,
         };
-        let core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
+        let mut core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
+        if let Some(Stopped::Handback { .. }) = recorded.stopped {
+            // The disks are neither the one nor the other: nothing is replicated until the handback is repeated.
+            core.park();
+        }
         let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation, pace));
         let (stop, stopping) = watch::channel(None);
         match recorded.stopped {

@@ -27,6 +27,7 @@ use crate::fork::OpenFork;
 use crate::group::{Group, GroupError, GroupEvent, Peer, SessionId};
 use crate::input::ControlInput;
 use crate::node::Node;
+use crate::pins::{Pin as PointPin, Pinned};
 use crate::session::{Client, one_line};
 use crate::superblock::Volume;
 use crate::view::{View, views};
@@ -141,6 +142,8 @@ struct Handback {
     newest: Arc<Vec<View>>,
     /// Blocks to be sent in the first pass, by volume.
     give: Vec<DirtyMap>,
+    /// What is given stays until it is there.
+    _pin: Option<PointPin>,
     events: mpsc::Receiver<GroupEvent>,
 }
 
@@ -184,7 +187,7 @@ async fn run(mut line: Line, node: Arc<Node>, client: Arc<Client>, ask: Ask) -> 
         Ok(opened) => opened,
         Err(error) => return Err((error, Some(line))),
     };
-    let (group, ready, fork, newest, give) = match opened {
+    let (group, ready, fork, newest, give, pin) = match opened {
         Opened::Done { point, generation } => {
             let told = line.tell(&Message::Handed { point, generation }).await;
             return match told {
@@ -195,10 +198,11 @@ async fn run(mut line: Line, node: Arc<Node>, client: Arc<Client>, ask: Ask) -> 
                 Err(error) => Err((error, Some(line))),
             };
         }
-        Opened::Begun { group, ready, fork, newest, give } => (group, ready, fork, newest, give),
+        Opened::Begun { group, ready, fork, newest, give, pin } => (group, ready, fork, newest, give, pin),
     };
     let (id, (_, events)) = (node.next_session(), mpsc::channel(1));
-    let mut handback = Handback { line, node, client, group, id, ask, ready, fork, newest: Arc::new(newest), give, events };
+    let mut handback =
+        Handback { line, node, client, group, id, ask, ready, fork, newest: Arc::new(newest), give, _pin: pin, events };
     match handback.converse().await {
         Ok(()) => {
             end(&mut handback.line).await;
@@ -226,16 +230,14 @@ async fn end(line: &mut Line) {
 
 enum Opened {
     /// An earlier conversation came to its end, and the primary did not hear it.
-    Done {
-        point: Point,
-        generation: Generation,
-    },
+    Done { point: Point, generation: Generation },
     Begun {
         group: Arc<Group>,
         ready: Ready,
         fork: Option<Arc<OpenFork>>,
         newest: Vec<View>,
         give: Vec<DirtyMap>,
+        pin: Option<PointPin>,
     },
 }
 
@@ -286,13 +288,13 @@ async fn open(node: &Arc<Node>, client: &Arc<Client>, ask: &Ask) -> Result<Opene
     };
     let shared = Arc::clone(&found.shared);
     let looked = tokio::task::spawn_blocking(move || {
-        let (then, now) = (shared.index_at(from)?, shared.index_at(newest)?);
-        let volumes = (0..shared.volumes.len()).filter_map(|v| Some((now.index.volume(v)?, then.index.volume(v)?)));
+        let (Pinned { index: then, _pin: pin }, now) = (shared.index_at(from)?, shared.index_at(newest)?);
+        let volumes = (0..shared.volumes.len()).filter_map(|v| Some((now.index.volume(v)?, then.volume(v)?)));
         let give = volumes.map(|(now, then)| now.differing(then)).collect::<Vec<_>>();
-        Ok::<_, GroupError>((views(&shared, now)?, give))
+        Ok::<_, GroupError>((views(&shared, now)?, give, pin))
     });
     let closed = || GroupError::Closed { group: group.clone() };
-    let (views, mut give) = looked.await.map_err(|_| closed())??;
+    let (views, mut give, pin) = looked.await.map_err(|_| closed())??;
     if let Some(fork) = &fork {
         for (map, (_, device)) in give.iter_mut().zip(&fork.volumes) {
             map.merge(&device.follow());
@@ -301,7 +303,7 @@ async fn open(node: &Arc<Node>, client: &Arc<Client>, ask: &Ask) -> Result<Opene
     let give_bytes = give.iter().map(DirtyMap::bytes).sum();
     let version = ask.version_max.min(VERSION_MAX);
     let ready = Ready { version, generation, newest, from, give_bytes };
-    Ok(Opened::Begun { group: found, ready, fork, newest: views, give })
+    Ok(Opened::Begun { group: found, ready, fork, newest: views, give, pin })
 }
 
 type Hashing = Pin<Box<dyn Future<Output = Result<Hashes, Cause>> + Send>>;
