@@ -20,8 +20,9 @@ use proto::{BlockExtent, Frame, FrameHeader, FrameKind, Point};
 use rustix::fs::{SeekFrom, seek};
 use tokio::sync::oneshot;
 
+use super::points::Walked;
 use super::worker::Worker;
-use super::{Command, Group, GroupError, PointEntry, Shared, Walked};
+use super::{Command, Group, GroupError, PointEntry, Shared};
 use crate::disk::{DiskFile, read_up_to};
 use crate::frames::FrameError;
 use crate::index::{FrameId, Place};

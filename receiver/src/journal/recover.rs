@@ -180,10 +180,6 @@ pub(crate) fn open(
     let io = |what| move |source| JournalError::Io { path: folder.to_owned(), what, source };
     // Removals that a killed process did not live to sync, before any other is made: see `truncate_to`.
     options.disk.sync_folder(folder).map_err(io("sync"))?;
-    // What a fold had no time to remove.
-    for number in list_segments(folder).map_err(io("list"))?.into_iter().filter(|n| *n < expected.first_segment) {
-        options.disk.remove_file(&segment_path(folder, number)).map_err(io("remove a folded segment of"))?;
-    }
     // What is found is answered with, so it must be on the disk; earlier segments were synced before this one was begun.
     if let Some(last) = list_segments(folder).map_err(io("list"))?.last() {
         options.disk.open_settled(&segment_path(folder, *last)).map_err(io("sync"))?;
@@ -191,6 +187,10 @@ pub(crate) fn open(
     let Examined { sealed, kept, cut } = examine(folder, expected, synced, sink)?;
     if let Some(cut) = cut {
         cut.log();
+    }
+    // What a fold had no time to remove; a journal that is refused is left as it is.
+    for number in list_segments(folder).map_err(io("list"))?.into_iter().filter(|n| *n < expected.first_segment) {
+        options.disk.remove_file(&segment_path(folder, number)).map_err(io("remove a folded segment of"))?;
     }
     Journal::resume(folder, expected, (sealed, kept), options)
 }
