@@ -319,7 +319,7 @@ impl Replicator {
         let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation, pace));
         let (stop, stopping) = watch::channel(None);
         match recorded.stopped {
-            Some(Stopped::Fenced(_)) if shared.tuning.writes_when_fenced => {}
+            Some(Stopped::Fenced(_) | Stopped::Drained) if shared.tuning.writes_when_fenced => {}
             Some(Stopped::Fenced(_)) => shared.gate.close(Closed::Fenced),
             Some(Stopped::Drained) => shared.gate.close(Closed::Drained),
             Some(Stopped::Handback { .. }) => shared.gate.close(Closed::Handback),

@@ -40,7 +40,11 @@ impl Handback {
         let (arriving, fork) = self.new_fork().await?;
         // The fork's own views pin it until then.
         let pin = self.group.shared.pins.pin(self.ready.newest);
-        let tally = self.take(&mut stream, &fork).await?;
+        let mut counted = 0;
+        let tally = self.take(&mut stream, &fork, &mut counted).await.inspect_err(|_| {
+            // What did not arrive whole is removed by the next try.
+            self.group.shared.usage.used.fetch_sub(counted, Ordering::Relaxed);
+        })?;
         Ok(Kept { arriving, tally, pin })
     }
 
@@ -116,7 +120,7 @@ impl Handback {
         tokio::task::spawn_blocking(work).await.map_err(|_| closed())?
     }
 
-    async fn take(&mut self, stream: &mut RecvStream, fork: &OpenFork) -> Result<Tally, HandbackError> {
+    async fn take(&self, stream: &mut RecvStream, fork: &OpenFork, counted: &mut u64) -> Result<Tally, HandbackError> {
         let io = self.node.hasher().map_err(self.io())?.io().clone();
         let lost = |error: quinn::ReadExactError| HandbackError::Lost(one_line(&error));
         let (mut tally, usage) = (Tally::default(), Arc::clone(&self.group.shared.usage));
@@ -145,6 +149,7 @@ impl Handback {
                 return Err(HandbackError::Space { client: self.client.config.name.clone(), bytes });
             }
             usage.used.fetch_add(bytes, Ordering::Relaxed);
+            *counted += bytes;
             let applied = io.call(move || async move {
                 let frame = Frame::decode_body(header, &body, blocks).map_err(std::io::Error::other)?;
                 blockdev::apply_frame(&*device, &frame).await
