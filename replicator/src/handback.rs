@@ -17,20 +17,25 @@ use proto::handback::{Ask, HANDBACK_PASSES_MAX, Ready, WANT_EXTENTS_MAX, Want};
 use proto::pack::{FRAME_BLOCKS, Packed, Packer};
 use proto::seal::Tally;
 use proto::units::{BLOCK_BYTES, blocks_of};
-use proto::{CloseCode, DecodeError, DirtyMap, Generation, Message, Name, Point, SessionToken, VolumeIndex};
-use quinn::{Connection, Endpoint, RecvStream, SendStream};
-use serde::{Deserialize, Serialize};
+use proto::{DirtyMap, Generation, Message, Name, Point, SessionToken, VolumeIndex};
+use quinn::{RecvStream, SendStream};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::capture::CaptureError;
 use crate::compare::Compare;
 use crate::gate::Closed;
-use crate::link::{self, ControlError, Link, LinkError, read_message};
+use crate::link::{Link, read_message};
 use crate::outbox::{Item, Outbox};
-use crate::record::{Record, RecordError, Stopped};
+use crate::record::{Record, Stopped};
 use crate::session::Order;
 use crate::shared::Shared;
 use crate::status::LinkState;
+
+mod report;
+mod talk;
+
+pub use report::{HandbackError, HandbackPlan, HandbackStatus, HandbackTarget};
+use talk::{Broken, Talk};
 
 /// How long the receiver may take to find out what it would give: it may have to walk its journal.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
@@ -38,146 +43,6 @@ const READY_DEADLINE: Duration = Duration::from_secs(120);
 const DRAIN_DEADLINE: Duration = Duration::from_secs(60);
 /// Frames that are being written at once.
 const WRITES_AT_ONCE: usize = 8;
-
-/// What is wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HandbackTarget {
-    /// What the activated copy has become.
-    Failback,
-    /// An earlier point.
-    Rollback(Point),
-}
-
-/// Why disks are not given back.
-#[derive(Debug, thiserror::Error)]
-pub enum HandbackError {
-    /// The group has not been failed over, as far as is known here.
-    #[error("group {group} is not fenced: nothing was failed over, and there is nothing to give back")]
-    NotFenced {
-        /// The group.
-        group: Name,
-    },
-    /// It cannot be rolled back now.
-    #[error("group {group}: a rollback needs a copy that is followed: wait until `twinsite status` says streaming")]
-    NotStreaming {
-        /// The group.
-        group: Name,
-    },
-    /// One is under way.
-    #[error("group {group} is being given back already: see `twinsite status {group}`")]
-    Busy {
-        /// The group.
-        group: Name,
-    },
-    /// What was written last cannot be committed.
-    #[error("group {group}: what was written last was not committed within {} s: nothing was changed, try again", DRAIN_DEADLINE.as_secs())]
-    NotDrained {
-        /// The group.
-        group: Name,
-    },
-    /// The driver is gone.
-    #[error("group {group}: the node is stopping")]
-    Stopping {
-        /// The group.
-        group: Name,
-    },
-    /// What the receiver said.
-    #[error("receiver: {0}")]
-    Refused(String),
-    /// Something went wrong on the way.
-    #[error("group {group}: {reason}")]
-    Failed {
-        /// The group.
-        group: Name,
-        /// What, where, what to do.
-        reason: String,
-    },
-}
-
-/// What a handback would do.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct HandbackPlan {
-    /// The group.
-    pub group: Name,
-    /// Generation that holds at the receiver; it is raised by one.
-    pub generation: Generation,
-    /// The point that the activated copy began from, or the one to go back to.
-    pub from: Point,
-    /// The receiver's newest point.
-    pub newest: Point,
-    /// Bytes of blocks that change here, known so far: what the active copy writes until the end comes on top.
-    pub receive_bytes: u64,
-    /// Bytes of blocks that were written here after the sites had parted. They are kept at the receiver as a fork before they are overwritten.
-    pub own_bytes: u64,
-}
-
-/// How far a handback is.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct HandbackStatus {
-    /// Tells one from the next.
-    pub number: u64,
-    /// Whether it still runs.
-    pub running: bool,
-    /// What it is doing, in words.
-    pub step: String,
-    /// Bytes of blocks that are on the disks here.
-    pub done_bytes: u64,
-    /// Bytes of blocks that are known to come.
-    pub total_bytes: u64,
-    /// Bytes of frames that came over the line.
-    pub received_bytes: u64,
-    /// Bytes of frames of own blocks that were sent to be kept.
-    pub sent_bytes: u64,
-    /// The fork that keeps them.
-    pub kept: Option<Name>,
-    /// The point that both sites hold in the end.
-    pub point: Option<Point>,
-    /// Why it failed; one line.
-    pub error: Option<String>,
-    /// Milliseconds since it began, until it ended.
-    pub elapsed_ms: u64,
-}
-
-/// Why a conversation ends; becomes the reason of a [`HandbackError`].
-#[derive(Debug, thiserror::Error)]
-enum Broken {
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    #[error("receiver: {0}")]
-    Refused(String),
-    #[error("the receiver sent {message} while this side was {state}")]
-    Unexpected { message: &'static str, state: &'static str },
-    #[error("the receiver sent what is no frame: {0}")]
-    Decode(#[from] DecodeError),
-    #[error("the receiver sent pass {got}, expected {expected}")]
-    Order { got: u16, expected: u16 },
-    #[error("the receiver sent a frame of volume {volume}, the group has {volumes}")]
-    Volume { volume: u16, volumes: usize },
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    #[error(transparent)]
-    Capture(#[from] CaptureError),
-    #[error("disk: {0}")]
-    Disk(#[from] std::io::Error),
-    #[error("the connection broke: {0}")]
-    Lost(String),
-    #[error("the receiver did not answer within {} s", READY_DEADLINE.as_secs())]
-    Silent,
-}
-
-impl From<quinn::WriteError> for Broken {
-    fn from(error: quinn::WriteError) -> Self {
-        Self::Lost(error.to_string())
-    }
-}
-
-impl From<quinn::ConnectionError> for Broken {
-    fn from(error: quinn::ConnectionError) -> Self {
-        Self::Lost(error.to_string())
-    }
-}
 
 /// What takes disks back needs of its group.
 pub(crate) struct Handback {
@@ -196,36 +61,6 @@ pub(crate) struct Handback {
     pub(crate) state: Mutex<(HandbackStatus, Option<Instant>)>,
     /// One at a time.
     pub(crate) busy: Arc<tokio::sync::Mutex<()>>,
-}
-
-/// A conversation that was begun.
-struct Talk {
-    connection: Connection,
-    _endpoint: Endpoint,
-    control: SendStream,
-    messages: mpsc::Receiver<Result<Message, ControlError>>,
-}
-
-impl Talk {
-    async fn say(&mut self, message: &Message) -> Result<(), Broken> {
-        Ok(self.control.write_all(&message.encode()).await?)
-    }
-
-    async fn hear(&mut self) -> Result<Message, Broken> {
-        match self.messages.recv().await {
-            Some(Ok(Message::Close { reason, .. })) => Err(Broken::Refused(reason)),
-            Some(Ok(Message::Fenced { generation })) => {
-                Err(Broken::Refused(format!("generation {generation} holds, and this node has another on record")))
-            }
-            Some(Ok(message)) => Ok(message),
-            Some(Err(error)) => Err(error.into()),
-            None => Err(ControlError::Ended.into()),
-        }
-    }
-
-    fn end(&self) {
-        link::close(&self.connection, CloseCode::Stopping, "the handback is over");
-    }
 }
 
 /// What the receiver answered.
