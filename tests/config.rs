@@ -71,7 +71,7 @@ fn every_mistake_is_one_line() {
         ),
         (
             group("colour = 1"),
-            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, max_lag, scrub_interval, rate_limit, rate_schedule, disk",
+            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, when_fenced, max_lag, scrub_interval, rate_limit, rate_schedule, disk",
         ),
         (
             group("interval = \"5 parsecs\""),
