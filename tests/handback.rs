@@ -126,6 +126,15 @@ fn fenced(pair: &Pair) {
     assert_eq!(pair.primary.primary("db")["writes_refused"], "fenced");
 }
 
+/// Waits until a rollback can begin, for the first time or again: before, it would be refused, and nothing would be tried.
+#[track_caller]
+fn can_begin(pair: &Pair) -> Value {
+    eventually("it is known where the disks stand", COMMIT_WITHIN, || {
+        let status = pair.primary.primary("db");
+        (status["state"] == "streaming" || status["writes_refused"] == "handback").then_some(status)
+    })
+}
+
 #[track_caller]
 fn verified(pair: &Pair) {
     pair.primary.committed("db");
@@ -412,6 +421,7 @@ fn a_rollback_survives_the_death_of_either_side() {
     write_some(&pair.sockets, &mut model, &mut random, 1000);
     pair.primary.settled("db");
     for kill in 0..KILLS {
+        can_begin(&pair);
         let wait = Duration::from_millis(random.random_range(0..KILL_WITHIN_MS));
         let mut running =
             pair.primary.command(&["rollback", "db", "--point", &before, "--yes", "--json"]).spawn().expect("the command");
@@ -443,10 +453,7 @@ fn a_rollback_survives_the_death_of_either_side() {
             pair.primary.committed("db");
         }
     }
-    let status = eventually("it is known where the disks stand", COMMIT_WITHIN, || {
-        let status = pair.primary.primary("db");
-        (status["state"] == "streaming" || status["writes_refused"] == "handback").then_some(status)
-    });
+    let status = can_begin(&pair);
     if pair.receiver.copy("primary", "db")["generation"] == 1 || !status["writes_refused"].is_null() {
         hand_back_well(&pair, &["rollback", "db", "--point", &before]);
     }

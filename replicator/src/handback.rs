@@ -155,9 +155,9 @@ impl Handback {
     fn permitted(&self, target: HandbackTarget) -> Result<(), HandbackError> {
         let group = self.shared.group.clone();
         match (target, self.shared.state()) {
+            // One that broke half way leaves the driver parked, whatever it knows of its peer.
+            _ if self.token().is_some() => Ok(()),
             (HandbackTarget::Failback, LinkState::Fenced) | (HandbackTarget::Rollback(_), LinkState::Streaming) => Ok(()),
-            // A rollback that broke half way leaves the driver parked.
-            (HandbackTarget::Rollback(_), LinkState::Fenced) if self.token().is_some() => Ok(()),
             (HandbackTarget::Failback, _) => Err(HandbackError::NotFenced { group }),
             (HandbackTarget::Rollback(_), _) => Err(HandbackError::NotStreaming { group }),
         }

@@ -180,6 +180,8 @@ impl Driver {
 
     /// Runs until told to stop.
     pub(crate) async fn run(mut self) {
+        // A parked driver waits for an order, maybe for days: until then the status is to say so.
+        self.shared.publish(&self.core, None, &self.outbox, None);
         loop {
             let event = self.next_event().await;
             let event = match event {
