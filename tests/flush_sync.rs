@@ -15,7 +15,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
@@ -24,7 +24,7 @@ use rustix::process::Signal;
 use support::block::Disk;
 use support::nbd::Nbd;
 use support::node::{Node, free_address, group_config, receiver_config};
-use support::postgres::{self, Server, record};
+use support::postgres::{self, Server, record_and_tell};
 use support::{Process, eventually, one_at_a_time, run, scratch, seed, sparse};
 
 const KILLS: u32 = 3;
@@ -35,7 +35,7 @@ const PG_BYTES: u64 = 512 << 20;
 const MIB: u64 = 1 << 20;
 /// pgbench beside the recording client, so that flushes meet.
 const CLIENTS: &str = "2";
-/// The primary is killed at a random moment of this span after the load began.
+/// The primary is killed at a random moment of this span after the first commits of the load.
 const KILL_AFTER_MS: std::ops::Range<u64> = 300..1500;
 /// Commits of a cycle that must be acknowledged, or it would show nothing.
 const COMMITS_MIN: usize = 3;
@@ -102,7 +102,7 @@ fn every_acknowledged_commit_survives_the_site() {
         let acknowledged = cycle_of(cycle.path(), &template, after);
         commits += acknowledged;
         println!(
-            "kill {kill} of {kills}: {} ms after the load began, {acknowledged} commits acknowledged, all there",
+            "kill {kill} of {kills}: {} ms after the first commits, {acknowledged} commits acknowledged, all there",
             after.as_millis()
         );
     }
@@ -128,7 +128,11 @@ fn cycle_of(folder: &Path, template: &Path, after: Duration) -> usize {
                 .stderr(Stdio::null()),
         );
         let sockets = server.sockets.clone();
-        let recorder = std::thread::spawn(move || record(&sockets));
+        let so_far = Arc::new(AtomicUsize::new(0));
+        let told = so_far.clone();
+        let recorder = std::thread::spawn(move || record_and_tell(&sockets, |commits| told.store(commits, Ordering::SeqCst)));
+        // A kill before anything was acknowledged would show nothing.
+        eventually("commits", Duration::from_secs(60), || (so_far.load(Ordering::SeqCst) >= COMMITS_MIN).then_some(()));
         let kill_at = Instant::now() + after;
         eventually("the random moment", after + Duration::from_secs(5), || (Instant::now() >= kill_at).then_some(()));
         sites.primary.kill();

@@ -27,7 +27,7 @@ pub use device::{BlockDevice, Extent, ExtentKind, IoFuture, ZeroMode};
 pub use fault::{Fault, FaultDevice, Operation};
 pub use file::{FileDevice, FileError, OpenOptions, UncachedReader};
 pub use memory::MemoryDevice;
-pub use priority::yield_to_others;
+pub use priority::{prefer_latency, yield_to_others};
 pub use ranges::{RangeGuard, RangeLocks};
 pub use scan::{Piece, SCAN_PIECE_BYTES, scan};
 pub use uring::{IoThreads, SharedFile};

@@ -240,14 +240,12 @@ impl Exports {
 
 fn yielding_threads(count: usize) -> std::io::Result<IoThreads> {
     let io = IoThreads::new(count)?;
-    for index in 0..io.count() {
-        io.spawn_on(index, || async {
-            // Without the right to be nicer nothing breaks.
-            if let Err(error) = rustix::process::setpriority_process(None, DRILL_NICE) {
-                tracing::debug!(%error, "a thread of drills keeps its priority");
-            }
-        });
-    }
+    io.on_each(|| {
+        // Without the right to be nicer nothing breaks.
+        if let Err(error) = rustix::process::setpriority_process(None, DRILL_NICE) {
+            tracing::debug!(%error, "a thread of drills keeps its priority");
+        }
+    });
     Ok(io)
 }
 

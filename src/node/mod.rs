@@ -177,6 +177,12 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     let io = IoThreads::new(config.node.io_threads).context(
         "cannot start io threads: the kernel refused io_uring (sysctl kernel.io_uring_disabled, or a container's seccomp filter)",
     )?;
+    // Guests wait for these threads, whatever else keeps the processors busy.
+    io.on_each(|| {
+        if let Err(error) = blockdev::prefer_latency() {
+            tracing::debug!(%error, "a thread of guests keeps its slice of time");
+        }
+    });
     let exports = Exports::new(io.clone());
     let copies = match &config.receiver {
         None => None,

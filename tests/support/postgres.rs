@@ -180,6 +180,11 @@ impl Client {
 
 /// Commits numbers one after the other until the server fails. Returns when each was acknowledged; the first is number 1.
 pub(crate) fn record(sockets: &Path) -> (Vec<u64>, io::Error) {
+    record_and_tell(sockets, |_| {})
+}
+
+/// The same; says after each how many there are.
+pub(crate) fn record_and_tell(sockets: &Path, tell: impl Fn(usize)) -> (Vec<u64>, io::Error) {
     let mut acknowledged = Vec::new();
     let mut client = match Client::connect(sockets) {
         Ok(client) => client,
@@ -191,6 +196,7 @@ pub(crate) fn record(sockets: &Path) -> (Vec<u64>, io::Error) {
             Ok(at) => acknowledged.push(at),
             Err(error) => return (acknowledged, error),
         }
+        tell(acknowledged.len());
     }
 }
 

@@ -74,6 +74,14 @@ impl IoThreads {
         }
     }
 
+    /// Runs `job` once on each thread.
+    pub fn on_each(&self, job: impl Fn() + Clone + Send + 'static) {
+        for index in 0..self.count() {
+            let job = job.clone();
+            self.spawn_on(index, || async move { job() });
+        }
+    }
+
     /// Runs a task on the next thread in turn and gives its result to any caller, on whatever runtime.
     ///
     /// # Errors
