@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, IoThreads, apply_frame, read_blocks};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
@@ -201,6 +202,7 @@ impl Handback {
             Ok((_, generation, sessions)) => {
                 // Guests may write from here on: both sides have said so durably.
                 self.shared.gate.open();
+                reach(Step::TakeOpened);
                 self.order(Order::Begin { generation: *generation, sessions: *sessions }).await?;
             }
             // Nothing was overwritten: all is as it was.
@@ -244,7 +246,9 @@ impl Handback {
         drained?;
         let (done, parked) = oneshot::channel();
         self.order(Order::Park(done)).await?;
-        parked.await.map_err(|_| HandbackError::Stopping { group: group() })
+        parked.await.map_err(|_| HandbackError::Stopping { group: group() })?;
+        reach(Step::RollbackParked);
+        Ok(())
     }
 
     async fn ask(&self, target: HandbackTarget, token: SessionToken) -> Result<(Talk, Answer), Broken> {
@@ -342,13 +346,16 @@ impl Handback {
         self.state.lock().0.total_bytes = ready.give_bytes + own.iter().map(DirtyMap::bytes).sum::<u64>();
         // From here on the disks are in between, and a node that starts must know so.
         self.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept }))?;
+        reach(Step::TakeBegun);
         if !kept {
             if own.iter().any(|map| !map.is_empty()) {
                 self.step("sending what was written here, to be kept");
                 let name = self.send_own(&mut talk, &own, ready.newest).await?;
                 self.state.lock().0.kept = Some(name);
+                reach(Step::TakeKept);
             }
             self.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept: true }))?;
+            reach(Step::TakeKeptRecorded);
         }
         for (volume, map) in own.iter().enumerate() {
             let mut at = 0;
@@ -374,9 +381,11 @@ impl Handback {
                 return Err(Broken::Order { got: header.pass, expected });
             }
             self.apply(&mut stream).await?;
+            reach(Step::TakePass);
             if header.kind == PassKind::Frozen {
                 self.step("handing over");
                 self.flush().await?;
+                reach(Step::TakeFlushed);
             }
             talk.say(&Message::Applied { pass: header.pass }).await?;
             if header.kind == PassKind::Frozen {
@@ -398,9 +407,11 @@ impl Handback {
         token: SessionToken,
     ) -> Result<(Point, Generation, [SessionToken; 2]), Broken> {
         let sessions = [token, token];
+        reach(Step::TakeHanded);
         self.record.update(|record| {
             (record.generation, record.sessions, record.cleared, record.stopped) = (generation, sessions, None, None);
         })?;
+        reach(Step::TakeRecorded);
         self.shared.ledger.handed(point);
         talk.end();
         Ok((point, generation, sessions))
@@ -449,6 +460,7 @@ impl Handback {
             let written = self.capture.call(move || async move {
                 let frame = Frame::decode_body(header, &body, blocks).map_err(std::io::Error::other)?;
                 apply_frame(&*tap, &frame).await?;
+                reach(Step::TakeFrame);
                 Ok::<_, std::io::Error>((bytes, length))
             });
             writing.push(async move { written.await.flatten() });

@@ -16,6 +16,7 @@ mod tests;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
 use proto::units::BLOCK_BYTES;
 use proto::{Generation, Name, Point};
@@ -80,6 +81,7 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
         // A full disk must not keep the copy from becoming the server.
         shared.folder.release_reserve(&shared.disk).map_err(ForkError::from)?;
         create(&shared.disk, shared, fork)?;
+        reach(Step::FailoverForkNamed);
     }
     // Also if it was there: a process that was killed may not have lived to sync its name.
     let parent = shared.folder.path.join("forks");
@@ -184,6 +186,7 @@ pub(crate) fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(
         MapFile::create(disk, &map, &header(shared, fork.point, volume.size_bytes))?;
     }
     disk.sync_folder(&building).map_err(at(&building, "sync the folder"))?;
+    reach(Step::FailoverForkBuilt);
     disk.rename(&building, &folder).map_err(at(&folder, "name the fork's folder"))?;
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockdev::steps::{Step, reach};
 use proto::control::STAGED_EVERY_BYTES;
 use proto::fencing::GroupRole;
 use proto::frame::FRAME_HEADER_BYTES;
@@ -188,6 +189,7 @@ impl Worker {
             let cause: Cause = Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(error.to_string()));
             self.note(&cause);
         })?;
+        reach(Step::GiveSealed);
         let block = self.superblock.get().clone();
         let group = || self.shared.folder.group.clone();
         let generation = block.generation.0.checked_add(1).filter(|g| *g <= proto::control::GENERATION_MAX);
@@ -198,6 +200,7 @@ impl Worker {
             self.note(&cause);
             return Err(error.into());
         }
+        reach(Step::GiveHanded);
         {
             let mut state = self.shared.state.write();
             state.generation = generation;
@@ -348,6 +351,7 @@ impl Worker {
             }
             return Err(error.into());
         }
+        reach(Step::FailoverRaised);
         {
             let mut state = self.shared.state.write();
             state.generation = generation;

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, IoThreads, read_blocks};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::control::{PassHeader, PassKind};
@@ -59,6 +60,7 @@ impl Handback {
                 for (_, device) in &fork.volumes {
                     gates.push(device.hold().await);
                 }
+                reach(Step::GiveHeld);
                 let cut_unix_us = crate::clock::unix_us();
                 for (set, (_, device)) in sets.iter_mut().zip(&fork.volumes) {
                     set.merge(&device.take_changed());
@@ -140,7 +142,9 @@ impl Handback {
             self.send(&mut stream, packer.take_zeroes(header.epoch, pass), (header, volume), sent).await?;
         }
         self.stage(sent).await?;
-        stream.finish().map_err(|e| lost(&e))
+        stream.finish().map_err(|e| lost(&e))?;
+        reach(Step::GivePass);
+        Ok(())
     }
 
     async fn send(
@@ -194,6 +198,7 @@ impl Handback {
 
     /// The step that counts: the point is sealed, and the group follows its primary again.
     async fn seal(&mut self, tally: &Tally, pass: u16, cut_unix_us: u64) -> Result<(Point, Generation), HandbackError> {
+        reach(Step::GiveApplied);
         let seal = Seal {
             passes: u32::from(pass) + 1,
             epoch: self.ready.newest.epoch.next(),

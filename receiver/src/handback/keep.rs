@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockdev::steps::{Step, reach};
 use proto::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
 use proto::seal::Tally;
 use proto::units::blocks_of;
@@ -45,6 +46,7 @@ impl Handback {
             // What did not arrive whole is removed by the next try.
             self.group.shared.usage.used.fetch_sub(counted, Ordering::Relaxed);
         })?;
+        reach(Step::GiveArrived);
         Ok(Kept { arriving, tally, pin })
     }
 
@@ -66,6 +68,7 @@ impl Handback {
                 let parent = shared.folder.path.join("forks");
                 shared.disk.rename(&from, &to).map_err(at(&to, "name the fork's folder")).map_err(ForkError::from)?;
                 shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
+                reach(Step::GiveNamed);
                 shared.kept.lock().push(kept.pin);
                 return Ok(name);
             }

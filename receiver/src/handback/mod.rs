@@ -12,6 +12,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockdev::steps::{Step, reach};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::control::{VERSION_MAX, VERSION_MIN};
 use proto::fencing::GroupRole;
@@ -404,6 +405,7 @@ impl Handback {
             // Something was committed since the primary compared.
             return Err(HandbackError::Superseded);
         }
+        reach(Step::GiveClaimed);
         // The point that ends this carries the primary's token, so there is always something in it.
         if let Some(first) = self.give.first_mut() {
             first.mark(0, 1);
@@ -420,6 +422,7 @@ impl Handback {
                 flattening.stop().await;
             }
             self.forget(&fork.name).await;
+            reach(Step::GiveForkRemoved);
         }
         self.node.handed();
         tracing::warn!("{client}/{group}: handed back at point {point}; generation {generation} holds");
