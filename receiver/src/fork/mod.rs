@@ -8,6 +8,7 @@ mod device;
 mod flatten;
 #[cfg(test)]
 mod flatten_tests;
+mod follow;
 mod map;
 mod own;
 #[cfg(test)]
@@ -25,6 +26,7 @@ pub use device::ForkDevice;
 pub(crate) use device::Gate;
 pub(crate) use flatten::Flattening;
 pub use flatten::{FlattenState, FlattenStatus};
+pub(crate) use follow::Follower;
 pub use map::{MAP_HEADER_BYTES, MAP_MAGIC, MAP_PAGE_BYTES, MapError, layout};
 pub(crate) use map::{MapFile, MapHeader};
 use own::Own;

@@ -48,7 +48,7 @@ impl Handback {
                 self.pass(&sources, &sets, (pass, PassKind::Fuzzy), &mut sent).await?;
                 self.applied(pass).await?;
                 pass += 1;
-                sets = fork.volumes.iter().map(|(_, device)| device.take_changed()).collect();
+                sets = self.take_changed()?;
                 let left: u64 = sets.iter().map(DirtyMap::bytes).sum();
                 let converging = left * 100 <= bytes * CONVERGENCE_PERCENT;
                 if left <= FREEZE_BYTES || !converging || pass + 1 >= HANDBACK_PASSES_MAX {
@@ -62,8 +62,8 @@ impl Handback {
                 }
                 reach(Step::GiveHeld);
                 let cut_unix_us = crate::clock::unix_us();
-                for (set, (_, device)) in sets.iter_mut().zip(&fork.volumes) {
-                    set.merge(&device.take_changed());
+                for (set, changed) in sets.iter_mut().zip(self.take_changed()?) {
+                    set.merge(&changed);
                 }
                 self.pass(&sources, &sets, (pass, PassKind::Frozen), &mut sent).await?;
                 self.applied(pass).await?;
@@ -83,6 +83,11 @@ impl Handback {
         self.pass(&sources, &sets, (pass, PassKind::Frozen), &mut sent).await?;
         self.applied(pass).await?;
         self.seal(&sent.tally, pass, cut_unix_us).await
+    }
+
+    /// What changed in the fork since it was last asked, by volume.
+    fn take_changed(&self) -> Result<Vec<DirtyMap>, HandbackError> {
+        self.followers.iter().map(|follower| follower.take_changed().ok_or(HandbackError::Superseded)).collect()
     }
 
     /// Where the blocks come from, by volume.
