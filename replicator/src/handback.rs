@@ -81,10 +81,15 @@ impl Handback {
         let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: group.clone() })?;
         self.permitted(target)?;
         let planned = async {
-            let (mut talk, answer) = self.ask(target, SessionToken(rand::random())).await?;
+            // With the token of one that broke the receiver knows whether that one came to its end.
+            let token = self.token().map_or_else(|| SessionToken(rand::random()), |(token, _)| token);
+            let (mut talk, answer) = self.ask(target, token).await?;
             let ready = match answer {
                 Answer::Ready(ready) => ready,
-                Answer::Handed(..) => return Err(Broken::Unexpected { message: "handed", state: "asking" }),
+                Answer::Handed(point, generation) => {
+                    talk.end();
+                    return Ok(HandbackPlan::done(self.shared.group.clone(), point, generation));
+                }
             };
             // A guest that may write makes marks of its own, which an epoch may hold: those are of no concern here.
             let own_bytes = if target == HandbackTarget::Failback {
