@@ -197,9 +197,10 @@ impl Node {
             }
             record.set(&selector, Some(&address.to_string()))?;
             reach(Step::FailoverRecorded);
-            let activated = match plan.active {
-                Some(_) => copies.failover(&group, None).await?,
-                None => copies.failover(&group, Some(plan.point)).await?,
+            let activated = match (&plan.active, transition) {
+                (Some(_), _) => copies.failover(&group, None).await?,
+                (None, Transition::Switchover) => copies.switchover(&group, plan.point).await?,
+                (None, _) => copies.failover(&group, Some(plan.point)).await?,
             };
             let volumes = volumes(&activated);
             self.exports.withdraw(&selector).await;
