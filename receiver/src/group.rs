@@ -547,6 +547,7 @@ impl Group {
             journal_bytes: journal.bytes(),
         };
         let pins = Arc::new(Pins::default());
+        crate::fork::sweep(&disk, &folder, &block);
         let points = crate::fork::kept_points(&folder, &block.volumes).unwrap_or_else(|error| {
             tracing::error!("{}: {error}; nothing is folded until that is mended", folder.path.display());
             state.points.first().map(|p| p.point).into_iter().collect()

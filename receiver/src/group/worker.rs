@@ -18,6 +18,7 @@ use super::{
 };
 use crate::batch::Batch;
 use crate::core::{Arrived, Cause};
+use crate::fork::ACTIVE_PREFIX;
 use crate::journal::{Journal, JournalError, PLACED_SEAL_BYTES};
 use crate::superblock::{ForkInUse, Superblock, SuperblockFile};
 
@@ -339,7 +340,7 @@ impl Worker {
         }
         let no_number = || GroupError::NoPoint { group: group(), point };
         let generation = Generation(block.generation.0.checked_add(1).ok_or_else(no_number)?);
-        let name = format!("active-{generation}").parse().map_err(|_| no_number())?;
+        let name = format!("{ACTIVE_PREFIX}{generation}").parse().map_err(|_| no_number())?;
         let fork = ForkInUse { name, point };
         // A full disk must not keep the copy from becoming the server; without the reserve the write may still succeed.
         if let Err(error) = self.shared.folder.release_reserve(&self.shared.disk) {

@@ -14,7 +14,7 @@ use proto::{FrameKind, Name};
 use quinn::RecvStream;
 
 use super::{Handback, HandbackError};
-use crate::fork::{ForkError, KEPT_PREFIX, OpenFork};
+use crate::fork::{ARRIVING_PREFIX, ForkError, KEPT_PREFIX, OpenFork};
 use crate::group::GroupError;
 use crate::pins::Pin;
 use crate::session::one_line;
@@ -23,9 +23,6 @@ use crate::superblock::ForkInUse;
 
 /// Forks of this kind that a group keeps at most.
 pub(crate) const KEPT_FORKS_MAX: usize = 16;
-
-/// Names of those that are still arriving.
-const ARRIVING_PREFIX: &str = "arriving-";
 
 /// A fork whose blocks have arrived, durably.
 pub(super) struct Kept {
