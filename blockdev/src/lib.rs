@@ -16,6 +16,7 @@ pub mod nbd;
 mod priority;
 mod ranges;
 mod scan;
+pub mod steps;
 mod uring;
 mod waits;
 

@@ -122,6 +122,15 @@ pub enum GroupError {
         /// How long it had.
         seconds: u64,
     },
+    /// Its primary was lost meanwhile; once it is back it takes writes again.
+    #[error(
+        "the connection to the primary of group '{group}' was lost after it was asked to take no more writes: once it is back it takes them \
+         again; nothing was changed, try again"
+    )]
+    DrainLost {
+        /// The group.
+        group: Name,
+    },
     /// A fold would take away what somebody looks at, or what must stay.
     #[error("group '{group}' cannot be folded up to point {point}: {why}")]
     Kept {
@@ -249,6 +258,26 @@ pub(crate) enum Claimed {
     No(Cause),
 }
 
+/// What is known of a primary that was asked to take no more writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drained {
+    /// Nobody asked.
+    No,
+    /// It has not answered.
+    Waiting,
+    /// All that it took is committed, up to this point. So it is until another session begins, which lets it take writes again.
+    All(Point),
+    /// It cannot be said any more.
+    Lost,
+}
+
+impl Drained {
+    /// What is known when its session ends.
+    fn without_session(self) -> Self {
+        if self == Self::Waiting { Self::Lost } else { self }
+    }
+}
+
 /// A fork that was promised durably.
 #[derive(Clone, Debug)]
 pub(crate) struct Promoted {
@@ -294,6 +323,8 @@ enum Command {
     },
     Promote {
         point: Option<Point>,
+        /// Only while its primary takes no more writes, and has none that this point lacks.
+        drained: bool,
         reply: oneshot::Sender<Result<Promoted, GroupError>>,
     },
     /// Takes the group over to give it back, if it is in that role and generation.
@@ -371,8 +402,8 @@ pub(crate) struct Shared {
     pub(crate) frames: FrameStore,
     pub(crate) bytes_received: AtomicU64,
     pub(crate) findings: Findings,
-    /// The newest commit of a primary that takes no more writes.
-    pub(crate) drained: watch::Sender<Option<Point>>,
+    /// How far its primary is that was asked to take no more writes.
+    pub(crate) drained: watch::Sender<Drained>,
     pub(crate) drills: crate::drill::Results,
     pub(crate) heard: Heard,
     /// Pins of the points under forks that are kept, until the process ends.
@@ -516,6 +547,7 @@ impl Group {
             journal_bytes: journal.bytes(),
         };
         let pins = Arc::new(Pins::default());
+        crate::fork::sweep(&disk, &folder, &block);
         let points = crate::fork::kept_points(&folder, &block.volumes).unwrap_or_else(|error| {
             tracing::error!("{}: {error}; nothing is folded until that is mended", folder.path.display());
             state.points.first().map(|p| p.point).into_iter().collect()
@@ -535,7 +567,7 @@ impl Group {
             frames,
             bytes_received: AtomicU64::new(0),
             findings: Findings::default(),
-            drained: watch::Sender::new(None),
+            drained: watch::Sender::new(Drained::No),
             heard: Heard::default(),
             kept: Mutex::new(kept),
             names,
@@ -605,8 +637,17 @@ impl Group {
 
     /// Raises the generation durably and promises the fork of `point`. Asked again, it answers the same.
     pub(crate) async fn promote(&self, point: Option<Point>) -> Result<Promoted, GroupError> {
+        self.promote_if(point, false).await
+    }
+
+    /// As [`promote`](Self::promote), at the point that [`drain`](Self::drain) gave; refused if its primary takes writes again.
+    pub(crate) async fn promote_drained(&self, point: Point) -> Result<Promoted, GroupError> {
+        self.promote_if(Some(point), true).await
+    }
+
+    async fn promote_if(&self, point: Option<Point>, drained: bool) -> Result<Promoted, GroupError> {
         let (reply, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::Promote { point, reply }).await;
+        let _ = self.commands.send(Command::Promote { point, drained, reply }).await;
         answer.await.unwrap_or_else(|_| Err(GroupError::Closed { group: self.shared.folder.group.clone() }))
     }
 
@@ -636,18 +677,32 @@ impl Group {
     pub(crate) async fn drain(&self, within: std::time::Duration) -> Result<Point, GroupError> {
         let group = || self.shared.folder.group.clone();
         let mut drained = self.shared.drained.subscribe();
-        self.shared.drained.send_replace(None);
         let (reply, answer) = oneshot::channel();
         let _ = self.commands.send(Command::Drain { reply }).await;
         if !answer.await.map_err(|_| GroupError::Closed { group: group() })? {
             return Err(GroupError::NotConnected { group: group() });
         }
-        let waited = tokio::time::timeout(within, drained.wait_for(Option::is_some)).await;
-        let point = waited.ok().and_then(Result::ok).and_then(|point| *point);
-        if point.is_none() {
-            self.give_up_drain().await;
+        let answered = |drained: &Drained| *drained != Drained::Waiting;
+        let waited = tokio::time::timeout(within, drained.wait_for(answered)).await;
+        match waited.ok().and_then(Result::ok).map(|drained| *drained) {
+            Some(Drained::All(point)) => Ok(point),
+            Some(_) => Err(GroupError::DrainLost { group: group() }),
+            None => {
+                self.give_up_drain().await;
+                Err(GroupError::NotDrained { group: group(), seconds: within.as_secs() })
+            }
         }
-        point.ok_or_else(|| GroupError::NotDrained { group: group(), seconds: within.as_secs() })
+    }
+
+    /// Its primary says that all it took is committed.
+    pub(crate) fn drained(&self, point: Point) {
+        self.shared.drained.send_if_modified(|drained| {
+            let waiting = *drained == Drained::Waiting;
+            if waiting {
+                *drained = Drained::All(point);
+            }
+            waiting
+        });
     }
 
     /// Lets the primary take writes again.

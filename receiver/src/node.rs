@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use blockdev::steps::{Step, reach};
 use parking_lot::Mutex;
 use proto::fencing::GroupRole;
 use proto::{Fingerprint, Generation, Name, Point};
@@ -306,6 +307,7 @@ pub(crate) async fn activate(group: &Arc<Group>, point: Option<Point>) -> Result
     let opened = tokio::task::spawn_blocking(move || crate::fork::open(&shared, promoted.generation, &promoted.fork)).await;
     let closed = || GroupError::Closed { group: group.shared.folder.group.clone() };
     let fork = Arc::new(opened.map_err(|_| closed())??);
+    reach(Step::FailoverForkOpen);
     *active = Some(Arc::clone(&fork));
     Ok(fork)
 }

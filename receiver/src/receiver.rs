@@ -256,6 +256,16 @@ impl Receiver {
         self.activate(&group, point).await
     }
 
+    /// As [`failover`](Self::failover), at the point that [`drain`](Self::drain) gave: nothing is lost.
+    ///
+    /// # Errors
+    /// [`ReceiverError`]; also if the primary has connected anew since, and takes writes again: nothing was changed then.
+    pub async fn switchover(&self, group: &str, point: Point) -> Result<Activated, ReceiverError> {
+        let group = self.node.select(group)?;
+        group.promote_drained(point).await?;
+        self.activate(&group, Some(point)).await
+    }
+
     async fn activate(&self, group: &Arc<Group>, point: Option<Point>) -> Result<Activated, ReceiverError> {
         let fork = crate::node::activate(group, point).await?;
         if let Some(turn) = &self.flatten {

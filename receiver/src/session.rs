@@ -367,7 +367,7 @@ impl Session {
                 }
                 Action::Drained(point) => {
                     if let Some((group, _)) = &self.group {
-                        group.shared.drained.send_replace(Some(point));
+                        group.drained(point);
                     }
                 }
                 Action::Commit(seal) => {

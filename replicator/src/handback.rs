@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, IoThreads, apply_frame, read_blocks};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
@@ -80,10 +81,15 @@ impl Handback {
         let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: group.clone() })?;
         self.permitted(target)?;
         let planned = async {
-            let (mut talk, answer) = self.ask(target, SessionToken(rand::random())).await?;
+            // With the token of one that broke the receiver knows whether that one came to its end.
+            let token = self.token().map_or_else(|| SessionToken(rand::random()), |(token, _)| token);
+            let (mut talk, answer) = self.ask(target, token).await?;
             let ready = match answer {
                 Answer::Ready(ready) => ready,
-                Answer::Handed(..) => return Err(Broken::Unexpected { message: "handed", state: "asking" }),
+                Answer::Handed(point, generation) => {
+                    talk.end();
+                    return Ok(HandbackPlan::done(self.shared.group.clone(), point, generation));
+                }
             };
             // A guest that may write makes marks of its own, which an epoch may hold: those are of no concern here.
             let own_bytes = if target == HandbackTarget::Failback {
@@ -201,6 +207,7 @@ impl Handback {
             Ok((_, generation, sessions)) => {
                 // Guests may write from here on: both sides have said so durably.
                 self.shared.gate.open();
+                reach(Step::TakeOpened);
                 self.order(Order::Begin { generation: *generation, sessions: *sessions }).await?;
             }
             // Nothing was overwritten: all is as it was.
@@ -244,7 +251,9 @@ impl Handback {
         drained?;
         let (done, parked) = oneshot::channel();
         self.order(Order::Park(done)).await?;
-        parked.await.map_err(|_| HandbackError::Stopping { group: group() })
+        parked.await.map_err(|_| HandbackError::Stopping { group: group() })?;
+        reach(Step::RollbackParked);
+        Ok(())
     }
 
     async fn ask(&self, target: HandbackTarget, token: SessionToken) -> Result<(Talk, Answer), Broken> {
@@ -342,13 +351,16 @@ impl Handback {
         self.state.lock().0.total_bytes = ready.give_bytes + own.iter().map(DirtyMap::bytes).sum::<u64>();
         // From here on the disks are in between, and a node that starts must know so.
         self.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept }))?;
+        reach(Step::TakeBegun);
         if !kept {
             if own.iter().any(|map| !map.is_empty()) {
                 self.step("sending what was written here, to be kept");
                 let name = self.send_own(&mut talk, &own, ready.newest).await?;
                 self.state.lock().0.kept = Some(name);
+                reach(Step::TakeKept);
             }
             self.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept: true }))?;
+            reach(Step::TakeKeptRecorded);
         }
         for (volume, map) in own.iter().enumerate() {
             let mut at = 0;
@@ -374,9 +386,11 @@ impl Handback {
                 return Err(Broken::Order { got: header.pass, expected });
             }
             self.apply(&mut stream).await?;
+            reach(Step::TakePass);
             if header.kind == PassKind::Frozen {
                 self.step("handing over");
                 self.flush().await?;
+                reach(Step::TakeFlushed);
             }
             talk.say(&Message::Applied { pass: header.pass }).await?;
             if header.kind == PassKind::Frozen {
@@ -398,9 +412,11 @@ impl Handback {
         token: SessionToken,
     ) -> Result<(Point, Generation, [SessionToken; 2]), Broken> {
         let sessions = [token, token];
+        reach(Step::TakeHanded);
         self.record.update(|record| {
             (record.generation, record.sessions, record.cleared, record.stopped) = (generation, sessions, None, None);
         })?;
+        reach(Step::TakeRecorded);
         self.shared.ledger.handed(point);
         talk.end();
         Ok((point, generation, sessions))
@@ -449,6 +465,7 @@ impl Handback {
             let written = self.capture.call(move || async move {
                 let frame = Frame::decode_body(header, &body, blocks).map_err(std::io::Error::other)?;
                 apply_frame(&*tap, &frame).await?;
+                reach(Step::TakeFrame);
                 Ok::<_, std::io::Error>((bytes, length))
             });
             writing.push(async move { written.await.flatten() });

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, IoThreads};
 use proto::control::{CloseCode, Message, PassHeader, PassKind};
 use proto::seal::Tally;
@@ -258,6 +259,7 @@ impl Driver {
         let Some(point) = self.core.committed().filter(|_| self.draining && self.core.follows()) else { return };
         if self.shared.ledger.is_quiet() && self.shared.ledger.summary().uncommitted_bytes == 0 {
             self.draining = false;
+            reach(Step::SwitchoverCommitted);
             if let Err(error) = self.outbox.mark(Item::Drained(point)) {
                 tracing::warn!(group = %self.shared.group, %error, "the receiver is not told that all is committed");
             }
@@ -477,7 +479,9 @@ impl Driver {
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes)?,
             Action::Drain => {
                 tracing::warn!(group = %self.shared.group, "the other site takes over: no more writes are taken here");
+                reach(Step::SwitchoverAsked);
                 self.record.update(|record| record.stopped = Some(Stopped::Drained))?;
+                reach(Step::SwitchoverRecorded);
                 self.shared.gate.close(Closed::Drained);
                 self.draining = true;
             }

@@ -220,6 +220,12 @@ impl Copies {
         Ok(running(receiver.as_ref())?.failover(&group.to_string(), point).await.map_err(failed)?.into())
     }
 
+    /// Activates the point that [`drain`](Self::drain) gave, if it is the last one still.
+    pub(crate) async fn switchover(&self, group: &GroupRef, point: Point) -> Result<Activated, RequestError> {
+        let receiver = self.receiver.read().await;
+        Ok(running(receiver.as_ref())?.switchover(&group.to_string(), point).await.map_err(failed)?.into())
+    }
+
     /// Has the primary take no more writes and commit what it has. Returns the point that holds all of it.
     pub(crate) async fn drain(&self, group: &GroupRef, within: Duration) -> Result<Point, RequestError> {
         let receiver = self.receiver.read().await;

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use blockdev::nbd::ListenAddr;
+use blockdev::steps::{Step, reach};
 use proto::{Generation, Point};
 
 use super::Node;
@@ -195,13 +196,16 @@ impl Node {
                 Err(error) => return Err(RequestError::Hook(error)),
             }
             record.set(&selector, Some(&address.to_string()))?;
-            let activated = match plan.active {
-                Some(_) => copies.failover(&group, None).await?,
-                None => copies.failover(&group, Some(plan.point)).await?,
+            reach(Step::FailoverRecorded);
+            let activated = match (&plan.active, transition) {
+                (Some(_), _) => copies.failover(&group, None).await?,
+                (None, Transition::Switchover) => copies.switchover(&group, plan.point).await?,
+                (None, _) => copies.failover(&group, Some(plan.point)).await?,
             };
             let volumes = volumes(&activated);
             self.exports.withdraw(&selector).await;
             self.exports.add(&address, &selector, activated.volumes).await?;
+            reach(Step::FailoverExported);
             Ok::<_, RequestError>((activated.point, activated.generation, volumes))
         }
         .await;

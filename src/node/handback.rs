@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockdev::steps::{Step, reach};
 use proto::Generation;
 use replicator::{HandbackPlan, HandbackStatus, HandbackTarget};
 
@@ -88,6 +89,7 @@ impl Node {
         let within = request.within_ms.map_or(DRAIN_DEFAULT, Duration::from_millis);
         let point = copies.drain(&group, within).await?;
         tracing::warn!(%group, %point, "the primary takes no more writes, and all it took are here");
+        reach(Step::SwitchoverDrained);
         let failover = FailoverRequest {
             group: group.to_string(),
             point: Some(point),

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockdev::{BlockDevice, Buf, Extent, FileDevice, IoFuture, RangeLocks, ZeroMode};
 use parking_lot::RwLock;
-use proto::DirtyMap;
 use proto::units::BLOCK_BYTES;
 
 use super::map::MapFile;
@@ -67,24 +66,6 @@ impl ForkDevice {
             poisoned: AtomicBool::new(false),
             gate: Arc::new(tokio::sync::RwLock::new(Gate::Open)),
         }
-    }
-
-    /// The blocks that are the fork's own; from here on those that change are told by [`Self::take_changed`].
-    pub(crate) fn follow(&self) -> DirtyMap {
-        let mut own = self.own.write();
-        own.changed = Some(DirtyMap::new(self.size()));
-        own.written.blocks.clone()
-    }
-
-    /// The blocks that were changed since the last call, each of them after it was on the disk.
-    pub(crate) fn take_changed(&self) -> DirtyMap {
-        let empty = DirtyMap::new(self.size());
-        self.own.write().changed.as_mut().map_or_else(|| empty.clone(), |changed| std::mem::replace(changed, empty.clone()))
-    }
-
-    /// Nobody follows any more.
-    pub(crate) fn unfollow(&self) {
-        self.own.write().changed = None;
     }
 
     /// Holds changes up, once those under way are done, until the guard is dropped.

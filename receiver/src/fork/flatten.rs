@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, Buf, ExtentKind, IoThreads, ZeroMode};
 use parking_lot::Mutex;
 use proto::DirtyMap;
@@ -217,6 +218,7 @@ impl Work {
             let (touched, _) = MapFile::open_or_create(&self.shared.disk, &file("touched"), &regions).map_err(ForkError::from)?;
             let (map, _) =
                 MapFile::open_or_create(&self.shared.disk, &file("flat"), &of(device.size())).map_err(ForkError::from)?;
+            reach(Step::FlattenBegun);
             device.begin_copies(touched).await;
             if let Err(Stopped) = self.copy_volume(device, &map, &folder).await? {
                 return Ok(Err(Stopped));
@@ -225,8 +227,10 @@ impl Work {
         if self.fork.volumes.iter().any(|(_, device)| !device.is_flat()) {
             return Ok(Ok(FlattenState::Incomplete));
         }
+        reach(Step::FlattenCopied);
         let made = self.shared.disk.create_file(&marker).and_then(|file| file.sync_all());
         made.and_then(|()| self.shared.disk.sync_folder(&folder))?;
+        reach(Step::FlattenMarked);
         tracing::info!("{}: flat: its data files are the whole disks", folder.display());
         Ok(Ok(FlattenState::Flat))
     }
@@ -244,6 +248,7 @@ impl Work {
             }
             let began = Instant::now();
             let (end, copied) = self.copy_piece(device, &view, missing).await?;
+            reach(Step::FlattenPiece);
             at = end;
             unsynced += copied;
             let busy = device.requests() != requests;
@@ -415,10 +420,15 @@ impl ForkDevice {
     pub(super) async fn sync_copies(&self, map: &MapFile) -> io::Result<()> {
         let pages = self.own.write().take_copied_pages();
         self.data.flush().await?;
+        reach(Step::FlattenSynced);
         for (number, page) in &pages {
             map.write_page(*number, page)?;
         }
-        if pages.is_empty() { Ok(()) } else { map.sync() }
+        if !pages.is_empty() {
+            map.sync()?;
+        }
+        reach(Step::FlattenBits);
+        Ok(())
     }
 
     pub(super) fn notice_flat(&self) {
@@ -443,6 +453,7 @@ impl ForkDevice {
         let numbers = regions.iter().map(|region| region / PAGE_BLOCKS);
         self.keep_touched(touching.as_ref(), &touched, numbers)?;
         self.own.write().touched = touched;
+        reach(Step::FlattenTouched);
         Ok(())
     }
 

@@ -8,6 +8,7 @@ mod device;
 mod flatten;
 #[cfg(test)]
 mod flatten_tests;
+mod follow;
 mod map;
 mod own;
 #[cfg(test)]
@@ -16,6 +17,7 @@ mod tests;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
 use proto::units::BLOCK_BYTES;
 use proto::{Generation, Name, Point};
@@ -24,6 +26,7 @@ pub use device::ForkDevice;
 pub(crate) use device::Gate;
 pub(crate) use flatten::Flattening;
 pub use flatten::{FlattenState, FlattenStatus};
+pub(crate) use follow::Follower;
 pub use map::{MAP_HEADER_BYTES, MAP_MAGIC, MAP_PAGE_BYTES, MapError, layout};
 pub(crate) use map::{MapFile, MapHeader};
 use own::Own;
@@ -31,7 +34,7 @@ use own::Own;
 use crate::disk::Disk;
 use crate::group::{GroupError, Shared};
 use crate::store::{GroupFolder, at};
-use crate::superblock::{ForkInUse, Volume};
+use crate::superblock::{ForkInUse, Superblock, Volume};
 
 /// In a fork's folder: its data files are the whole disks.
 pub(crate) const FLAT_FILE: &str = "flat";
@@ -80,6 +83,7 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
         // A full disk must not keep the copy from becoming the server.
         shared.folder.release_reserve(&shared.disk).map_err(ForkError::from)?;
         create(&shared.disk, shared, fork)?;
+        reach(Step::FailoverForkNamed);
     }
     // Also if it was there: a process that was killed may not have lived to sync its name.
     let parent = shared.folder.path.join("forks");
@@ -115,6 +119,35 @@ pub(crate) fn kept_points(folder: &GroupFolder, volumes: &[Volume]) -> Result<Ve
         }
     }
     Ok(points)
+}
+
+/// Names of active copies begin so; the generation that they were made in follows.
+pub(crate) const ACTIVE_PREFIX: &str = "active-";
+/// Names of what a primary had of its own and that did not arrive whole.
+pub(crate) const ARRIVING_PREFIX: &str = "arriving-";
+
+/// Removes what a node that was killed in a handback did not live to remove: active copies that were given back, all of each in the point
+/// that ended its handback; and own blocks of a primary that is to send them again, because it was not told that they are kept. An active copy of
+/// a later generation than the group's is of nobody knows what, and is left alone.
+pub(crate) fn sweep(disk: &Disk, folder: &GroupFolder, block: &Superblock) {
+    let parent = folder.path.join("forks");
+    let entries = match std::fs::read_dir(&parent) {
+        Ok(entries) => entries,
+        Err(error) => return tracing::warn!("{}", at(&parent, "list the folder")(error)),
+    };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let in_use = block.fork.as_ref().is_some_and(|fork| fork.name.as_str() == name);
+        let made_in = name.strip_prefix(ACTIVE_PREFIX).and_then(|generation| generation.parse::<u64>().ok());
+        let given_back = !in_use && made_in.is_some_and(|generation| generation <= block.generation.0);
+        if !given_back && !name.starts_with(ARRIVING_PREFIX) {
+            continue;
+        }
+        match disk.remove_folder(&path) {
+            Ok(()) => tracing::info!("{}: left by a handback that was killed, removed", path.display()),
+            Err(error) => tracing::warn!("{}", at(&path, "remove what a handback left")(error)),
+        }
+    }
 }
 
 /// Whether a fork needs the journal up to its point, and the base, of its group: not once it is flat.
@@ -184,6 +217,7 @@ pub(crate) fn create(disk: &Disk, shared: &Shared, fork: &ForkInUse) -> Result<(
         MapFile::create(disk, &map, &header(shared, fork.point, volume.size_bytes))?;
     }
     disk.sync_folder(&building).map_err(at(&building, "sync the folder"))?;
+    reach(Step::FailoverForkBuilt);
     disk.rename(&building, &folder).map_err(at(&folder, "name the fork's folder"))?;
     Ok(())
 }

@@ -14,6 +14,7 @@ use std::ops::Range;
 use proto::DirtyMap;
 use proto::units::{BLOCK_BYTES, blocks_of};
 
+use super::follow::Changes;
 use super::map::{MAP_PAGE_BYTES, PAGE_BLOCKS, page_of};
 
 /// Blocks of a region: 4 MiB.
@@ -74,8 +75,10 @@ pub(super) struct Own {
     pub(super) copies: Copies,
     /// Regions as blocks of a volume of their own, durable.
     pub(super) touched: DirtyMap,
-    /// Blocks changed since somebody began to follow; nobody does if there are none.
-    pub(super) changed: Option<DirtyMap>,
+    /// What changed since somebody began to follow; nobody does if there is none.
+    pub(super) changed: Option<Changes>,
+    /// How many have followed so far.
+    pub(super) followers: u64,
 }
 
 /// Size of a volume that has a block for each region of one of `size_bytes`: what the map of touched regions is of.
@@ -86,7 +89,7 @@ pub(super) fn regions_bytes(size_bytes: u64) -> u64 {
 impl Own {
     pub(super) fn new(size_bytes: u64, written: DirtyMap) -> Self {
         let touched = DirtyMap::new(regions_bytes(size_bytes));
-        Self { size_bytes, written: Marked::new(written), copies: Copies::None, touched, changed: None }
+        Self { size_bytes, written: Marked::new(written), copies: Copies::None, touched, changed: None, followers: 0 }
     }
 
     /// As [`new`](Self::new), with what flattening left; `None`: all is copied.
@@ -191,7 +194,7 @@ impl Own {
             resident.mark(blocks.start, blocks.end - blocks.start);
         }
         if let Some(changed) = &mut self.changed {
-            changed.mark(blocks.start, blocks.end - blocks.start);
+            changed.blocks.mark(blocks.start, blocks.end - blocks.start);
         }
         self.written.mark(blocks);
     }

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockdev::steps::{Step, reach};
 use proto::codec::DecodeError;
 use proto::units::BLOCK_BYTES;
 use proto::{BlockExtent, Frame, FrameHeader, FrameKind, Point};
@@ -94,6 +95,7 @@ impl Worker {
         };
         if block.folding != Some(point) && !is_silent() {
             self.superblock.write(Superblock { folding: Some(point), ..block })?;
+            reach(Step::FoldBegun);
         }
         Ok(entry)
     }
@@ -128,6 +130,7 @@ impl Worker {
         };
         let of_base = PointEntry::of_base(&after);
         self.superblock.write(after)?;
+        reach(Step::FoldEnded);
         self.journal.begin_at(first_segment, bytes);
         self.count();
         {
@@ -205,7 +208,9 @@ impl Shared {
         base.flush()?;
         self.fold_waiting.store(0, Ordering::Relaxed);
         base.punch(&index)?;
+        reach(Step::FoldWritten);
         base.sync()?;
+        reach(Step::FoldSynced);
         Ok((base.done, index))
     }
 
@@ -215,6 +220,7 @@ impl Shared {
         for path in &segments {
             let removed = self.disk.remove_file(path);
             removed.map_err(|source| JournalError::Io { path: path.clone(), what: "remove a folded segment of", source })?;
+            reach(Step::FoldSegmentRemoved);
         }
         let folder = self.folder.journal();
         if !segments.is_empty() {
@@ -342,6 +348,7 @@ impl Base {
             let written = file.append_at(&run, offset);
             written.map_err(|source| GroupError::Base { path: path.clone(), what: "write", source })?;
             self.done.written_bytes += run.len() as u64;
+            reach(Step::FoldRun);
         }
         self.waiting.clear();
         self.bytes.clear();

@@ -4,6 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockdev::steps::{Step, reach};
 use proto::control::STAGED_EVERY_BYTES;
 use proto::fencing::GroupRole;
 use proto::frame::FRAME_HEADER_BYTES;
@@ -12,11 +13,12 @@ use tokio::sync::{mpsc, watch};
 
 use super::stage::Stage;
 use super::{
-    Claimed, Command, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Snapshot, Usage, next_frame,
-    number_frame,
+    Claimed, Command, Drained, GroupError, GroupEvent, Peer, PointEntry, Promoted, SessionId, Shared, Snapshot, Usage,
+    next_frame, number_frame,
 };
 use crate::batch::Batch;
 use crate::core::{Arrived, Cause};
+use crate::fork::ACTIVE_PREFIX;
 use crate::journal::{Journal, JournalError, PLACED_SEAL_BYTES};
 use crate::superblock::{ForkInUse, Superblock, SuperblockFile};
 
@@ -77,6 +79,7 @@ impl Worker {
             Command::Release { session, reason } if self.has(session) => {
                 // What has arrived stays: the next session may go on behind it.
                 self.session = None;
+                self.end_waiting();
                 let mut state = self.shared.state.write();
                 state.peer = None;
                 state.last_error = Some(reason);
@@ -99,19 +102,23 @@ impl Worker {
             Command::Drain { reply } => {
                 let following = self.superblock.get().role == GroupRole::Replica && self.session.is_some();
                 if following {
+                    self.shared.drained.send_replace(Drained::Waiting);
                     self.tell(GroupEvent::Drain);
                 }
                 let _ = reply.send(following);
             }
-            Command::GiveUpDrain => self.end_session(GroupEvent::Superseded),
+            Command::GiveUpDrain => {
+                self.shared.drained.send_replace(Drained::No);
+                self.end_session(GroupEvent::Superseded);
+            }
             // Of a session that lost the group.
             Command::Append { .. }
             | Command::Commit { .. }
             | Command::Abandon { .. }
             | Command::Snapshot { .. }
             | Command::Release { .. } => {}
-            Command::Promote { point, reply } => {
-                let _ = reply.send(self.promote(point));
+            Command::Promote { point, drained, reply } => {
+                let _ = reply.send(self.promote(point, drained));
             }
             Command::BeginFold { point, reply } => {
                 let _ = reply.send(self.begin_fold(point));
@@ -143,6 +150,8 @@ impl Worker {
             return Claimed::No(cause);
         }
         let (sender, staged) = watch::channel((self.arrived.epoch, self.arrived.tally.frames));
+        // From here on its primary takes writes again.
+        self.shared.drained.send_replace(Drained::Lost);
         self.session = Some(ActiveSession { id, events, staged: sender });
         let mut state = self.shared.state.write();
         state.peer = Some(peer);
@@ -174,6 +183,8 @@ impl Worker {
         self.end_session(GroupEvent::Superseded);
         self.abandon()?;
         let (staged, _) = watch::channel((self.arrived.epoch, 0));
+        // In the end its primary takes writes.
+        self.shared.drained.send_replace(Drained::Lost);
         self.session = Some(ActiveSession { id, events, staged });
         let mut state = self.shared.state.write();
         state.peer = Some(peer);
@@ -188,6 +199,7 @@ impl Worker {
             let cause: Cause = Arc::from(Box::<dyn std::error::Error + Send + Sync>::from(error.to_string()));
             self.note(&cause);
         })?;
+        reach(Step::GiveSealed);
         let block = self.superblock.get().clone();
         let group = || self.shared.folder.group.clone();
         let generation = block.generation.0.checked_add(1).filter(|g| *g <= proto::control::GENERATION_MAX);
@@ -198,6 +210,7 @@ impl Worker {
             self.note(&cause);
             return Err(error.into());
         }
+        reach(Step::GiveHanded);
         {
             let mut state = self.shared.state.write();
             state.generation = generation;
@@ -301,7 +314,7 @@ impl Worker {
 
     /// Generation, role and the promise of the fork are one write of the superblock: before it nothing has happened, after it
     /// everything that is left can be done again.
-    fn promote(&mut self, point: Option<Point>) -> Result<Promoted, GroupError> {
+    fn promote(&mut self, point: Option<Point>, drained: bool) -> Result<Promoted, GroupError> {
         let block = self.superblock.get().clone();
         let group = || self.shared.folder.group.clone();
         if let (GroupRole::Active, Some(fork)) = (block.role, &block.fork) {
@@ -322,9 +335,12 @@ impl Worker {
         if !known {
             return Err(GroupError::NoPoint { group: group(), point });
         }
+        if drained && *self.shared.drained.borrow() != Drained::All(point) {
+            return Err(GroupError::DrainLost { group: group() });
+        }
         let no_number = || GroupError::NoPoint { group: group(), point };
         let generation = Generation(block.generation.0.checked_add(1).ok_or_else(no_number)?);
-        let name = format!("active-{generation}").parse().map_err(|_| no_number())?;
+        let name = format!("{ACTIVE_PREFIX}{generation}").parse().map_err(|_| no_number())?;
         let fork = ForkInUse { name, point };
         // A full disk must not keep the copy from becoming the server; without the reserve the write may still succeed.
         if let Err(error) = self.shared.folder.release_reserve(&self.shared.disk) {
@@ -348,6 +364,7 @@ impl Worker {
             }
             return Err(error.into());
         }
+        reach(Step::FailoverRaised);
         {
             let mut state = self.shared.state.write();
             state.generation = generation;
@@ -401,7 +418,17 @@ impl Worker {
     fn end_session(&mut self, event: GroupEvent) {
         self.tell(event);
         self.session = None;
+        self.end_waiting();
         self.shared.state.write().peer = None;
+    }
+
+    /// Without its session a primary that has not said that all is committed cannot say so.
+    fn end_waiting(&self) {
+        self.shared.drained.send_if_modified(|drained| {
+            let before = *drained;
+            *drained = before.without_session();
+            *drained != before
+        });
     }
 
     pub(super) fn count(&mut self) {

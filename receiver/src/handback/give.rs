@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, IoThreads, read_blocks};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::control::{PassHeader, PassKind};
@@ -47,7 +48,7 @@ impl Handback {
                 self.pass(&sources, &sets, (pass, PassKind::Fuzzy), &mut sent).await?;
                 self.applied(pass).await?;
                 pass += 1;
-                sets = fork.volumes.iter().map(|(_, device)| device.take_changed()).collect();
+                sets = self.take_changed()?;
                 let left: u64 = sets.iter().map(DirtyMap::bytes).sum();
                 let converging = left * 100 <= bytes * CONVERGENCE_PERCENT;
                 if left <= FREEZE_BYTES || !converging || pass + 1 >= HANDBACK_PASSES_MAX {
@@ -59,9 +60,10 @@ impl Handback {
                 for (_, device) in &fork.volumes {
                     gates.push(device.hold().await);
                 }
+                reach(Step::GiveHeld);
                 let cut_unix_us = crate::clock::unix_us();
-                for (set, (_, device)) in sets.iter_mut().zip(&fork.volumes) {
-                    set.merge(&device.take_changed());
+                for (set, changed) in sets.iter_mut().zip(self.take_changed()?) {
+                    set.merge(&changed);
                 }
                 self.pass(&sources, &sets, (pass, PassKind::Frozen), &mut sent).await?;
                 self.applied(pass).await?;
@@ -81,6 +83,11 @@ impl Handback {
         self.pass(&sources, &sets, (pass, PassKind::Frozen), &mut sent).await?;
         self.applied(pass).await?;
         self.seal(&sent.tally, pass, cut_unix_us).await
+    }
+
+    /// What changed in the fork since it was last asked, by volume.
+    fn take_changed(&self) -> Result<Vec<DirtyMap>, HandbackError> {
+        self.followers.iter().map(|follower| follower.take_changed().ok_or(HandbackError::Superseded)).collect()
     }
 
     /// Where the blocks come from, by volume.
@@ -140,7 +147,9 @@ impl Handback {
             self.send(&mut stream, packer.take_zeroes(header.epoch, pass), (header, volume), sent).await?;
         }
         self.stage(sent).await?;
-        stream.finish().map_err(|e| lost(&e))
+        stream.finish().map_err(|e| lost(&e))?;
+        reach(Step::GivePass);
+        Ok(())
     }
 
     async fn send(
@@ -194,6 +203,7 @@ impl Handback {
 
     /// The step that counts: the point is sealed, and the group follows its primary again.
     async fn seal(&mut self, tally: &Tally, pass: u16, cut_unix_us: u64) -> Result<(Point, Generation), HandbackError> {
+        reach(Step::GiveApplied);
         let seal = Seal {
             passes: u32::from(pass) + 1,
             epoch: self.ready.newest.epoch.next(),

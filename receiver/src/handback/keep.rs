@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockdev::steps::{Step, reach};
 use proto::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
 use proto::seal::Tally;
 use proto::units::blocks_of;
@@ -13,7 +14,7 @@ use proto::{FrameKind, Name};
 use quinn::RecvStream;
 
 use super::{Handback, HandbackError};
-use crate::fork::{ForkError, KEPT_PREFIX, OpenFork};
+use crate::fork::{ARRIVING_PREFIX, ForkError, KEPT_PREFIX, OpenFork};
 use crate::group::GroupError;
 use crate::pins::Pin;
 use crate::session::one_line;
@@ -22,9 +23,6 @@ use crate::superblock::ForkInUse;
 
 /// Forks of this kind that a group keeps at most.
 pub(crate) const KEPT_FORKS_MAX: usize = 16;
-
-/// Names of those that are still arriving.
-const ARRIVING_PREFIX: &str = "arriving-";
 
 /// A fork whose blocks have arrived, durably.
 pub(super) struct Kept {
@@ -45,6 +43,7 @@ impl Handback {
             // What did not arrive whole is removed by the next try.
             self.group.shared.usage.used.fetch_sub(counted, Ordering::Relaxed);
         })?;
+        reach(Step::GiveArrived);
         Ok(Kept { arriving, tally, pin })
     }
 
@@ -66,6 +65,7 @@ impl Handback {
                 let parent = shared.folder.path.join("forks");
                 shared.disk.rename(&from, &to).map_err(at(&to, "name the fork's folder")).map_err(ForkError::from)?;
                 shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
+                reach(Step::GiveNamed);
                 shared.kept.lock().push(kept.pin);
                 return Ok(name);
             }

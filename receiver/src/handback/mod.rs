@@ -12,6 +12,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockdev::steps::{Step, reach};
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use proto::control::{VERSION_MAX, VERSION_MIN};
 use proto::fencing::GroupRole;
@@ -23,7 +24,7 @@ use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tokio::sync::{mpsc, watch};
 
 use crate::core::{Cause, SessionError, same_volumes};
-use crate::fork::OpenFork;
+use crate::fork::{Follower, OpenFork};
 use crate::group::{Group, GroupError, GroupEvent, Peer, SessionId};
 use crate::input::ControlInput;
 use crate::node::Node;
@@ -138,6 +139,8 @@ struct Handback {
     ready: Ready,
     /// What is given back; without it an earlier point is.
     fork: Option<Arc<OpenFork>>,
+    /// Tells what changes in it meanwhile, by volume.
+    followers: Vec<Follower>,
     /// Views of the newest point, for the primary's comparison.
     newest: Arc<Vec<View>>,
     /// Blocks to be sent in the first pass, by volume.
@@ -145,14 +148,6 @@ struct Handback {
     /// What is given stays until it is there.
     _pin: Option<PointPin>,
     events: mpsc::Receiver<GroupEvent>,
-}
-
-impl Drop for Handback {
-    fn drop(&mut self) {
-        if let Some(fork) = &self.fork {
-            fork.volumes.iter().for_each(|(_, device)| device.unfollow());
-        }
-    }
 }
 
 /// Serves a primary that asked, to the end.
@@ -187,7 +182,7 @@ async fn run(mut line: Line, node: Arc<Node>, client: Arc<Client>, ask: Ask) -> 
         Ok(opened) => opened,
         Err(error) => return Err((error, Some(line))),
     };
-    let (group, ready, fork, newest, give, pin) = match opened {
+    let (group, ready, (fork, followers), newest, give, pin) = match opened {
         Opened::Done { point, generation } => {
             let told = line.tell(&Message::Handed { point, generation }).await;
             return match told {
@@ -198,11 +193,26 @@ async fn run(mut line: Line, node: Arc<Node>, client: Arc<Client>, ask: Ask) -> 
                 Err(error) => Err((error, Some(line))),
             };
         }
-        Opened::Begun { group, ready, fork, newest, give, pin } => (group, ready, fork, newest, give, pin),
+        Opened::Begun { group, ready, fork, followers, newest, give, pin } => {
+            (group, ready, (fork, followers), newest, give, pin)
+        }
     };
     let (id, (_, events)) = (node.next_session(), mpsc::channel(1));
-    let mut handback =
-        Handback { line, node, client, group, id, ask, ready, fork, newest: Arc::new(newest), give, _pin: pin, events };
+    let mut handback = Handback {
+        line,
+        node,
+        client,
+        group,
+        id,
+        ask,
+        ready,
+        fork,
+        followers,
+        newest: Arc::new(newest),
+        give,
+        _pin: pin,
+        events,
+    };
     match handback.converse().await {
         Ok(()) => {
             end(&mut handback.line).await;
@@ -235,6 +245,7 @@ enum Opened {
         group: Arc<Group>,
         ready: Ready,
         fork: Option<Arc<OpenFork>>,
+        followers: Vec<Follower>,
         newest: Vec<View>,
         give: Vec<DirtyMap>,
         pin: Option<PointPin>,
@@ -295,15 +306,18 @@ async fn open(node: &Arc<Node>, client: &Arc<Client>, ask: &Ask) -> Result<Opene
     });
     let closed = || GroupError::Closed { group: group.clone() };
     let (views, mut give, pin) = looked.await.map_err(|_| closed())??;
+    let mut followers = Vec::new();
     if let Some(fork) = &fork {
         for (map, (_, device)) in give.iter_mut().zip(&fork.volumes) {
-            map.merge(&device.follow());
+            let (follower, own) = Follower::of(device);
+            map.merge(&own);
+            followers.push(follower);
         }
     }
     let give_bytes = give.iter().map(DirtyMap::bytes).sum();
     let version = ask.version_max.min(VERSION_MAX);
     let ready = Ready { version, generation, newest, from, give_bytes };
-    Ok(Opened::Begun { group: found, ready, fork, newest: views, give, pin })
+    Ok(Opened::Begun { group: found, ready, fork, followers, newest: views, give, pin })
 }
 
 type Hashing = Pin<Box<dyn Future<Output = Result<Hashes, Cause>> + Send>>;
@@ -404,6 +418,7 @@ impl Handback {
             // Something was committed since the primary compared.
             return Err(HandbackError::Superseded);
         }
+        reach(Step::GiveClaimed);
         // The point that ends this carries the primary's token, so there is always something in it.
         if let Some(first) = self.give.first_mut() {
             first.mark(0, 1);
@@ -420,6 +435,7 @@ impl Handback {
                 flattening.stop().await;
             }
             self.forget(&fork.name).await;
+            reach(Step::GiveForkRemoved);
         }
         self.node.handed();
         tracing::warn!("{client}/{group}: handed back at point {point}; generation {generation} holds");

@@ -77,6 +77,14 @@ pub struct HandbackPlan {
     pub own_bytes: u64,
 }
 
+impl HandbackPlan {
+    /// Of one that the receiver has brought to its end already: nothing moves, and the generation is raised.
+    pub(super) fn done(group: Name, point: Point, generation: Generation) -> Self {
+        let before = Generation(generation.0.saturating_sub(1));
+        Self { group, generation: before, from: point, newest: point, receive_bytes: 0, own_bytes: 0 }
+    }
+}
+
 /// How far a handback is.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct HandbackStatus {
