@@ -4,7 +4,6 @@
 //! renamed. The node serves the point read-only at a private socket, held as a drill with a script is; this process reads and writes.
 
 mod image;
-mod nbd;
 mod qcow2;
 
 use std::fs::{File, Permissions};
@@ -21,11 +20,11 @@ use proto::{Name, Point};
 use serde::Serialize;
 
 use self::image::{Image, Raw};
-use self::nbd::{PIECE_BYTES, Piece, Source};
 use self::qcow2::Qcow2;
 use super::human::{self, bytes};
 use super::{Control, Usage, client, drill, interrupt};
 use crate::api::{DrillEnd, DrillEnded, DrillRequest, DrillStarted};
+use crate::nbd::{PIECE_BYTES, Piece, Source};
 
 const BAR_WIDTH: usize = 30;
 /// From one picture of the progress to the next.
