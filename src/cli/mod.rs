@@ -11,7 +11,7 @@ mod handback;
 mod hooks;
 pub(crate) mod human;
 mod id;
-mod interrupt;
+pub(crate) mod interrupt;
 mod points;
 mod status;
 mod verify;
@@ -25,7 +25,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use proto::Point;
 
 use crate::config::{CONFIG_DEFAULT, Config, ConfigErrors, STATE_DIR_DEFAULT, units};
-use crate::{demo, node};
+use crate::{demo, node, script};
 
 /// The command line was wrong.
 #[derive(Debug, thiserror::Error)]
@@ -393,6 +393,9 @@ Examples:
 
 Needs no root and no other programs. Exit code 1 if anything does not verify.")]
     Demo(DemoArgs),
+    /// Run a script and end it with whoever started this
+    #[command(hide = true)]
+    ScriptGuard(script::GuardArgs),
     /// Print a completion script
     #[command(after_help = "\
 Examples:
@@ -507,6 +510,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             let socket = socket(args.control())?;
             export::run(&socket, args)
         }
+        Command::ScriptGuard(args) => script::guard(&args),
         Command::Hooks { json, at } => hooks::run(&socket(&at)?, json),
         Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),
         Command::Check { store, json } => check::run(&store, json),
