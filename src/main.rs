@@ -11,6 +11,7 @@ mod demo;
 mod files;
 mod hooks;
 mod key;
+mod nbd;
 mod node;
 mod script;
 

@@ -64,6 +64,22 @@ pub(crate) struct Handback {
     pub(crate) busy: Arc<tokio::sync::Mutex<()>>,
 }
 
+/// What the receiver is asked for.
+struct Wanted {
+    to: Option<Point>,
+    named: Option<Name>,
+}
+
+impl From<HandbackTarget> for Wanted {
+    fn from(target: HandbackTarget) -> Self {
+        let to = match target {
+            HandbackTarget::Failback => None,
+            HandbackTarget::Rollback(point) => Some(point),
+        };
+        Self { to, named: None }
+    }
+}
+
 /// What the receiver answered.
 enum Answer {
     Ready(Ready),
@@ -81,9 +97,7 @@ impl Handback {
         let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: group.clone() })?;
         self.permitted(target)?;
         let planned = async {
-            // With the token of one that broke the receiver knows whether that one came to its end.
-            let token = self.token().map_or_else(|| SessionToken(rand::random()), |(token, _)| token);
-            let (mut talk, answer) = self.ask(target, token).await?;
+            let (mut talk, answer) = self.ask(target.into(), self.token_or_new()).await?;
             let ready = match answer {
                 Answer::Ready(ready) => ready,
                 Answer::Handed(point, generation) => {
@@ -109,6 +123,23 @@ impl Handback {
             })
         };
         planned.await.map_err(|error: Broken| self.failed(&error))
+    }
+
+    /// The point that has a name, which the receiver knows; changes nothing.
+    ///
+    /// # Errors
+    /// [`HandbackError`].
+    pub(crate) async fn resolve(&self, name: Name) -> Result<Point, HandbackError> {
+        let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: self.shared.group.clone() })?;
+        let asked = async {
+            let (talk, answer) = self.ask(Wanted { to: None, named: Some(name) }, self.token_or_new()).await?;
+            talk.end();
+            Ok(match answer {
+                Answer::Ready(ready) => ready.from,
+                Answer::Handed(point, _) => point,
+            })
+        };
+        asked.await.map_err(|error: Broken| self.failed(&error))
     }
 
     /// Begins. [`Self::status`] tells how it fares.
@@ -256,7 +287,12 @@ impl Handback {
         Ok(())
     }
 
-    async fn ask(&self, target: HandbackTarget, token: SessionToken) -> Result<(Talk, Answer), Broken> {
+    /// With the token of one that broke the receiver knows whether that one came to its end.
+    fn token_or_new(&self) -> SessionToken {
+        self.token().map_or_else(|| SessionToken(rand::random()), |(token, _)| token)
+    }
+
+    async fn ask(&self, Wanted { to, named }: Wanted, token: SessionToken) -> Result<(Talk, Answer), Broken> {
         let (endpoint, connection) = self.link.connect_for_handback().await?;
         let (control, mut incoming) = connection.open_bi().await?;
         let (sender, messages) = mpsc::channel(64);
@@ -277,7 +313,8 @@ impl Handback {
             group: self.shared.group.clone(),
             generation: self.record.get().generation,
             token,
-            to: if let HandbackTarget::Rollback(point) = target { Some(point) } else { None },
+            to,
+            named,
             volumes: self.volumes.clone(),
         };
         talk.say(&Message::Handback(ask)).await?;
@@ -340,7 +377,7 @@ impl Handback {
     async fn take(&self, target: HandbackTarget) -> Result<(Point, Generation, [SessionToken; 2]), Broken> {
         let (token, kept) = self.token().unwrap_or_else(|| (SessionToken(rand::random()), false));
         self.step("asking the receiver");
-        let (mut talk, answer) = self.ask(target, token).await?;
+        let (mut talk, answer) = self.ask(target.into(), token).await?;
         let ready = match answer {
             Answer::Ready(ready) => ready,
             Answer::Handed(point, generation) => return self.handed(&talk, point, generation, token),

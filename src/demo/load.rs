@@ -8,9 +8,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::nbd::NbdClient;
 use super::stamp::{BLOCK, Stamp, mix};
 use crate::cli::human::unix_us_now;
+use crate::nbd::Disk;
 
 /// Writers; each owns every fourth block.
 pub(super) const WRITERS: u64 = 4;
@@ -57,7 +57,7 @@ pub(super) struct Load {
 }
 
 struct Writer {
-    client: NbdClient,
+    client: Disk,
     clock: Clock,
     run: u64,
     number: u64,
@@ -73,7 +73,7 @@ impl Load {
         let pause = Duration::from_secs_f64(WRITERS as f64 / f64::from(writes_per_second));
         let mut writers = Vec::new();
         for number in 0..WRITERS {
-            let client = NbdClient::connect(socket, disk)?;
+            let client = Disk::connect(socket, disk)?;
             let writer = Writer { client, clock, run, number, pause, stop: stop.clone(), acknowledged: acknowledged.clone() };
             writers.push(std::thread::Builder::new().name(format!("writer-{number}")).spawn(move || writer.work())?);
         }
@@ -100,7 +100,7 @@ impl Load {
 impl Writer {
     fn work(mut self) -> io::Result<Log> {
         // A partial last block is left alone.
-        let own_blocks = self.client.size / BLOCK as u64 / WRITERS;
+        let own_blocks = self.client.size() / BLOCK as u64 / WRITERS;
         if own_blocks == 0 {
             return Err(io::Error::other("the disk is smaller than four blocks"));
         }

@@ -3,7 +3,6 @@
 
 mod disk;
 mod load;
-mod nbd;
 mod report;
 mod site;
 mod stamp;
@@ -19,12 +18,12 @@ use replicator::{GroupStatus, LinkState};
 use tempfile::TempDir;
 
 use self::load::{Clock, Load};
-use self::nbd::NbdClient;
 use self::report::{Lag, Report};
 use self::site::Site;
 use crate::api::{FailoverDone, NodeStatus, Points, PrimaryStatus};
 use crate::cli::human::{Paint, bar, bytes, count, ms};
 use crate::cli::{DemoArgs, client};
+use crate::nbd::Disk;
 
 const GROUP: &str = "demo";
 const DISK: &str = "disk";
@@ -136,7 +135,7 @@ impl Demo {
             verified: false,
             violations: Vec::new(),
             violation_count: 0,
-            disk_bytes: copy.size,
+            disk_bytes: copy.size(),
             interval_ms: millis(self.args.interval),
             first_sync_ms: millis(seen.first_sync),
             writes_acknowledged: 0,
@@ -224,7 +223,7 @@ impl Demo {
     }
 
     /// The command a person would give; the time runs until the first bytes are read.
-    fn fail_over(&self) -> anyhow::Result<(FailoverDone, Duration, NbdClient)> {
+    fn fail_over(&self) -> anyhow::Result<(FailoverDone, Duration, Disk)> {
         let socket = self.receiver.path("copy.sock");
         let export = format!("unix:{}", socket.display());
         let began = Instant::now();
@@ -234,7 +233,7 @@ impl Demo {
             bail!("failover failed: {said}\n{}", self.receiver.log_tail());
         }
         let done: FailoverDone = serde_json::from_slice(&output.stdout).context("failover printed something else than JSON")?;
-        let mut copy = NbdClient::connect(&socket, DISK).context("the copy is not served")?;
+        let mut copy = Disk::connect(&socket, DISK).context("the copy is not served")?;
         copy.read(0, &mut [0; stamp::BLOCK]).context("the copy cannot be read")?;
         Ok((done, began.elapsed(), copy))
     }
@@ -247,7 +246,7 @@ impl Demo {
 }
 
 /// A copy is a running server's disk: it takes writes and gives them back.
-fn writable(copy: &mut NbdClient) -> anyhow::Result<()> {
+fn writable(copy: &mut Disk) -> anyhow::Result<()> {
     let (mut written, mut read) = ([0; stamp::BLOCK], [0; stamp::BLOCK]);
     stamp::Stamp { run: 0, block: 0, writer: 0, sequence: 0 }.write(&mut written);
     copy.write(0, &written)?;

@@ -10,8 +10,8 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use super::load::Log;
-use super::nbd::NbdClient;
 use super::stamp::{BLOCK, Content, Stamp};
+use crate::nbd::Disk;
 
 /// Bytes of one read.
 const CHUNK: usize = 1 << 20;
@@ -56,7 +56,7 @@ type Found = HashMap<u64, Stamp>;
 
 /// Reads all of the copy and compares it. `original` is the disk before the first write.
 pub(super) fn verify(
-    client: &mut NbdClient,
+    client: &mut Disk,
     original: &Path,
     run: u64,
     logs: &[Log],
@@ -65,15 +65,15 @@ pub(super) fn verify(
 ) -> io::Result<Verdict> {
     let mut verdict = Verdict::default();
     let mut before = File::open(original)?;
-    if client.size != before.metadata()?.len() {
-        verdict.violations.add(|| format!("the copy has {} bytes, another size than the disk", client.size));
+    if client.size() != before.metadata()?.len() {
+        verdict.violations.add(|| format!("the copy has {} bytes, another size than the disk", client.size()));
         return Ok(verdict);
     }
     let mut found = Found::new();
     let (mut copy, mut expected) = (vec![0; CHUNK], vec![0; CHUNK]);
     let mut offset = 0;
-    while offset < client.size {
-        let length = CHUNK.min(usize::try_from(client.size - offset).unwrap_or(CHUNK));
+    while offset < client.size() {
+        let length = CHUNK.min(usize::try_from(client.size() - offset).unwrap_or(CHUNK));
         let (Some(copy), Some(expected)) = (copy.get_mut(..length), expected.get_mut(..length)) else { break };
         client.read(offset, copy)?;
         before.read_exact(expected)?;
@@ -93,7 +93,7 @@ pub(super) fn verify(
             }
         }
         offset += length as u64;
-        progress(offset, client.size);
+        progress(offset, client.size());
     }
     verdict.stamped = found.len() as u64;
     compare(&found, logs, cut_unix_us, &mut verdict);
