@@ -16,6 +16,7 @@ pub mod nbd;
 mod priority;
 mod ranges;
 mod scan;
+mod switch;
 mod uring;
 mod waits;
 
@@ -30,4 +31,5 @@ pub use memory::MemoryDevice;
 pub use priority::yield_to_others;
 pub use ranges::{RangeGuard, RangeLocks};
 pub use scan::{Piece, SCAN_PIECE_BYTES, scan};
+pub use switch::SwitchDevice;
 pub use uring::{IoThreads, SharedFile};
