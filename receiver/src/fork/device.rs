@@ -76,6 +76,11 @@ impl ForkDevice {
         own.written.blocks.clone()
     }
 
+    /// The blocks that were written since the fork.
+    pub(crate) fn written(&self) -> DirtyMap {
+        self.own.read().written.blocks.clone()
+    }
+
     /// The blocks that were changed since the last call, each of them after it was on the disk.
     pub(crate) fn take_changed(&self) -> DirtyMap {
         let empty = DirtyMap::new(self.size());
