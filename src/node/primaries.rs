@@ -169,6 +169,7 @@ async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, expo
             scrub_interval: config.scrub_interval,
             writes_when_fenced: config.writes_when_fenced,
         },
+        all_suspect: false,
     };
     let replicator = Replicator::start(spec, identity.clone())?;
     for (disk, address) in config.disks.iter().zip(&addresses) {
