@@ -5,6 +5,7 @@
 mod adopt;
 mod drill;
 mod hooks;
+mod onward;
 
 use proto::{Fingerprint, Generation, Name, Point};
 use receiver::FlattenStatus;
@@ -17,6 +18,7 @@ pub use drill::{
     DrillStatus,
 };
 pub use hooks::{HookOutcome, HookRun, HookRuns, PlannedHook};
+pub use onward::{OnwardState, OnwardStatus};
 
 /// `GET /v1/id`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,6 +47,9 @@ pub struct NodeStatus {
     /// The newest run of each hook and group, with the end of its output.
     #[serde(default)]
     pub hooks: Vec<HookRun>,
+    /// Which of the groups replicate a copy of this node onward.
+    #[serde(default)]
+    pub onward: Vec<OnwardStatus>,
 }
 
 /// A configured group, running or not.
@@ -60,6 +65,13 @@ pub enum PrimaryStatus {
         /// One line.
         error: String,
     },
+    /// Its disks are those of a copy that is not there yet.
+    Waiting {
+        /// The group.
+        group: Name,
+        /// One line.
+        reason: String,
+    },
 }
 
 impl PrimaryStatus {
@@ -68,7 +80,7 @@ impl PrimaryStatus {
     pub fn group(&self) -> &Name {
         match self {
             Self::Running(status) => &status.group,
-            Self::Failed { group, .. } => group,
+            Self::Failed { group, .. } | Self::Waiting { group, .. } => group,
         }
     }
 }
@@ -410,6 +422,8 @@ pub struct ApiError {
 pub enum Refused {
     /// The primary is alive; `force` does it nevertheless.
     PrimaryAlive,
+    /// What went onward was failed over at the third site; `force` does it nevertheless.
+    ThirdSite,
 }
 
 /// What NBD clients call the disk `disk` at `address` (`unix:…` or `tcp:…`).
