@@ -6,6 +6,7 @@ mod adopt;
 mod drill;
 mod forks;
 mod hooks;
+mod onward;
 
 use proto::{Fingerprint, Generation, Name, Point};
 use receiver::FlattenStatus;
@@ -19,6 +20,7 @@ pub use drill::{
 };
 pub use forks::{ForkList, ForkRemoval, KeptFork, ListedFork};
 pub use hooks::{HookOutcome, HookRun, HookRuns, PlannedHook};
+pub use onward::{OnwardState, OnwardStatus};
 
 /// `GET /v1/id`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -47,6 +49,9 @@ pub struct NodeStatus {
     /// The newest run of each hook and group, with the end of its output.
     #[serde(default)]
     pub hooks: Vec<HookRun>,
+    /// Which of the groups replicate a copy of this node onward.
+    #[serde(default)]
+    pub onward: Vec<OnwardStatus>,
 }
 
 /// A configured group, running or not.
@@ -62,6 +67,13 @@ pub enum PrimaryStatus {
         /// One line.
         error: String,
     },
+    /// Its disks are those of a copy that is not there yet.
+    Waiting {
+        /// The group.
+        group: Name,
+        /// One line.
+        reason: String,
+    },
 }
 
 impl PrimaryStatus {
@@ -70,7 +82,7 @@ impl PrimaryStatus {
     pub fn group(&self) -> &Name {
         match self {
             Self::Running(status) => &status.group,
-            Self::Failed { group, .. } => group,
+            Self::Failed { group, .. } | Self::Waiting { group, .. } => group,
         }
     }
 }
@@ -415,6 +427,8 @@ pub struct ApiError {
 pub enum Refused {
     /// The primary is alive; `force` does it nevertheless.
     PrimaryAlive,
+    /// What went onward was failed over at the third site; `force` does it nevertheless.
+    ThirdSite,
 }
 
 /// What NBD clients call the disk `disk` at `address` (`unix:…` or `tcp:…`).

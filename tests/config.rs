@@ -27,6 +27,22 @@ fn receiver(extra: &str) -> String {
     format!("[receiver]\nlisten = \"0.0.0.0:7447\"\nstore = \"store\"\n{extra}")
 }
 
+fn receiver_with_client() -> String {
+    receiver(&format!("[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\ngroups = [\"db\"]\n"))
+}
+
+/// A group that replicates a copy, on line 11.
+fn onward(copy: &str) -> String {
+    let group = format!("[[group]]\nname = \"db\"\npeer = \"127.0.0.1:7447\"\npeer_key = \"{KEY_B}\"\ncopy = \"{copy}\"\n");
+    receiver_with_client() + &group
+}
+
+#[test]
+fn a_copy_goes_onward_in_place_of_disks() {
+    let (code, said) = check(&onward("a/db"));
+    assert_eq!((code, said.as_str()), (0, "t.toml: valid: 1 group, 0 disks, receiver on 0.0.0.0:7447 with 1 client\n"));
+}
+
 #[test]
 fn a_full_file_is_valid() {
     let text = format!(
@@ -71,7 +87,7 @@ fn every_mistake_is_one_line() {
         ),
         (
             group("colour = 1"),
-            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, when_fenced, max_lag, scrub_interval, rate_limit, rate_schedule, disk",
+            "t.toml:5: unknown key 'colour' in [[group]] 'db': known keys are name, peer, peer_key, interval, freeze_budget, spill_limit, epochs_in_flight, codec, durability, when_fenced, max_lag, scrub_interval, rate_limit, rate_schedule, disk, copy",
         ),
         (
             group("interval = \"5 parsecs\""),
@@ -133,11 +149,30 @@ fn every_mistake_is_one_line() {
             "[[drill]]\ngroup = \"db\"\nrun = \"s.sh\"\nevery = \"1d\"\n".to_owned(),
             "t.toml:1: [[drill]] needs a [receiver]: drills are done where the copies are; move it to that node's configuration",
         ),
+        (
+            group("copy = \"a/db\""),
+            "t.toml:5: copy = \"a/db\": is given beside [[group.disk]]: a group replicates disks or a copy; make two groups of it\n\
+             t.toml:5: copy = \"a/db\": needs a [receiver]: a copy is replicated onward by the node that keeps it",
+        ),
+        (onward("a/db/c"), "t.toml:11: copy = \"a/db/c\": is not a copy: write CLIENT/GROUP, for example \"alpha/db\""),
+        (onward("../db"), "t.toml:11: copy = \"../db\": is not a copy: write CLIENT/GROUP, for example \"alpha/db\""),
+        (
+            onward("b/db"),
+            "t.toml:11: copy = \"b/db\": is of a client that is not known here: the names of [[receiver.client]] are a",
+        ),
+        (
+            onward("a/web"),
+            "t.toml:11: copy = \"a/web\": is a group that its client may not send: add it to groups of that [[receiver.client]]",
+        ),
+        (
+            onward("a/db") + &onward("a/db")[receiver_with_client().len()..].replace("name = \"db\"", "name = \"again\""),
+            "t.toml:16: copy = \"a/db\": is already used on line 11: one copy is replicated onward by one group",
+        ),
         (group("codec = \"zip\""), "t.toml:5: codec = \"zip\": is not known here: choose one of lz4, raw"),
         (
             "[[group]]\nname = \"db\"\npeer = \"nowhere\"\n".to_owned(),
             "t.toml:1: [[group]] 'db' has no key 'peer_key': add a line such as peer_key = \"SHA256:…\"\n\
-             t.toml:1: [[group]] 'db' has no disk: add a [[group.disk]] section below it\n\
+             t.toml:1: [[group]] 'db' has no disk: add a [[group.disk]] section below it, or copy = \"CLIENT/GROUP\" to replicate a copy onward\n\
              t.toml:3: peer = \"nowhere\": is not an address: write host:port, for example \"backup.example.com:7447\"",
         ),
         (

@@ -17,6 +17,7 @@ mod priority;
 mod ranges;
 mod scan;
 pub mod steps;
+mod switch;
 mod uring;
 mod waits;
 
@@ -31,4 +32,5 @@ pub use memory::MemoryDevice;
 pub use priority::{prefer_latency, yield_to_others};
 pub use ranges::{RangeGuard, RangeLocks};
 pub use scan::{Piece, SCAN_PIECE_BYTES, scan};
+pub use switch::SwitchDevice;
 pub use uring::{IoThreads, SharedFile};

@@ -6,7 +6,7 @@
 
 pub(crate) mod fold;
 mod points;
-mod stage;
+pub(crate) mod stage;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -411,6 +411,8 @@ pub(crate) struct Shared {
     pub(crate) kept: KeptForks,
     pub(crate) names: Names,
     pub(crate) retention: Mutex<RetentionStatus>,
+    /// For who shows the copy onward.
+    pub(crate) onward: crate::onward::Turns,
     /// Bytes that a fold has collected and not written yet.
     pub(crate) fold_waiting: AtomicUsize,
     pub(crate) usage: Arc<Usage>,
@@ -571,6 +573,7 @@ impl Group {
             kept,
             names,
             retention: Mutex::default(),
+            onward: crate::onward::Turns::default(),
             fold_waiting: AtomicUsize::new(0),
             usage: Arc::clone(&usage),
         });

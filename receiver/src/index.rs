@@ -92,6 +92,12 @@ pub(crate) struct Placed {
     run: Run,
 }
 
+impl Placed {
+    pub(crate) fn mark(self, map: &mut DirtyMap) {
+        map.mark(u64::from(self.region) * REGION_BLOCKS + u64::from(self.run.start), self.run.len.into());
+    }
+}
+
 const _: () = assert!(std::mem::size_of::<Placed>() == 12 && VOLUME_BYTES_MAX / REGION_BYTES <= u32::MAX as u64);
 
 /// The index of one volume.
@@ -270,6 +276,35 @@ impl VolumeIndexMap {
             at += run;
         }
         differing
+    }
+
+    /// The blocks that may have changed since `earlier`, an index of the same volume at an earlier point that is pinned. What `is_folded` is in the
+    /// base, which is no newer than that point: a block that is in the base now has not changed since.
+    pub(crate) fn changed_since(&self, earlier: &Self, is_folded: impl Fn(FrameId) -> bool) -> DirtyMap {
+        let mut changed = DirtyMap::new(self.blocks * BLOCK_BYTES);
+        let settled = |place| match place {
+            Place::Frame(frame) if is_folded(frame) => Place::Base,
+            place => place,
+        };
+        let mut at = 0;
+        while at < self.blocks {
+            let (ours, our_run) = self.find(at, self.blocks - at);
+            let (theirs, their_run) = earlier.find(at, self.blocks - at);
+            let run = our_run.min(their_run);
+            let ours = settled(ours);
+            if ours != Place::Base && ours != settled(theirs) {
+                changed.mark(at, run);
+            }
+            at += run;
+        }
+        changed
+    }
+
+    /// Marks the blocks that have an entry.
+    pub(crate) fn mark(&self, map: &mut DirtyMap) {
+        for (number, runs) in self.regions.iter_from(0) {
+            runs.iter().for_each(|run| map.mark(number * REGION_BLOCKS + u64::from(run.start), run.len.into()));
+        }
     }
 
     /// Extends a run of the base over the untouched regions that follow, so that a scan of an empty TiB takes no time.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use blockdev::BlockDevice;
 use proto::fencing::GroupRole;
 use proto::tls::IdentityError;
-use proto::{CloseCode, Fingerprint, Generation, Identity, Name, Point};
+use proto::{CloseCode, DirtyMap, Fingerprint, Generation, Identity, Name, Point};
 use quinn::rustls::pki_types::CertificateDer;
 use quinn::{Endpoint, Incoming, VarInt};
 use tokio::sync::{Semaphore, watch};
@@ -21,6 +21,7 @@ use crate::fork::{Flattening, OpenFork};
 use crate::group::{Group, GroupError};
 use crate::kept::{KeptError, KeptFork};
 use crate::node::{Means, Node, SelectError, Slot};
+use crate::onward::Onward;
 use crate::retention::keeper::Keeper;
 use crate::session::{self, Client, one_line};
 use crate::status::{self, GroupStatus, PointInfo};
@@ -109,6 +110,15 @@ pub struct Activated {
     pub fork: Name,
     /// Its disks, writable.
     pub volumes: Vec<(Name, Arc<dyn BlockDevice>)>,
+    open: Arc<OpenFork>,
+}
+
+impl Activated {
+    /// The blocks that were written since the fork, by volume; they may be more than that after a crash.
+    #[must_use]
+    pub fn written(&self) -> Vec<DirtyMap> {
+        self.open.volumes.iter().map(|(_, device)| device.written()).collect()
+    }
 }
 
 impl std::fmt::Debug for Activated {
@@ -306,6 +316,14 @@ impl Receiver {
         Ok(())
     }
 
+    /// A group, for the one who shows it onward.
+    ///
+    /// # Errors
+    /// [`ReceiverError::Select`].
+    pub fn onward(&self, group: &str) -> Result<Onward, ReceiverError> {
+        Ok(Onward::new(self.node.select(group)?))
+    }
+
     /// Changes whenever a group was given back to its primary, and is active no more.
     #[must_use]
     pub fn handed_back(&self) -> watch::Receiver<u64> {
@@ -420,7 +438,7 @@ fn enlarge_buffers(socket: &std::net::UdpSocket) {
     }
 }
 
-fn described(group: &Group, fork: &OpenFork) -> Activated {
+fn described(group: &Group, fork: &Arc<OpenFork>) -> Activated {
     Activated {
         client: group.shared.folder.client.clone(),
         group: group.shared.folder.group.clone(),
@@ -428,6 +446,7 @@ fn described(group: &Group, fork: &OpenFork) -> Activated {
         generation: fork.generation,
         fork: fork.name.clone(),
         volumes: fork.devices(),
+        open: Arc::clone(fork),
     }
 }
 

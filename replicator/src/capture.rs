@@ -262,6 +262,7 @@ impl Pass<'_> {
             let content = match run.content {
                 Copy::Memory(content) => content,
                 Copy::Spilled(offset) => self.read_spilled(offset, run.extent).await?,
+                Copy::Before(device) => read_run(&*device, run.volume, run.extent).await?,
             };
             let batch = Batch { volume: run.volume, runs: vec![run.extent], contents: vec![content], holes: Vec::new() };
             // Already claimed: taken as it is.
@@ -323,15 +324,14 @@ impl Pass<'_> {
 async fn read_batch(device: &dyn BlockDevice, volume: usize, runs: Vec<BlockExtent>) -> Result<Batch, CaptureError> {
     let mut contents = Vec::with_capacity(runs.len());
     for run in &runs {
-        let content = read_blocks(device, *run).await.map_err(|source| CaptureError::Read {
-            volume,
-            offset: run.start.0 * BLOCK_BYTES,
-            bytes: u64::from(run.blocks) * BLOCK_BYTES,
-            source,
-        })?;
-        contents.push(content);
+        contents.push(read_run(device, volume, *run).await?);
     }
     Ok(Batch { volume, runs, contents, holes: Vec::new() })
+}
+
+async fn read_run(device: &dyn BlockDevice, volume: usize, run: BlockExtent) -> Result<Buf, CaptureError> {
+    let (offset, bytes) = (run.start.0 * BLOCK_BYTES, u64::from(run.blocks) * BLOCK_BYTES);
+    read_blocks(device, run).await.map_err(|source| CaptureError::Read { volume, offset, bytes, source })
 }
 
 /// The whole blocks at the start of `run` that are a hole; `None` if it starts with data or the device cannot tell.

@@ -303,6 +303,27 @@ impl DirtyLog {
         }
     }
 
+    /// As [`cover`](Self::cover), of all blocks of `maps`, by volume.
+    ///
+    /// # Errors
+    /// As [`cover`](Self::cover).
+    pub(crate) async fn cover_maps(&self, maps: &[DirtyMap]) -> io::Result<()> {
+        let mut ranges: Vec<Range> = Vec::new();
+        for (volume, map) in maps.iter().enumerate() {
+            let mut at = 0;
+            while let Some(run) = map.next_run(at, 1) {
+                let first = run.start.0 / REGION_BLOCKS * REGION_BLOCKS;
+                at = first + REGION_BLOCKS;
+                match ranges.last_mut().filter(|last| last.volume == volume && last.first + last.count == first) {
+                    Some(last) => last.count += REGION_BLOCKS,
+                    None => ranges.push(Range { volume, first, count: REGION_BLOCKS }),
+                }
+            }
+        }
+        // At once, so that they share a sync.
+        futures_util::future::try_join_all(ranges.iter().map(|range| self.cover(range))).await.map(drop)
+    }
+
     /// Makes every region marked: nothing is known of the copy any more.
     ///
     /// # Errors

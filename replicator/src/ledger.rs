@@ -12,9 +12,10 @@
 //! passed in.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
-use blockdev::Buf;
+use blockdev::{BlockDevice, Buf};
 use parking_lot::Mutex;
 use proto::units::BLOCK_BYTES;
 use proto::{BlockExtent, DirtyMap, EpochId, Point};
@@ -22,6 +23,7 @@ use tokio::sync::Notify;
 
 use crate::dirtylog::Known;
 
+mod exchange;
 mod flushes;
 mod suspects;
 mod watch;
@@ -65,6 +67,8 @@ pub(crate) enum Copy {
     Memory(Buf),
     /// In the spill file, from this offset on.
     Spilled(u64),
+    /// On the disk that was exchanged for another one, which does not change any more.
+    Before(Arc<dyn BlockDevice>),
 }
 
 /// Where a copy may be put.
@@ -554,14 +558,20 @@ fn sabotaged() -> bool {
 
 impl State {
     fn admit(&mut self, range: Range, now: impl FnOnce() -> Instant) -> u64 {
+        let tag = self.count_in_flight();
+        self.open[range.volume].mark(range.first, range.count);
+        self.watches.mark(&range);
+        self.open_first_write.get_or_insert_with(now);
+        tag
+    }
+
+    /// Counts a change in flight; returns its tag.
+    fn count_in_flight(&mut self) -> u64 {
         let tag = self.tag;
         match self.in_flight.back_mut() {
             Some(entry) if entry.tag == tag => entry.writes += 1,
             _ => self.in_flight.push_back(InFlight { tag, writes: 1 }),
         }
-        self.open[range.volume].mark(range.first, range.count);
-        self.watches.mark(&range);
-        self.open_first_write.get_or_insert_with(now);
         tag
     }
 

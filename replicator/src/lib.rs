@@ -12,6 +12,7 @@ mod compare;
 mod compress;
 mod core;
 mod dirtylog;
+mod exchange;
 mod gate;
 mod handback;
 mod ledger;
@@ -39,12 +40,13 @@ use std::time::{Duration, Instant};
 use blockdev::{BlockDevice, FileDevice, FileError, IoThreads, OpenOptions};
 use proto::control::VolumeHello;
 use proto::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
-use proto::{Identity, Name, Point};
+use proto::{DirtyMap, Identity, Name, Point};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::core::{Core, CoreConfig};
 use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
+pub use crate::exchange::{Exchange, ExchangeError, Exchanger};
 use crate::gate::Closed;
 use crate::handback::Handback;
 pub use crate::handback::{HandbackError, HandbackPlan, HandbackStatus, HandbackTarget};
@@ -227,6 +229,15 @@ fn open_logs(
     opened.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))
 }
 
+/// What is known of disks of which nothing is known; durably so.
+fn suspect_all(log: &Arc<DirtyLog>, sizes: &[u64], thread: &IoThreads) -> Result<Vec<dirtylog::Known>, ReplicatorError> {
+    let all = log.clone();
+    let covered = thread.block_on(move || async move { all.cover_all().await }).flatten();
+    covered.map_err(|error| ReplicatorError::DirtyLog { reason: error.to_string() })?;
+    let known = |size: &u64| dirtylog::Known { suspect: DirtyMap::full(*size), dirty: DirtyMap::new(*size) };
+    Ok(sizes.iter().map(known).collect())
+}
+
 /// Where capture reads a disk.
 fn scanner(volume: &VolumeSpec) -> Result<Arc<dyn BlockDevice>, ReplicatorError> {
     let scanner = volume.device.scanner().map_err(|source| ReplicatorError::Scanner { volume: volume.name.clone(), source })?;
@@ -241,8 +252,9 @@ pub struct Replicator {
     driver: JoinHandle<()>,
     handback: Arc<Handback>,
     sampler: JoinHandle<()>,
-    /// Keeps the capture thread alive.
-    _capture: IoThreads,
+    /// Held by an exchange.
+    exchanging: Arc<tokio::sync::Mutex<()>>,
+    capture: IoThreads,
 }
 
 impl Replicator {
@@ -252,7 +264,7 @@ impl Replicator {
     /// # Errors
     /// [`ReplicatorError`].
     pub fn start(spec: GroupSpec, identity: Identity) -> Result<Self, ReplicatorError> {
-        let GroupSpec { group, volumes, peer, state_dir, mut tuning } = spec;
+        let GroupSpec { group, volumes, peer, state_dir, mut tuning, all_suspect } = spec;
         if volumes.is_empty() || volumes.len() > GROUP_VOLUMES_MAX {
             return Err(ReplicatorError::VolumeCount { group, count: volumes.len() });
         }
@@ -282,8 +294,11 @@ impl Replicator {
         });
         let sizes: Vec<u64> = volumes.iter().map(|v| v.device.size()).collect();
         let limits = CopyLimits { memory_bytes: tuning.freeze_budget_bytes, spill_bytes: tuning.spill_limit_bytes };
-        let (log, known) = open_logs(&state_dir, &volumes, &capture)?;
+        let (log, mut known) = open_logs(&state_dir, &volumes, &capture)?;
         let log = Arc::new(log);
+        if all_suspect {
+            known = suspect_all(&log, &sizes, &capture)?;
+        }
         let ledger = Arc::new(Ledger::new(sizes, limits, known));
         let spill = open_spill(&state_dir, tuning.spill_limit_bytes)?;
         let devices: Arc<[Arc<dyn BlockDevice>]> = volumes.iter().map(|v| v.device.clone()).collect();
@@ -353,7 +368,22 @@ impl Replicator {
                 sampled.steer();
             }
         });
-        Ok(Self { shared, taps, stop, driver: tokio::spawn(driver.run()), handback, sampler, _capture: capture })
+        Ok(Self {
+            shared,
+            taps,
+            stop,
+            driver: tokio::spawn(driver.run()),
+            handback,
+            sampler,
+            exchanging: Arc::default(),
+            capture,
+        })
+    }
+
+    /// For who exchanges the disks below the taps.
+    #[must_use]
+    pub fn exchanger(&self) -> Exchanger {
+        Exchanger { shared: self.shared.clone(), capture: self.capture.clone(), one: self.exchanging.clone() }
     }
 
     /// The tapped disk `name`, to be exported to the guest.

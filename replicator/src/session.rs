@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, IoThreads};
@@ -24,7 +24,7 @@ use crate::outbox::{Item, Outbox, StagedError};
 use crate::rate::Bucket;
 use crate::record::{Record, RecordError, Stopped};
 use crate::scrub::Scrub;
-use crate::shared::Shared;
+use crate::shared::{Shared, now_unix_us};
 use crate::upkeep::Upkeep;
 
 /// Why a session ended, for the log and for `status`.
@@ -552,7 +552,7 @@ impl Driver {
                 interval: shared.tuning.interval,
                 tally: &mut tally,
             };
-            let result = pass.run(now_unix_us).await;
+            let result = pass.run(|| shared.cut_unix_us()).await;
             // The driver may be gone: then nobody needs the result.
             let _ = done.send((result, tally));
         });
@@ -704,10 +704,6 @@ async fn send_items(connection: Connection, mut control: SendStream, (outbox, nu
     }
     // The control stream stays open as long as the session: dropping it here would end it for the receiver.
     connection.closed().await;
-}
-
-fn now_unix_us() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
 }
 
 /// While stopping, how often to look whether everything is committed.

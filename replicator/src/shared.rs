@@ -1,7 +1,7 @@
 //! What a group's driver, its taps and `status` share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
@@ -71,6 +71,8 @@ pub(crate) struct Shared {
     pub(crate) handing: AtomicBool,
     /// Epochs are cut as fast as they can be: somebody waits until all is committed.
     pub(crate) hurry: AtomicBool,
+    /// What the disks hold is of this instant, microseconds since 1970; 0: of now.
+    pub(crate) as_of_unix_us: AtomicU64,
     volumes: Vec<(Name, u64)>,
     epochs_committed: AtomicU64,
     pace: Option<(std::sync::Arc<Pace>, Mutex<Governor>)>,
@@ -109,6 +111,7 @@ impl Shared {
             gate: std::sync::Arc::default(),
             handing: AtomicBool::new(false),
             hurry: AtomicBool::new(false),
+            as_of_unix_us: AtomicU64::new(0),
             volumes,
             epochs_committed: AtomicU64::new(0),
             pace,
@@ -163,6 +166,15 @@ impl Shared {
             p.connection = live.cloned();
         }
         p.count_wire();
+    }
+
+    /// The instant of a cut that is made now, microseconds since 1970. What was acknowledged before it is on the disks.
+    pub(crate) fn cut_unix_us(&self) -> u64 {
+        let now = now_unix_us();
+        match self.as_of_unix_us.load(Ordering::SeqCst) {
+            0 => now,
+            as_of => as_of.min(now),
+        }
     }
 
     pub(crate) fn report(&self, error: &str) {
@@ -328,6 +340,11 @@ impl Shared {
             left_s: total.saturating_sub(done).checked_div(rate),
         }
     }
+}
+
+/// Microseconds since 1970.
+pub(crate) fn now_unix_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
 }
 
 fn queue(name: &str, unit: &str, used: u64, limit: u64) -> QueueStatus {

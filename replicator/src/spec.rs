@@ -114,4 +114,6 @@ pub struct GroupSpec {
     pub state_dir: PathBuf,
     /// What may be tuned.
     pub tuning: Tuning,
+    /// The disks may hold anything, whatever the dirty log says: all of them is compared with the copy.
+    pub all_suspect: bool,
 }

@@ -314,7 +314,14 @@ impl Primary {
             .map(|(i, d)| VolumeSpec { name: format!("disk{i}").parse().unwrap(), device: d.clone() as Arc<dyn BlockDevice> })
             .collect();
         let peer = PeerSpec { address: address.to_string(), key };
-        let spec = GroupSpec { group: "db".parse().unwrap(), volumes, peer, state_dir: dir.path().join("db"), tuning };
+        let spec = GroupSpec {
+            group: "db".parse().unwrap(),
+            volumes,
+            peer,
+            state_dir: dir.path().join("db"),
+            tuning,
+            all_suspect: false,
+        };
         let replicator = Replicator::start(spec, identity.clone())?;
         Ok(Self { replicator, disks, io: IoThreads::new(1).unwrap(), dir: dir.clone() })
     }

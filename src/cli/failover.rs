@@ -53,7 +53,8 @@ pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
         describe(&plan, Some(&export));
     }
     if let Some(error) = plan.refusal.clone().filter(|_| !wish.force) {
-        return Err(told(client::Refusal(ApiError { error, refused: Some(Refused::PrimaryAlive) }).into(), wish.json));
+        let refused = if plan.primary_alive { Refused::PrimaryAlive } else { Refused::ThirdSite };
+        return Err(told(client::Refusal(ApiError { error, refused: Some(refused) }).into(), wish.json));
     }
     if !wish.yes && !confirmed()? {
         println!("Nothing was changed.");
@@ -153,6 +154,8 @@ fn describe(plan: &FailoverPlan, export: Option<&str>) {
     println!("  to move     {}", human::bytes(plan.bytes_to_move));
     if plan.primary_alive {
         println!("  WARNING     the primary is alive and may still be serving this disk: stop it first");
+    } else if plan.refusal.is_some() {
+        println!("  WARNING     the third site is the server of what went onward from here: guests here could not write");
     }
 }
 

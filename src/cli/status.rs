@@ -11,7 +11,9 @@ use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 use super::drill::{verdict, what};
 use super::human::{self, Paint, bit_rate, bytes, ms};
 use super::{client, hooks};
-use crate::api::{CopyState, CopyStatus, ExportStatus, HookOutcome, NodeStatus, PrimaryStatus, nbd_uri};
+use crate::api::{
+    CopyState, CopyStatus, ExportStatus, HookOutcome, NodeStatus, OnwardState, OnwardStatus, PrimaryStatus, nbd_uri,
+};
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const BAR_WIDTH: usize = 30;
@@ -58,7 +60,14 @@ pub(crate) fn render(status: &NodeStatus, paint: Paint) -> String {
     for group in &status.primary {
         out.plain("");
         match group {
-            PrimaryStatus::Running(group) => primary(&mut out, group, &status.exports, paint),
+            PrimaryStatus::Running(group) => {
+                let onward = status.onward.iter().find(|onward| onward.group == group.group);
+                primary(&mut out, group, (onward, &status.exports), paint);
+            }
+            PrimaryStatus::Waiting { group, reason } => {
+                out.plain(&format!("group {}, primary", paint.bold(group.as_str())));
+                out.pair("state", &paint.warn(&format!("waiting: {}", human::sanitised(reason))));
+            }
             PrimaryStatus::Failed { group, error } => {
                 out.plain(&format!("group {}, primary", paint.bold(group.as_str())));
                 out.pair("state", &paint.bad(&format!("not started: {}", human::sanitised(error))));
@@ -120,7 +129,8 @@ fn state_of(state: LinkState, paint: Paint) -> String {
     }
 }
 
-fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint: Paint) {
+/// `onward` is set for a group whose disks are a copy.
+fn primary(out: &mut Lines, group: &GroupStatus, (onward, exports): (Option<&OnwardStatus>, &[ExportStatus]), paint: Paint) {
     out.plain(&format!("group {}, primary, to {}", paint.bold(group.group.as_str()), group.peer));
     out.pair("state", &state_of(group.state, paint));
     if let Some(error) = &group.error {
@@ -193,10 +203,28 @@ fn primary(out: &mut Lines, group: &GroupStatus, exports: &[ExportStatus], paint
         out.pair("max lag", &format!("{}; {}", ms(max_lag), slowed(group, paint)));
     }
     for volume in &group.volumes {
-        disk(out, volume.name.as_str(), volume.size_bytes, group.group.as_str(), exports);
+        match onward {
+            Some(onward) => {
+                let (name, size) = (volume.name.as_str(), bytes(volume.size_bytes));
+                out.pair("disk", &format!("{name}  {size}  copy of {}{}", onward.copy, shown(onward, paint)));
+            }
+            None => disk(out, volume.name.as_str(), volume.size_bytes, group.group.as_str(), exports),
+        }
+    }
+    if let Some(error) = onward.and_then(|onward| onward.error.as_ref()) {
+        out.pair("copy", &paint.bad(&human::sanitised(error)));
     }
     queues(out, &group.queues);
     client_queues(out, group.group.as_str(), exports);
+}
+
+fn shown(onward: &OnwardStatus, paint: Paint) -> String {
+    match (onward.state, onward.point) {
+        (OnwardState::Following, Some(point)) => format!(", at its point {point}"),
+        (OnwardState::Active, _) => ", which is active".to_owned(),
+        (OnwardState::Bypassed, _) => paint.bad(", which guests write past this group"),
+        (OnwardState::Following | OnwardState::Waiting, _) => String::new(),
+    }
 }
 
 fn scrub(scrub: &ScrubStatus, paint: Paint) -> String {

@@ -116,9 +116,35 @@ pub enum Problem {
     /// Two times.
     #[error("is given beside every: keep one of the two")]
     EveryAndAt,
+    /// No copy.
+    #[error("is not a copy: write CLIENT/GROUP, for example \"alpha/db\"")]
+    Copy,
+    /// A copy of a client that is not there.
+    #[error("is of a client that is not known here: {}", clients_known(.known))]
+    CopyClient {
+        /// Those that are.
+        known: Vec<String>,
+    },
+    /// A copy that its client may not send.
+    #[error("is a group that its client may not send: add it to groups of that [[receiver.client]]")]
+    CopyGroup,
+    /// A copy, and disks too.
+    #[error("is given beside [[group.disk]]: a group replicates disks or a copy; make two groups of it")]
+    CopyAndDisks,
+    /// A copy without a receiver.
+    #[error("needs a [receiver]: a copy is replicated onward by the node that keeps it")]
+    CopyWithoutReceiver,
     /// An array with nothing in it.
     #[error("is empty: name at least one group, or remove the key to allow every group")]
     NoGroups,
+}
+
+fn clients_known(known: &[String]) -> String {
+    if known.is_empty() {
+        "add a [[receiver.client]]".to_owned()
+    } else {
+        format!("the names of [[receiver.client]] are {}", known.join(", "))
+    }
 }
 
 impl From<NameError> for Problem {
@@ -173,7 +199,9 @@ pub enum ConfigError {
         example: &'static str,
     },
     /// A section that must be there.
-    #[error("{place}: {table} has no disk: add a [[group.disk]] section below it")]
+    #[error(
+        "{place}: {table} has no disk: add a [[group.disk]] section below it, or copy = \"CLIENT/GROUP\" to replicate a copy onward"
+    )]
     NoDisk {
         /// Where the group starts.
         place: Place,

@@ -154,8 +154,19 @@ pub struct GroupConfig {
     pub rate: RateSchedule,
     /// See `replicator::Tuning`.
     pub scrub_interval: Option<Duration>,
-    /// Its disks, cut together.
+    /// Its disks, cut together; none if they are those of a copy.
     pub disks: Vec<DiskConfig>,
+    /// The copy of this node that is replicated onward in place of disks.
+    pub copy: Option<CopyConfig>,
+}
+
+/// `copy = "CLIENT/GROUP"`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyConfig {
+    /// Whose.
+    pub client: Name,
+    /// The group.
+    pub group: Name,
 }
 
 /// `[[group.disk]]`.

@@ -17,8 +17,8 @@ use super::drill;
 use super::error::{ConfigError, ConfigErrors, Problem};
 use super::reader::{Found, Reader, Section, flag, list, number, text};
 use super::{
-    ClientConfig, Config, DRILL_SPACE_MAX_DEFAULT, DiskConfig, GroupConfig, NodeConfig, ReceiverConfig, STATE_DIR_DEFAULT,
-    STOP_TIMEOUT_DEFAULT, TlsConfig, units,
+    ClientConfig, Config, CopyConfig, DRILL_SPACE_MAX_DEFAULT, DiskConfig, GroupConfig, NodeConfig, ReceiverConfig,
+    STATE_DIR_DEFAULT, STOP_TIMEOUT_DEFAULT, TlsConfig, units,
 };
 
 /// The kernel's limit on a socket's path, in bytes.
@@ -76,8 +76,12 @@ pub(super) fn parse(file: &Path, source: &str) -> Result<Config, ConfigErrors> {
     let section = reader.section(&mut root, "node", "[node]");
     let node = node(&mut reader, section, &context);
     let receiver = reader.section(&mut root, "receiver", "[receiver]").map(|s| receiver(&mut reader, s, &mut context));
-    let groups: Vec<_> =
-        reader.sections(&mut root, "group", "[[group]]").into_iter().map(|s| group(&mut reader, s, &mut context)).collect();
+    let copies = receiver.as_ref().map(Option::as_ref);
+    let groups: Vec<_> = reader
+        .sections(&mut root, "group", "[[group]]")
+        .into_iter()
+        .map(|s| group(&mut reader, s, &mut context, copies))
+        .collect();
     let drills: Vec<_> = reader
         .sections(&mut root, "drill", "[[drill]]")
         .into_iter()
@@ -220,7 +224,13 @@ fn client<'d>(
     })
 }
 
-fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Context) -> Option<GroupConfig> {
+/// `copies` is the `[receiver]`, if there is one; the inner `None` stands for one with errors of its own.
+fn group<'d>(
+    reader: &mut Reader<'d>,
+    mut section: Section<'d>,
+    context: &mut Context,
+    copies: Option<Option<&ReceiverConfig>>,
+) -> Option<GroupConfig> {
     section.title = titled("[[group]]", &section);
     let s = &mut section;
     let name = reader.need(s, "name", "\"db\"", text("\"db\"", |t| Ok(t.parse::<Name>()?)));
@@ -268,8 +278,14 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
     let windows = reader.sections(s, "rate_schedule", "[[group.rate_schedule]]");
     let windows: Vec<_> = windows.into_iter().map(|section| window(reader, section)).collect();
     let disks = reader.sections(s, "disk", "[[group.disk]]");
+    let copy = reader.get(s, "copy", text("\"alpha/db\"", copy));
+    if let Some(found) = &copy {
+        check_copy(reader, found, copies, !disks.is_empty());
+        let what = format!("copy {}/{}", found.value.client, found.value.group);
+        context.seen.once(reader, what, found, "one copy is replicated onward by one group");
+    }
     let title = section.title.clone();
-    if disks.is_empty() {
+    if disks.is_empty() && copy.is_none() && section.peek("copy").is_none() {
         let place = reader.place(section.at);
         reader.errors.push(ConfigError::NoDisk { place, table: title.clone() });
     }
@@ -302,7 +318,32 @@ fn group<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut Co
         },
         scrub_interval: scrub_interval.map_or(defaults.scrub_interval, |found| found.value),
         disks: disks.into_iter().collect::<Option<_>>()?,
+        copy: copy.map(|found| found.value),
     })
+}
+
+fn copy(given: &str) -> Result<CopyConfig, Problem> {
+    let (client, group) = given.split_once('/').ok_or(Problem::Copy)?;
+    let name = |part: &str| part.parse::<Name>().map_err(|_| Problem::Copy);
+    Ok(CopyConfig { client: name(client)?, group: name(group)? })
+}
+
+fn check_copy(reader: &mut Reader<'_>, found: &Found<CopyConfig>, copies: Option<Option<&ReceiverConfig>>, has_disks: bool) {
+    if has_disks {
+        reader.wrong(found, Problem::CopyAndDisks);
+    }
+    let Some(receiver) = copies else { return reader.wrong(found, Problem::CopyWithoutReceiver) };
+    let Some(receiver) = receiver else { return };
+    match receiver.clients.iter().find(|client| client.name == found.value.client) {
+        None => {
+            let known = receiver.clients.iter().map(|client| client.name.to_string()).collect();
+            reader.wrong(found, Problem::CopyClient { known });
+        }
+        Some(client) if client.groups.as_ref().is_some_and(|groups| !groups.contains(&found.value.group)) => {
+            reader.wrong(found, Problem::CopyGroup);
+        }
+        Some(_) => {}
+    }
 }
 
 fn window<'d>(reader: &mut Reader<'d>, mut section: Section<'d>) -> Option<RateWindow> {

@@ -218,7 +218,7 @@ impl Demo {
         match status.primary.into_iter().next() {
             Some(PrimaryStatus::Running(status)) => Ok(*status),
             Some(PrimaryStatus::Failed { error, .. }) => bail!("the group did not start: {error}"),
-            None => bail!("the primary has no group"),
+            Some(PrimaryStatus::Waiting { .. }) | None => bail!("the primary has no group"),
         }
     }
 

@@ -83,6 +83,8 @@ impl IntoResponse for RequestError {
             | Self::Fork(_)
             | Self::AlreadyActive { .. }
             | Self::PrimaryAlive { .. }
+            | Self::ThirdSite { .. }
+            | Self::CopyFollows { .. }
             | Self::NotRunning { .. }
             | Self::Verify(_)
             | Self::Handback(_)
@@ -97,7 +99,11 @@ impl IntoResponse for RequestError {
             Self::Hook(_) => StatusCode::CONFLICT,
             Self::Exports(_) | Self::Record(_) | Self::Receiver(_) | Self::Aborted => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        let refused = matches!(self, Self::PrimaryAlive { .. }).then_some(Refused::PrimaryAlive);
+        let refused = match self {
+            Self::PrimaryAlive { .. } => Some(Refused::PrimaryAlive),
+            Self::ThirdSite { .. } => Some(Refused::ThirdSite),
+            _ => None,
+        };
         (status, Json(ApiError { error: self.to_string(), refused })).into_response()
     }
 }

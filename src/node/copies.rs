@@ -1,4 +1,4 @@
-//! The copies this node keeps, in the words of the control socket: the only place that knows the receiver's own types.
+//! The copies this node keeps, in the words of the control socket: the only place, beside `onward`, that knows the receiver's own types.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use blockdev::BlockDevice;
 use proto::units::BLOCK_BYTES;
-use proto::{Fingerprint, Generation, Identity, Name, Point};
+use proto::{DirtyMap, Fingerprint, Generation, Identity, Name, Point};
 use receiver::adopt::{AdoptProgress, Adoption};
-use receiver::{GroupStatus, Limits, Receiver, ReceiverError, Role};
+use receiver::{GroupStatus, Limits, Receiver, ReceiverError, Role, SelectError};
 use replicator::QueueStatus;
 use tokio::sync::{RwLock, watch};
 
@@ -42,12 +42,20 @@ pub(crate) struct Activated {
     pub(crate) point: Point,
     pub(crate) generation: Generation,
     pub(crate) volumes: Vec<(Name, Arc<dyn BlockDevice>)>,
+    fork: receiver::Activated,
+}
+
+impl Activated {
+    /// The blocks that were written since the point, by volume.
+    pub(crate) fn written(&self) -> Vec<DirtyMap> {
+        self.fork.written()
+    }
 }
 
 impl From<receiver::Activated> for Activated {
-    fn from(a: receiver::Activated) -> Self {
-        let group = GroupRef { client: a.client, group: a.group };
-        Self { group, point: a.point, generation: a.generation, volumes: a.volumes }
+    fn from(fork: receiver::Activated) -> Self {
+        let group = GroupRef { client: fork.client.clone(), group: fork.group.clone() };
+        Self { group, point: fork.point, generation: fork.generation, volumes: fork.volumes.clone(), fork }
     }
 }
 
@@ -242,6 +250,16 @@ impl Copies {
     pub(crate) async fn give_up_drain(&self, group: &GroupRef) -> Result<(), RequestError> {
         let receiver = self.receiver.read().await;
         running(receiver.as_ref())?.give_up_drain(&group.to_string()).await.map_err(failed)
+    }
+
+    /// A copy, for the group that replicates it onward; `None` while there is none of that name.
+    pub(crate) async fn onward(&self, group: &GroupRef) -> Result<Option<receiver::Onward>, RequestError> {
+        let receiver = self.receiver.read().await;
+        match running(receiver.as_ref())?.onward(&group.to_string()) {
+            Ok(copy) => Ok(Some(copy)),
+            Err(ReceiverError::Select(SelectError::Unknown { .. })) => Ok(None),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     /// Changes whenever a group was given back to its primary.

@@ -4,18 +4,22 @@
 //! then the disks are offered. A crash between the steps leaves either nothing done or an active copy with a recorded address.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::rejection::{JsonRejection, QueryRejection};
+use blockdev::BlockDevice;
 use blockdev::nbd::ListenAddr;
 use blockdev::steps::{Step, reach};
-use proto::{Generation, Point};
+use proto::{Generation, Name, Point};
 
 use super::Node;
 use super::adopt::AdoptRefused;
-use super::copies::{Activated, GroupRef};
+use super::copies::{Activated, Copies, GroupRef};
 use super::drills::DrillRefused;
 use super::exports::ExportError;
+use super::onward;
+use super::primaries::groups_dir;
 use super::record::RecordError;
 use crate::api::{CopyVolume, FailoverDone, FailoverPlan, FailoverRequest, nbd_uri};
 use crate::config::{Problem, export_address};
@@ -35,6 +39,16 @@ pub(crate) enum RequestError {
     AmbiguousGroup { given: String, known: Vec<String> },
     #[error("group {group} has no point {point}: {}", known_points(known))]
     UnknownPoint { group: String, point: Point, known: Vec<Point> },
+    #[error(
+        "group {group}: what it sent onward, as group {onward}, was failed over at the third site, or is about to be: guests here could \
+         not write. See `twinsite status {onward}`; `twinsite failover --force` activates it nevertheless, and then `twinsite failback {onward}` takes \
+         its disks back"
+    )]
+    ThirdSite { group: String, onward: Name },
+    #[error(
+        "group '{group}' has nothing to write to: its disks are the copy {copy}, which is not active through it; fail that over first"
+    )]
+    CopyFollows { group: String, copy: String },
     #[error("group {group} has no committed point yet: its first sync is not complete, there is nothing to fail over to")]
     NoPoint { group: String },
     #[error("group {group} is active already, from point {point}: it can be exported elsewhere, but not from another point")]
@@ -137,6 +151,8 @@ impl Node {
             let (address, heard_ms) = (status.peer.clone(), status.heard_age_ms.unwrap_or_default());
             RequestError::PrimaryAlive { group: group.to_string(), address, heard_ms }.to_string()
         });
+        let third_site = self.third_site(&group).await.filter(|_| status.active.is_none());
+        let refusal = refusal.or_else(|| third_site.map(|error| error.to_string()));
         let hooks = self.hooks.planned(Transition::Failover, Some(&group.client), &group.group);
         Ok(FailoverPlan {
             client: group.client,
@@ -183,6 +199,11 @@ impl Node {
             return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
         }
         if plan.refusal.is_some() && !request.force {
+            if !plan.primary_alive
+                && let Some(error) = self.third_site(&group).await
+            {
+                return Err(error);
+            }
             let (address, heard_ms) = (plan.connected, plan.heard_age_ms.unwrap_or_default());
             return Err(RequestError::PrimaryAlive { group: group.to_string(), address, heard_ms });
         }
@@ -210,7 +231,8 @@ impl Node {
             };
             let volumes = volumes(&activated);
             self.exports.withdraw(&selector).await;
-            self.exports.add(&address, &selector, activated.volumes).await?;
+            let disks = self.disks_for_guests(copies, &activated).await;
+            self.exports.add(&address, &selector, disks).await?;
             reach(Step::FailoverExported);
             Ok::<_, RequestError>((activated.point, activated.generation, volumes))
         }
@@ -274,7 +296,27 @@ impl Node {
         let refused = |problem| RequestError::Export { given: recorded.to_owned(), problem };
         let address = export_address(Path::new("/"), recorded).map_err(refused)?;
         let address = self.exports.listen(&address, None).await?;
-        Ok(self.exports.add(&address, selector, activated.volumes).await?)
+        let disks = self.disks_for_guests(self.receiving()?, &activated).await;
+        Ok(self.exports.add(&address, selector, disks).await?)
+    }
+
+    /// The disks of an active copy for its guests: if it goes onward, those whose changes do.
+    async fn disks_for_guests(&self, copies: &Copies, activated: &Activated) -> Vec<(Name, Arc<dyn BlockDevice>)> {
+        let onward = self.primaries.read().await.onward_of(&activated.group);
+        if let Some(onward) = onward {
+            return onward.activate(copies, activated).await;
+        }
+        // It may go onward again, one day.
+        if let Err(error) = onward::forget(&groups_dir(&self.state_dir), &activated.group.to_string()) {
+            tracing::error!(group = %activated.group, "{error}: remove it before this copy is replicated onward again");
+        }
+        activated.volumes.clone()
+    }
+
+    /// Why guests of a copy could not write, if its third site is the reason.
+    pub(super) async fn third_site(&self, group: &GroupRef) -> Option<RequestError> {
+        let onward = self.primaries.read().await.onward_of(group).filter(|onward| onward.refuses_guests())?;
+        Some(RequestError::ThirdSite { group: group.to_string(), onward: onward.status().group })
     }
 }
 

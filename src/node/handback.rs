@@ -102,6 +102,10 @@ impl Node {
         if let Some(active) = &plan.active {
             return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
         }
+        // Before anything is drained: guests could write at neither site then.
+        if let Some(error) = self.third_site(&group).await {
+            return Err(error);
+        }
         let within = request.within_ms.map_or(DRAIN_DEFAULT, Duration::from_millis);
         let point = copies.drain(&group, within).await?;
         tracing::warn!(%group, %point, "the primary takes no more writes, and all it took are here");

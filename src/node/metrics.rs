@@ -28,7 +28,11 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_up", "gauge", "1 while the node answers"),
     ("twinsite_uptime_seconds", "gauge", "Time since the node started"),
-    ("twinsite_primary_up", "gauge", "1 if the group runs at its primary, 0 if it could not be started"),
+    (
+        "twinsite_primary_up",
+        "gauge",
+        "1 if the group runs at its primary, 0 if it could not be started, or waits for the copy that it is to replicate",
+    ),
     (
         "twinsite_primary_streaming",
         "gauge",

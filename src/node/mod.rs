@@ -13,6 +13,7 @@ mod fenced;
 mod handback;
 mod metrics;
 mod notify;
+mod onward;
 mod primaries;
 mod record;
 mod socket;
@@ -60,6 +61,7 @@ pub(crate) struct Node {
     pub(crate) drills: Drills,
     hooks: Arc<Hooks>,
     adoptions: Adoptions,
+    state_dir: PathBuf,
 }
 
 impl Node {
@@ -74,14 +76,19 @@ impl Node {
             }
             _ => None,
         };
+        let (primary, onward) = {
+            let primaries = self.primaries.read().await;
+            (primaries.status(), primaries.onward().iter().map(|onward| onward.status()).collect())
+        };
         NodeStatus {
             node: self.id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_s: self.started.elapsed().as_secs(),
-            primary: self.primaries.read().await.status(),
+            primary,
             receiver,
             exports: self.exports.status().await,
             hooks: self.hooks.newest(),
+            onward,
         }
     }
 
@@ -119,6 +126,21 @@ impl Node {
     /// The newest runs of hooks.
     pub(crate) fn hook_runs(&self) -> HookRuns {
         HookRuns { runs: self.hooks.runs() }
+    }
+
+    /// Has copies go onward, each in a task of its own.
+    async fn follow_onward(self: &Arc<Self>) -> tokio::task::JoinSet<()> {
+        let mut tasks = tokio::task::JoinSet::new();
+        for onward in self.primaries.read().await.onward() {
+            let node = Arc::clone(self);
+            tasks.spawn(async move {
+                match node.receiving() {
+                    Ok(copies) => onward.follow(copies).await,
+                    Err(error) => onward.cannot(&error.to_string()),
+                }
+            });
+        }
+        tasks
     }
 
     fn receiving(&self) -> Result<&Copies, RequestError> {
@@ -211,9 +233,12 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         drills: Drills::new(&config.node.state_dir, drill_space_max_bytes),
         hooks,
         adoptions: Adoptions::default(),
+        state_dir: config.node.state_dir.clone(),
     });
     node.export_active().await;
     let handbacks = tokio::spawn(node.clone().follow_handbacks());
+    // After the active copies: their guests come first.
+    let onward = node.follow_onward().await;
 
     let (stop, stopping) = watch::channel(false);
     // Ends the drills of the schedule, whose scripts run on the runtime's threads for blocking work.
@@ -247,6 +272,8 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         node.adoptions.stop();
         // Guests first, so that the last epoch holds all that they wrote.
         node.exports.shutdown().await;
+        // They hold their groups.
+        end(onward).await;
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;
         // A script that does not listen is killed after a while.
         let _ = schedule.await;
@@ -272,6 +299,11 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         metrics.abort();
     }
     Ok(())
+}
+
+async fn end(mut tasks: tokio::task::JoinSet<()>) {
+    tasks.abort_all();
+    while tasks.join_next().await.is_some() {}
 }
 
 async fn serve_control(listener: tokio::net::UnixListener, node: Arc<Node>, mut stopping: watch::Receiver<bool>) {

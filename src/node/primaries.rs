@@ -1,7 +1,7 @@
 //! The groups this node is the primary of: open the disks, put the tap on, export them. A group that cannot start leaves a
 //! line in the log and in `status`; the others go on.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,8 +10,10 @@ use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
 use proto::{Identity, Name, Point};
 use replicator::{GroupSpec, HandbackPlan, HandbackTarget, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
 
+use super::copies::GroupRef;
 use super::exports::{ExportError, Exports};
 use super::failover::RequestError;
+use super::onward::Onward;
 use crate::api::{HandbackProgress, PrimaryStatus, Verification};
 use crate::config::GroupConfig;
 
@@ -30,9 +32,16 @@ enum StartError {
     Export(#[from] ExportError),
 }
 
+enum Run {
+    Running(Replicator),
+    Failed(String),
+    /// Its disks are a copy of this node, which may not be there yet.
+    Onward(Arc<Onward>),
+}
+
 struct Primary {
     name: Name,
-    run: Result<Replicator, String>,
+    run: Run,
 }
 
 /// All groups, in the order of the file.
@@ -43,36 +52,85 @@ pub(crate) struct Primaries {
 impl Primaries {
     pub(crate) async fn start(configs: &[GroupConfig], state_dir: &Path, identity: &Identity, exports: &Exports) -> Self {
         let mut groups = Vec::new();
+        let groups_dir = groups_dir(state_dir);
         for config in configs {
-            let run = start(config, state_dir, identity, exports).await.map_err(|error| error.to_string());
-            match &run {
-                Ok(_) => tracing::info!(group = %config.name, disks = config.disks.len(), peer = config.peer, "group started"),
-                Err(error) => {
-                    tracing::error!(group = %config.name, "group not started: {error}; the other groups go on");
-                    exports.withdraw(config.name.as_str()).await;
-                }
+            let name = config.name.clone();
+            if let Some(onward) = Onward::of(config, &groups_dir, identity) {
+                groups.push(Primary { name, run: Run::Onward(onward) });
+                continue;
             }
-            groups.push(Primary { name: config.name.clone(), run });
+            let run = match start(config, &groups_dir, identity, exports).await {
+                Ok(replicator) => {
+                    tracing::info!(group = %name, disks = config.disks.len(), peer = config.peer, "group started");
+                    Run::Running(replicator)
+                }
+                Err(error) => {
+                    tracing::error!(group = %name, "group not started: {error}; the other groups go on");
+                    exports.withdraw(name.as_str()).await;
+                    Run::Failed(error.to_string())
+                }
+            };
+            groups.push(Primary { name, run });
         }
         Self { groups }
     }
 
-    /// Groups that run.
+    /// Groups that run. One whose disks are a copy runs or not as its receiver does.
     pub(crate) fn running(&self) -> usize {
-        self.groups.iter().filter(|g| g.run.is_ok()).count()
+        self.groups.iter().filter(|g| matches!(g.run, Run::Running(_))).count()
     }
 
     pub(crate) fn status(&self) -> Vec<PrimaryStatus> {
         let one = |group: &Primary| match &group.run {
-            Ok(replicator) => PrimaryStatus::Running(Box::new(replicator.status())),
-            Err(error) => PrimaryStatus::Failed { group: group.name.clone(), error: error.clone() },
+            Run::Running(replicator) => PrimaryStatus::Running(Box::new(replicator.status())),
+            Run::Failed(error) => PrimaryStatus::Failed { group: group.name.clone(), error: error.clone() },
+            Run::Onward(onward) => onward.primary_status(),
         };
         self.groups.iter().map(one).collect()
     }
 
+    /// The groups whose disks are copies of this node.
+    pub(crate) fn onward(&self) -> Vec<Arc<Onward>> {
+        let onward = |group: &Primary| match &group.run {
+            Run::Onward(onward) => Some(Arc::clone(onward)),
+            Run::Running(_) | Run::Failed(_) => None,
+        };
+        self.groups.iter().filter_map(onward).collect()
+    }
+
+    /// The group that replicates a copy onward.
+    pub(crate) fn onward_of(&self, copy: &GroupRef) -> Option<Arc<Onward>> {
+        self.onward().into_iter().find(|onward| onward.copy() == copy)
+    }
+
+    /// Refuses to take disks back that cannot be written.
+    fn check_writable(&self, group: &str) -> Result<(), RequestError> {
+        let primary = self.groups.iter().find(|g| g.name.as_str() == group);
+        match primary.map(|primary| &primary.run) {
+            Some(Run::Onward(onward)) if !onward.is_active() => {
+                Err(RequestError::CopyFollows { group: group.to_owned(), copy: onward.copy().to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn replicator(&self, group: &str) -> Option<Result<&Replicator, RequestError>> {
         let primary = self.groups.iter().find(|g| g.name.as_str() == group)?;
-        Some(primary.run.as_ref().map_err(|error| RequestError::NotRunning { group: group.to_owned(), error: error.clone() }))
+        let found = match &primary.run {
+            Run::Running(replicator) => Ok(replicator),
+            Run::Failed(error) => Err(error.clone()),
+            Run::Onward(onward) => onward.replicator().ok_or_else(|| onward.waits_for()),
+        };
+        Some(found.map_err(|error| RequestError::NotRunning { group: group.to_owned(), error }))
+    }
+
+    /// All that run.
+    fn replicators(&self) -> impl Iterator<Item = &Replicator> {
+        self.groups.iter().filter_map(|group| match &group.run {
+            Run::Running(replicator) => Some(replicator),
+            Run::Failed(_) => None,
+            Run::Onward(onward) => onward.replicator(),
+        })
     }
 
     /// Starts to compare the disks of a group with its copy; `None` if it is none of these.
@@ -97,7 +155,8 @@ impl Primaries {
     }
 
     pub(crate) async fn handback_plan(&self, group: &str, target: HandbackTarget) -> Option<Result<HandbackPlan, RequestError>> {
-        match self.replicator(group)? {
+        let replicator = self.replicator(group)?;
+        match self.check_writable(group).and(replicator) {
             Ok(replicator) => Some(replicator.handback_plan(target).await.map_err(Into::into)),
             Err(error) => Some(Err(error)),
         }
@@ -112,7 +171,8 @@ impl Primaries {
     }
 
     pub(crate) fn begin_handback(&self, group: &str, target: HandbackTarget) -> Option<Result<HandbackProgress, RequestError>> {
-        let begun = self.replicator(group)?.and_then(|replicator| Ok(replicator.begin_handback(target)?));
+        let replicator = self.replicator(group)?;
+        let begun = self.check_writable(group).and(replicator).and_then(|replicator| Ok(replicator.begin_handback(target)?));
         match begun {
             Ok(()) => self.handback(group),
             Err(error) => Some(Err(error)),
@@ -131,12 +191,23 @@ impl Primaries {
 
     /// The node is about to stop: flushes that wait for a receiver fail before their clients are cut off.
     pub(crate) fn end_flushes(&self) {
-        self.groups.iter().filter_map(|g| g.run.as_ref().ok()).for_each(|replicator| replicator.end_flushes(FLUSH_DRAIN));
+        self.replicators().for_each(|replicator| replicator.end_flushes(FLUSH_DRAIN));
     }
 
     /// Commits what is left, all groups at once. The exports must have stopped before.
     pub(crate) async fn shutdown(&mut self, within: Duration) {
-        let all = self.groups.drain(..).filter_map(|g| Some((g.name, g.run.ok()?))).map(|(name, replicator)| async move {
+        let taken = |Primary { name, run }: Primary| match run {
+            Run::Running(replicator) => Some((name, replicator)),
+            Run::Failed(_) => None,
+            Run::Onward(onward) => match Arc::try_unwrap(onward) {
+                Ok(onward) => Some((name, onward.into_replicator()?)),
+                Err(_) => {
+                    tracing::warn!(group = %name, "a failover is under way; what was written lately is compared at the next start");
+                    None
+                }
+            },
+        };
+        let all = self.groups.drain(..).filter_map(taken).map(|(name, replicator)| async move {
             if replicator.shutdown(within).await {
                 tracing::info!(group = %name, "stopped; everything is committed at the receiver");
             } else {
@@ -147,7 +218,32 @@ impl Primaries {
     }
 }
 
-async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, exports: &Exports) -> Result<Replicator, StartError> {
+/// Where groups have what they must not forget.
+pub(crate) fn groups_dir(state_dir: &Path) -> PathBuf {
+    state_dir.join("groups")
+}
+
+pub(crate) fn tuning(config: &GroupConfig) -> Tuning {
+    Tuning {
+        interval: config.interval,
+        freeze_budget_bytes: config.freeze_budget_bytes,
+        spill_limit_bytes: config.spill_limit_bytes,
+        epochs_in_flight: config.epochs_in_flight,
+        codec: config.codec,
+        durability: config.durability,
+        max_lag: config.max_lag,
+        rate: config.rate.clone(),
+        scrub_interval: config.scrub_interval,
+        writes_when_fenced: config.writes_when_fenced,
+    }
+}
+
+async fn start(
+    config: &GroupConfig,
+    groups_dir: &Path,
+    identity: &Identity,
+    exports: &Exports,
+) -> Result<Replicator, StartError> {
     let mut volumes = Vec::new();
     for disk in &config.disks {
         let options = OpenOptions { direct: disk.direct, drop_cached: true, ..OpenOptions::default() };
@@ -164,19 +260,9 @@ async fn start(config: &GroupConfig, state_dir: &Path, identity: &Identity, expo
         group: config.name.clone(),
         volumes,
         peer: PeerSpec { address: config.peer.clone(), key: config.peer_key },
-        state_dir: state_dir.join("groups").join(config.name.as_str()),
-        tuning: Tuning {
-            interval: config.interval,
-            freeze_budget_bytes: config.freeze_budget_bytes,
-            spill_limit_bytes: config.spill_limit_bytes,
-            epochs_in_flight: config.epochs_in_flight,
-            codec: config.codec,
-            durability: config.durability,
-            max_lag: config.max_lag,
-            rate: config.rate.clone(),
-            scrub_interval: config.scrub_interval,
-            writes_when_fenced: config.writes_when_fenced,
-        },
+        state_dir: groups_dir.join(config.name.as_str()),
+        tuning: tuning(config),
+        all_suspect: false,
     };
     let replicator = Replicator::start(spec, identity.clone())?;
     for (disk, address) in config.disks.iter().zip(&addresses) {

@@ -69,6 +69,11 @@ impl ForkDevice {
         }
     }
 
+    /// The blocks that were written since the fork.
+    pub(crate) fn written(&self) -> DirtyMap {
+        self.own.read().written.blocks.clone()
+    }
+
     /// Holds changes up, once those under way are done, until the guard is dropped.
     pub(crate) async fn hold(&self) -> tokio::sync::OwnedRwLockWriteGuard<Gate> {
         Arc::clone(&self.gate).write_owned().await

@@ -7,7 +7,7 @@
 
 use proto::region::REGION_BLOCKS;
 use proto::units::VolumeIndex;
-use proto::{BlockExtent, BlockIndex, FrameKind};
+use proto::{BlockExtent, BlockIndex, DirtyMap, FrameKind};
 
 use crate::index::{FrameId, Index, Placed, VolumeIndexMap};
 
@@ -85,6 +85,16 @@ impl Stage {
                 self.listed += 1;
                 staged.list.push(placed);
             }
+        }
+    }
+
+    /// Marks the blocks that the epoch changes, by volume. Zeroes over what is zeroes anyway are no change.
+    pub(crate) fn mark(&self, changed: &mut [DirtyMap]) {
+        for (staged, map) in self.volumes.iter().zip(changed) {
+            if let Some(entered) = &staged.entered {
+                entered.mark(map);
+            }
+            staged.list.iter().for_each(|placed| placed.mark(map));
         }
     }
 

@@ -208,3 +208,47 @@ fn a_promotion_that_cannot_be_written_ends_the_session() {
         assert_eq!((promoted.generation, promoted.fork.point), (Generation(2), point(1)));
     });
 }
+
+fn blocks(maps: &[proto::DirtyMap]) -> Vec<u64> {
+    (0..BLOCKS).filter(|block| maps[0].contains(*block)).collect()
+}
+
+/// Would catch a commit whose blocks are not noted for who shows the copy onward, and one that is noted twice or for nobody.
+#[test]
+fn who_shows_a_copy_onward_is_told_what_changed() {
+    use crate::onward::Onward;
+    let scene = Scene::new();
+    runtime().block_on(async {
+        let group = scene.open();
+        let (_, mut events) = claim(&group, 1).await;
+        let onward = Onward::new(Arc::clone(&group));
+        assert!(onward.stands().newest.is_none() && onward.newest().await.unwrap().is_none());
+        let turns = onward.turns();
+        for n in 1..4 {
+            epoch(&group, 1, &mut events, n).await;
+        }
+        assert!(turns.has_changed().unwrap());
+        let image = onward.newest().await.unwrap().unwrap();
+        assert_eq!((image.point, blocks(&image.changed)), (point(3), vec![1, 2, 3]));
+        epoch(&group, 1, &mut events, 4).await;
+        let image = onward.newest().await.unwrap().unwrap();
+        assert_eq!((image.point, blocks(&image.changed)), (point(4), vec![4]));
+        assert!(blocks(&onward.newest().await.unwrap().unwrap().changed).is_empty());
+
+        let differing = onward.differing(point(4), point(1)).await.unwrap().unwrap();
+        assert_eq!(blocks(&differing), [2, 3, 4]);
+        assert!(blocks(&onward.differing(point(2), point(2)).await.unwrap().unwrap()).is_empty());
+        assert!(onward.differing(point(1), point(9)).await.unwrap().is_none(), "there is no such point");
+        assert_eq!(onward.at(point(2)).await.unwrap().unwrap().point, point(2));
+        assert!(onward.at(point(9)).await.unwrap().is_none());
+        assert_eq!((onward.given_back(Generation(1)), onward.given_back(Generation(2))), (Some(point(4)), None));
+
+        drop(onward);
+        epoch(&group, 1, &mut events, 5).await;
+        let again = Onward::new(Arc::clone(&group));
+        assert!(blocks(&again.newest().await.unwrap().unwrap().changed).is_empty(), "nobody asked");
+        group.promote(None).await.unwrap();
+        assert!(again.stands().is_active);
+        group.stop().await;
+    });
+}

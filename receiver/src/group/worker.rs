@@ -220,6 +220,7 @@ impl Worker {
             state.last_error = None;
         }
         self.session = None;
+        self.shared.onward.turned();
         Ok(generation)
     }
 
@@ -291,10 +292,12 @@ impl Worker {
         self.await_epoch(seal.epoch.next());
         {
             let mut state = self.shared.state.write();
+            self.shared.onward.commits(&self.stage);
             self.stage.seal(&mut state.index);
             state.points.push(PointEntry::new(seal, end, self.next_committed));
             state.journal_bytes = self.journal.bytes();
         }
+        self.shared.onward.turned();
         self.tell(GroupEvent::Committed(seal.point()));
         Ok(())
     }

@@ -53,6 +53,53 @@ proptest! {
         prop_assert_eq!((first.runs, first.regions_used), (single.runs, single.regions_used));
     }
 
+    /// Would catch a change that is overlooked because of what the base has meanwhile; and, where nothing was folded, a block that is said to have
+    /// changed and was not written.
+    #[test]
+    fn what_changed_since_a_point_is_found(
+        ops in prop::collection::vec((0..BLOCKS, prop_oneof![1..4u32, 1..2000u32], prop::bool::weighted(0.3)), 1..60),
+        earlier in 0..60_usize, fold in prop::option::of(0..60_usize), empty_base in any::<bool>(), prune_both in any::<bool>(),
+    ) {
+        let earlier = earlier.min(ops.len() - 1);
+        let fold = fold.filter(|fold| *fold <= earlier);
+        let mut live = VolumeIndexMap::new(BLOCKS * BLOCK_BYTES, empty_base);
+        let initial = if empty_base { FrameId::ZERO } else { FrameId::MAX };
+        let mut content = vec![initial; BLOCKS as usize];
+        let (mut then, mut then_content, mut folded) = (live.clone(), content.clone(), None);
+        let mut written = vec![false; BLOCKS as usize];
+        for (i, (start, blocks, zero)) in ops.iter().enumerate() {
+            let frame = if *zero { FrameId::ZERO } else { FrameId(i as u32) };
+            put(&mut live, BlockExtent { start: BlockIndex(*start), blocks: *blocks }, frame);
+            let range = *start as usize..(*start + u64::from(*blocks)).min(BLOCKS) as usize;
+            content[range.clone()].fill(frame);
+            written[range].fill(true);
+            if fold == Some(i) {
+                folded = Some((FrameId(i as u32 + 1), live.clone()));
+            }
+            if i == earlier {
+                (then, then_content) = (live.clone(), content.clone());
+                written.fill(false);
+            }
+        }
+        let prune = |map: &mut VolumeIndexMap| {
+            let Some((first, folded)) = &folded else { return };
+            let mut next = Some(0);
+            while let Some(number) = next {
+                next = map.forget_folded(number, 2, *first, folded);
+            }
+        };
+        prune(&mut live);
+        if prune_both {
+            prune(&mut then);
+        }
+        let changed = live.changed_since(&then, |frame| folded.as_ref().is_some_and(|(first, _)| frame < *first));
+        for block in 0..BLOCKS {
+            let at = block as usize;
+            prop_assert!(changed.contains(block) || content[at] == then_content[at], "block {} changed", block);
+            prop_assert!(!changed.contains(block) || written[at] || folded.is_some(), "block {} was not written", block);
+        }
+    }
+
     /// After a fold the base has what the index of its point says: a pruned index and the base together show what the whole index showed.
     #[test]
     fn what_the_base_has_is_forgotten_and_nothing_else(

@@ -5,7 +5,7 @@
 //! Nobody waits for a watch; a write that comes across one leaves its mark there too.
 
 use proto::region::REGION_BLOCKS;
-use proto::{BlockExtent, BlockIndex, EpochId, Generation, Point};
+use proto::{BlockExtent, BlockIndex, DirtyMap, EpochId, Generation, Point};
 
 use super::{Ledger, Range, State};
 
@@ -35,6 +35,20 @@ impl Watches {
                 for bit in first - watched.range.first..end - watched.range.first {
                     watched.marked[(bit / 64) as usize] |= 1 << (bit % 64);
                 }
+            }
+        }
+    }
+
+    /// Notes marks of all blocks of `map`, of one volume.
+    pub(super) fn mark_all(&mut self, volume: usize, map: &DirtyMap) {
+        for watched in self.all.iter_mut().filter(|watched| watched.range.volume == volume) {
+            let (first, end) = (watched.range.first, watched.range.first + watched.range.count);
+            let mut at = first;
+            while let Some(run) = map.next_run(at, u32::MAX).filter(|run| run.start.0 < end) {
+                for bit in run.start.0 - first..run.end().min(end) - first {
+                    watched.marked[(bit / 64) as usize] |= 1 << (bit % 64);
+                }
+                at = run.end();
             }
         }
     }
@@ -159,7 +173,7 @@ impl Ledger {
 mod tests {
     use std::time::Instant;
 
-    use proto::{BLOCK_BYTES, DirtyMap};
+    use proto::BLOCK_BYTES;
 
     use super::*;
     use crate::dirtylog::Known;
