@@ -13,11 +13,13 @@ use proto::units::BLOCK_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
 use crate::base::Sums;
+use crate::disk::read_nowait;
 use crate::frames::{Decoded, FrameError, FreshFrames};
 use crate::group::{GroupError, Shared};
 use crate::index::{FrameId, Place};
 use crate::journal::JournalError;
 use crate::pins::Pinned;
+use crate::spill::Spill;
 use crate::superblock::Volume;
 
 /// One volume of a group at one point.
@@ -33,6 +35,8 @@ pub struct View {
     fresh: Option<FreshFrames>,
     /// Reads the base for whoever goes through all of it.
     bulk: Option<UncachedReader>,
+    /// Keeps decoded frames, for whoever reads small pieces all over.
+    spill: Option<Arc<Spill>>,
 }
 
 /// The view of one volume for a comparison with the primary: what is decoded in memory does not count.
@@ -55,7 +59,7 @@ fn view(shared: &Arc<Shared>, index: &Arc<Pinned>, volume: usize, spec: &Volume)
         source,
     })?;
     let (shared, index) = (Arc::clone(shared), Arc::clone(index));
-    Ok(View { shared, index, volume, size: spec.size_bytes, base, base_path, fresh: None, bulk: None })
+    Ok(View { shared, index, volume, size: spec.size_bytes, base, base_path, fresh: None, bulk: None, spill: None })
 }
 
 impl View {
@@ -75,8 +79,15 @@ impl View {
             base_path: self.base_path.clone(),
             fresh: Some(FreshFrames::default()),
             bulk: None,
+            spill: None,
         }
         .in_bulk()
+    }
+
+    /// The same view, for a fork.
+    pub(crate) fn for_fork(self) -> Self {
+        let spill = self.shared.frames.spill();
+        Self { spill, ..self }
     }
 
     /// The group.
@@ -131,13 +142,27 @@ impl View {
             match place {
                 Place::Zero => part.fill(0),
                 Place::Base => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
-                Place::Frame(frame) => match self.load(frame).await? {
-                    Some(decoded) => {
-                        self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
-                    }
-                    None => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
-                },
+                Place::Frame(frame) => self.fill_from(frame, at, part).await?,
             }
+        }
+        Ok(())
+    }
+
+    /// Copies blocks of a frame: decoded in memory, decoded before and kept, or decoded now. A fork keeps what it decodes.
+    async fn fill_from(&self, frame: FrameId, at: u64, part: &mut [u8]) -> io::Result<()> {
+        if let Some(spill) = &self.spill
+            && self.shared.frames.cached(frame).is_none()
+            && spill.copy(frame.0, self.volume, at, part).await
+        {
+            return Ok(());
+        }
+        let Some(decoded) = self.load(frame).await? else {
+            part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?);
+            return Ok(());
+        };
+        self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
+        if let Some(spill) = &self.spill {
+            spill.offer(frame.0, &decoded, part.len());
         }
         Ok(())
     }
@@ -225,6 +250,16 @@ impl View {
             None => tracing::error!("{}: cannot read the checksums of the base: {error}", self.base_path.display()),
         }
         error
+    }
+
+    /// Whole blocks of the base from memory, if they and their checksums are there, and fit.
+    fn try_base(&self, at: u64, part: &mut [u8]) -> Option<()> {
+        let sums = self.sums();
+        let is_whole = |sums: &Sums| sums.around(at, part.len() as u64) == (at..at + part.len() as u64);
+        if !sums.is_none_or(is_whole) || !read_nowait(self.base.file(), part, at) {
+            return None;
+        }
+        sums.is_none_or(|sums| sums.try_check(at, part) == Some(true)).then_some(())
     }
 
     async fn read_unchecked(&self, at: u64, buf: Buf) -> io::Result<Buf> {
@@ -344,10 +379,13 @@ impl BlockDevice for View {
             let part = buf.get_mut(from..from + bytes as usize)?;
             match place {
                 Place::Zero => part.fill(0),
-                Place::Base => return None,
-                Place::Frame(_) if self.fresh.is_some() => return None,
                 // What does not fit is found again, and said, by the read proper.
-                Place::Frame(frame) => self.copy(&*self.shared.frames.cached(frame)?, at, part)?,
+                Place::Base | Place::Frame(_) if self.fresh.is_some() || self.bulk.is_some() => return None,
+                Place::Base => self.try_base(at, part)?,
+                Place::Frame(frame) => match self.shared.frames.cached(frame) {
+                    Some(decoded) => self.copy(&decoded, at, part)?,
+                    None => self.spill.as_ref()?.try_copy(frame.0, self.volume, at, part).then_some(())?,
+                },
             }
         }
         Some(Ok(()))

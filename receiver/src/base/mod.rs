@@ -137,7 +137,7 @@ impl Sums {
     fn damaged<'a>(&'a self, offset: u64, content: &'a [u8], sums: &'a [u8]) -> impl Iterator<Item = BaseDamage> + 'a {
         let stored = sums.as_chunks::<{ SUM_BYTES as usize }>().0.iter().map(|sum| u32::from_le_bytes(*sum));
         let blocks = content.chunks(BLOCK_BYTES as usize).zip(stored).zip((offset..).step_by(BLOCK_BYTES as usize));
-        blocks.filter_map(|((block, stored), offset)| {
+        blocks.filter_map(move |((block, stored), offset)| {
             let computed = sum_of(block);
             (computed != stored).then(|| BaseDamage::Block {
                 path: self.base.clone(),
