@@ -150,7 +150,8 @@ fn a_bit_that_flips_in_the_base_is_found_and_sent_again() {
     site.primary.committed("db");
     let verify = || {
         let output = site.primary.ask(&["verify", "db", "--json"]);
-        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output)));
+        let report: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output)));
         assert_eq!(output.status.success(), report["differing_bytes"] == 0, "{}", text(&output));
         report["differing_bytes"].as_u64().expect("bytes")
     };

@@ -116,7 +116,8 @@ pub fn check(root: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Report, 
 fn bytes_of(folder: &GroupFolder) -> u64 {
     let journal = folder.journal();
     let numbers = list_segments(&journal).unwrap_or_default();
-    let segments = numbers.iter().filter_map(|n| std::fs::metadata(segment_path(&journal, *n)).ok()).map(|m| m.len()).sum::<u64>();
+    let segments =
+        numbers.iter().filter_map(|n| std::fs::metadata(segment_path(&journal, *n)).ok()).map(|m| m.len()).sum::<u64>();
     let path = folder.path.join(FILE_NAME);
     let block = File::open(&path).ok().and_then(|file| SuperblockFile::read(&file, &path).ok()).map(|(_, block, _)| block);
     let base = |volume: &Volume| {
@@ -219,7 +220,11 @@ impl GroupCheck<'_, '_> {
             }
             base::Seen::Length(bytes) => {
                 let wanted = blocks_of(volume.size_bytes) * base::SUM_BYTES;
-                self.find(&sums, bytes, format!("the checksums of the base have {bytes} bytes, {wanted} are those of the volume"));
+                self.find(
+                    &sums,
+                    bytes,
+                    format!("the checksums of the base have {bytes} bytes, {wanted} are those of the volume"),
+                );
             }
             base::Seen::Unreadable(offset, error) => self.find(path, offset, error),
         });

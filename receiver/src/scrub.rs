@@ -84,9 +84,9 @@ impl Findings {
 
 /// Whether a read failed because the bytes are not what was committed, and not because of the disk.
 pub(crate) fn is_damage(error: &io::Error) -> bool {
-    error.get_ref().is_some_and(|inner| {
-        matches!(inner.downcast_ref(), Some(FrameError::Damaged { .. })) || inner.is::<BaseDamage>()
-    })
+    error
+        .get_ref()
+        .is_some_and(|inner| matches!(inner.downcast_ref(), Some(FrameError::Damaged { .. })) || inner.is::<BaseDamage>())
 }
 
 /// The comparison of one message.

@@ -32,7 +32,8 @@ struct Scene {
 /// A group whose base is an adopted image, with an epoch of a few blocks after it.
 async fn scene() -> Scene {
     let site = Site::new(&["a"]);
-    let mut image: Vec<u8> = (0..BLOCKS).flat_map(|block| if HOLE.contains(&block) { vec![0; BLOCK] } else { fill(6, block) }).collect();
+    let mut image: Vec<u8> =
+        (0..BLOCKS).flat_map(|block| if HOLE.contains(&block) { vec![0; BLOCK] } else { fill(6, block) }).collect();
     image.truncate(VOLUMES[0].1 as usize);
     let path = site.dir.path().join("image.raw");
     std::fs::write(&path, &image).unwrap();
@@ -70,7 +71,9 @@ impl Scene {
         let runs = of.iter().map(|(start, blocks)| self.run(*start, *blocks)).collect();
         self.primary.control.say(&Message::Scrub(Scrub { id, epoch: EpochId(epoch), volume: VolumeIndex(0), runs })).await;
         match self.primary.control.hear().await {
-            Message::Scrubbed(Scrubbed { id: answered, outcome: ScrubOutcome::Compared { differing } }) if answered == id => differing,
+            Message::Scrubbed(Scrubbed { id: answered, outcome: ScrubOutcome::Compared { differing } }) if answered == id => {
+                differing
+            }
             other => panic!("not an answer to scrub {id}: {other:?}"),
         }
     }
@@ -129,7 +132,9 @@ async fn damage_in_the_base_is_found_named_and_repaired() {
     let told = status.last_damage.unwrap();
     assert!(told.starts_with(&format!("{}: the block at offset {} is damaged", base.display(), 63 * BLOCK)), "{told}");
     // Whatever part of the block is wanted, and nothing else.
-    for (offset, length, bad) in [(8 * BLOCK, BLOCK, 8), (8 * BLOCK + 7, 1, 8), (7 * BLOCK + 1, BLOCK + 9, 8), (30 * BLOCK, 512, 30)] {
+    for (offset, length, bad) in
+        [(8 * BLOCK, BLOCK, 8), (8 * BLOCK + 7, 1, 8), (7 * BLOCK + 1, BLOCK + 9, 8), (30 * BLOCK, 512, 30)]
+    {
         let error = scene.read(offset as u64, length).await.unwrap_err().to_string();
         let place = format!("{}: the block at offset {} is damaged", base.display(), bad * BLOCK);
         assert!(error.starts_with(&place) && !error.contains('\n'), "{error}");

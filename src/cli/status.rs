@@ -364,7 +364,10 @@ fn retention(out: &mut Lines, group: &CopyStatus, paint: Paint) {
     }
     if of.sums_total_bytes > 0 {
         let (done, total) = (bytes(of.sums_done_bytes), bytes(of.sums_total_bytes));
-        out.pair("base", &paint.warn(&format!("its checksums are being made, {done} of {total}; until then it is read unchecked")));
+        out.pair(
+            "base",
+            &paint.warn(&format!("its checksums are being made, {done} of {total}; until then it is read unchecked")),
+        );
     }
     if let Some(error) = &of.sums_error {
         out.pair("base", &paint.bad(&human::sanitised(error)));

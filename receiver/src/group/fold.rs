@@ -331,7 +331,8 @@ impl Base {
         let open = |volume: &crate::superblock::Volume| {
             let path = shared.folder.base(&volume.name);
             // What a fold that was stopped or whose sync failed has left in the page cache is not believed.
-            let opened = shared.disk.open_settled(&path).and_then(|file| Ok((file, SumsFile::open_settled(&shared.disk, &path)?)));
+            let opened =
+                shared.disk.open_settled(&path).and_then(|file| Ok((file, SumsFile::open_settled(&shared.disk, &path)?)));
             match opened {
                 Ok((file, sums)) => Ok(BaseFile { file, path, size: volume.size_bytes, sums }),
                 Err(source) => Err(GroupError::Base { path, what: "open", source }),

@@ -158,7 +158,10 @@ fn make_sums(shared: &Shared, drive: &Drive<'_>) {
         return;
     }
     if let Err((path, error)) = try_make_sums(shared, drive) {
-        let line = format!("{}: its checksums cannot be made, it is read unchecked until the node is started again: {error}", path.display());
+        let line = format!(
+            "{}: its checksums cannot be made, it is read unchecked until the node is started again: {error}",
+            path.display()
+        );
         tracing::error!("{}/{}: {line}", shared.folder.client, shared.folder.group);
         shared.retention.lock().sums_error = Some(line);
     }

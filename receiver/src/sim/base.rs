@@ -84,7 +84,9 @@ fn a_flipped_bit_in_base_or_sums_is_named_and_never_served() {
             let in_sums = (block * SUM_BYTES..(block + 1) * SUM_BYTES).map(|byte| (sums_path(&path), byte));
             in_base.into_iter().chain(in_sums).collect::<Vec<_>>()
         };
-        for (block, file, byte) in (0..BLOCKS[volume]).flat_map(|block| bytes_of(block).into_iter().map(move |(f, b)| (block, f, b))) {
+        for (block, file, byte) in
+            (0..BLOCKS[volume]).flat_map(|block| bytes_of(block).into_iter().map(move |(f, b)| (block, f, b)))
+        {
             let bit = (flips % 8) as u8;
             flips += 1;
             flip(&file, byte, bit);
@@ -125,7 +127,9 @@ fn a_hole_that_should_be_none_is_damage() {
     rustix::fs::fallocate(&file, flags, at, size).unwrap();
     let extents = view.find_extents(at + 10, size - 10, 8).unwrap();
     assert!(extents.iter().all(|extent| extent.kind == ExtentKind::Data), "{extents:?}");
-    assert!(view.read_now(at + 10, &mut [0; 1]).unwrap_err().to_string().contains(&format!("the block at offset {at} is damaged")));
+    assert!(
+        view.read_now(at + 10, &mut [0; 1]).unwrap_err().to_string().contains(&format!("the block at offset {at} is damaged"))
+    );
     let found = checked_beside(&replica, dir.path());
     assert!(found.iter().any(|finding| finding.offset == at), "{found:?}");
 }
