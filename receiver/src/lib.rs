@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod adopt;
+mod base;
 mod batch;
 pub mod check;
 mod clock;
@@ -37,6 +38,7 @@ mod scrub;
 mod session;
 #[cfg(any(test, feature = "simulation"))]
 pub mod sim;
+mod spill;
 mod status;
 mod store;
 pub mod superblock;
@@ -55,6 +57,7 @@ pub use node::SelectError;
 pub use onward::{Image, Onward, Stands};
 pub use receiver::{Activated, Receiver, ReceiverError};
 pub use retention::{Ladder, LadderError, RUNGS_MAX, RetentionStatus, Rung};
+pub use spill::SPILL_BYTES_MAX;
 pub use status::{ActiveStatus, DrillsStatus, GroupStatus, PeerStatus, PointInfo, QueueStatus, Role, VolumeStatus};
 pub use store::{GroupFolder, Store, StoreError};
 pub use view::View;

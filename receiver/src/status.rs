@@ -99,7 +99,9 @@ pub struct ScrubStatus {
     pub differing_bytes: u64,
     /// Frames of the journal that were met and found to be damaged or not to be read.
     pub damaged_frames: u64,
-    /// The last of them: file, offset and what does not fit.
+    /// Blocks of a base that were read by anybody and found to be damaged.
+    pub damaged_base_blocks: u64,
+    /// The last of both: file, offset and what does not fit.
     pub last_damage: Option<String>,
 }
 
@@ -184,6 +186,10 @@ pub(crate) fn queues(group: &Group) -> Vec<QueueStatus> {
         queue("journal commands", group.queue_used(), crate::group::GROUP_QUEUE_MAX),
         queue("decoded frame bytes", group.shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
     ];
+    if let Some(spill) = group.shared.frames.spilled() {
+        let used = usize::try_from(spill.bytes()).unwrap_or(usize::MAX);
+        queues.push(queue("kept frame bytes", used, crate::spill::SPILL_BYTES_MAX as usize));
+    }
     if group.shared.state.read().folding.is_some() {
         let waiting = group.shared.fold_waiting.load(Ordering::Relaxed);
         queues.push(queue("fold bytes", waiting, crate::group::fold::FOLD_BUFFER_BYTES));
@@ -225,6 +231,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
             compared_bytes: shared.findings.compared_bytes.load(Ordering::Relaxed),
             differing_bytes: shared.findings.differing_bytes.load(Ordering::Relaxed),
             damaged_frames: shared.findings.damaged_frames.load(Ordering::Relaxed),
+            damaged_base_blocks: shared.findings.damaged_base_blocks.load(Ordering::Relaxed),
             last_damage: shared.findings.last_damage(),
         },
         drills: shared.drills.summary().into(),

@@ -97,7 +97,7 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
 pub(crate) fn assemble(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
     let is_flat = !pins(shared, fork);
     let views = if is_flat { Vec::new() } else { crate::view::views(shared, shared.index_at(fork.point)?)? };
-    let under = views.into_iter().map(|view| Under::View(Arc::new(view))).collect();
+    let under = views.into_iter().map(|view| Under::View(Arc::new(view.for_fork()))).collect();
     assemble_over(shared, generation, fork, under, Access::Write)
 }
 
