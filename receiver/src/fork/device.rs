@@ -70,7 +70,7 @@ impl ForkDevice {
     }
 
     /// The blocks that were written since the fork.
-    pub(crate) fn written(&self) -> DirtyMap {
+    pub(crate) fn written(&self) -> proto::DirtyMap {
         self.own.read().written.blocks.clone()
     }
 
