@@ -6,104 +6,30 @@
 
 mod support;
 
-use std::collections::BTreeSet;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use serde_json::Value;
+use support::model::{
+    BLOCK, Disks, Model, can_begin, differing, export_is, fenced, hand_back, hand_back_well, images_are, kept_is, verified,
+    write_some,
+};
 use support::nbd::Nbd;
 use support::node::{COMMIT_WITHIN, Pair};
-use support::{eventually, noise, scratch, seed, text};
+use support::scene::Scene;
+use support::{eventually, scratch, seed, text};
 
 const MIB: u64 = 1 << 20;
-const BLOCK: u64 = 4096;
 /// The second disk ends within a block.
-const DISKS: &[(&str, u64)] = &[("root", 48 * MIB), ("logs", 3 * MIB + 700)];
+const DISKS: Disks = &[("root", 48 * MIB), ("logs", 3 * MIB + 700)];
 /// A handback may move so much for each byte that differs.
 const MOVED_MAX: f64 = 1.1;
 /// A failback in the test that kills takes less than this; half of the kills fall into its first half.
 const KILL_WITHIN_MS: u64 = 600;
 const KILLS: usize = 8;
-
-/// What the disks hold, as their clients know it, and the blocks that were changed since somebody asked last.
-struct Model {
-    disks: Vec<Vec<u8>>,
-    changed: BTreeSet<(usize, u64)>,
-}
-
-impl Model {
-    fn new() -> Self {
-        Self { disks: DISKS.iter().map(|(_, bytes)| vec![0; *bytes as usize]).collect(), changed: BTreeSet::new() }
-    }
-
-    fn put(&mut self, disk: usize, offset: u64, content: &[u8]) {
-        self.disks[disk][offset as usize..offset as usize + content.len()].copy_from_slice(content);
-        let end = offset + content.len() as u64;
-        self.changed.extend((offset / BLOCK..end.div_ceil(BLOCK)).map(|block| (disk, block)));
-    }
-}
-
-/// Writes at random places; each is in the model once it is acknowledged.
-fn write_some(sockets: &[PathBuf], model: &mut Model, random: &mut SmallRng, writes: usize) {
-    let mut disks: Vec<Nbd> =
-        sockets.iter().zip(DISKS).map(|(socket, (name, _))| Nbd::connect(socket, name).expect("an export")).collect();
-    for _ in 0..writes {
-        let (disk, offset, content) = one_write(random);
-        disks[disk].write(offset, &content).expect("a write");
-        model.put(disk, offset, &content);
-    }
-    disks.iter_mut().for_each(|disk| disk.flush().expect("a flush"));
-}
-
-fn one_write(random: &mut SmallRng) -> (usize, u64, Vec<u8>) {
-    let disk = usize::from(random.random_bool(0.2));
-    let length = random.random_range(1..40_000).min(DISKS[disk].1);
-    let offset = random.random_range(0..=DISKS[disk].1 - length);
-    // Zeroes travel another way.
-    let content = if random.random_bool(0.1) { vec![0; length as usize] } else { noise(random.random(), length as usize) };
-    (disk, offset, content)
-}
-
-#[track_caller]
-fn images_are(pair: &Pair, model: &Model, when: &str) {
-    for ((image, disk), (name, _)) in pair.images.iter().zip(&model.disks).zip(DISKS) {
-        let found = std::fs::read(image).expect("an image");
-        let differs = found.chunks(BLOCK as usize).zip(disk.chunks(BLOCK as usize)).position(|(a, b)| a != b);
-        assert_eq!(differs, None, "{when}: disk {name} differs in that block");
-        assert_eq!(found.len(), disk.len(), "{when}: disk {name}");
-    }
-}
-
-#[track_caller]
-fn export_is(socket: &Path, model: &Model, when: &str) {
-    for ((name, bytes), disk) in DISKS.iter().zip(&model.disks) {
-        let mut nbd = Nbd::connect(socket, name).expect("the export");
-        for at in (0..*bytes).step_by(MIB as usize) {
-            let length = MIB.min(bytes - at);
-            let found = nbd.read(at, length as u32).expect("a read");
-            assert!(found == disk[at as usize..(at + length) as usize], "{when}: disk {name} differs in the MiB at {at}");
-        }
-    }
-}
-
-/// Runs a failback or a rollback to its end, well or not.
-fn hand_back(pair: &Pair, args: &[&str]) -> Result<Value, String> {
-    let output = pair.primary.ask(&[args, &["--yes", "--json"]].concat());
-    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-    match serde_json::from_str::<Value>(&printed) {
-        Ok(done) if output.status.success() => Ok(done["handback"].clone()),
-        _ => Err(text(&output)),
-    }
-}
-
-#[track_caller]
-fn hand_back_well(pair: &Pair, args: &[&str]) -> Value {
-    hand_back(pair, args).unwrap_or_else(|told| panic!("{told}\n{}\n{}", pair.primary.log(), pair.receiver.log()))
-}
 
 #[track_caller]
 fn moved_little(done: &Value, differing: usize) {
@@ -114,62 +40,13 @@ fn moved_little(done: &Value, differing: usize) {
     println!("moved {moved} bytes, {differing} differ: {:.3}", moved as f64 / differing.max(1) as f64);
 }
 
-#[track_caller]
-fn fenced(pair: &Pair) {
-    eventually("the old primary learns that it is fenced", COMMIT_WITHIN, || {
-        (pair.primary.primary("db")["state"] == "fenced").then_some(())
-    });
-    let mut nbd = Nbd::connect(&pair.sockets[0], DISKS[0].0).expect("the export");
-    nbd.read(0, 4096).expect("reads go on");
-    let refused = nbd.write(0, &[1; 4096]).expect_err("a fenced primary takes no writes");
-    assert_eq!(refused.raw_os_error(), Some(1), "{refused}");
-    assert_eq!(pair.primary.primary("db")["writes_refused"], "fenced");
-}
-
-/// Waits until a rollback can begin, for the first time or again: before, it would be refused, and nothing would be tried.
-#[track_caller]
-fn can_begin(pair: &Pair) -> Value {
-    eventually("it is known where the disks stand", COMMIT_WITHIN, || {
-        let status = pair.primary.primary("db");
-        (status["state"] == "streaming" || status["writes_refused"] == "handback").then_some(status)
-    })
-}
-
-#[track_caller]
-fn verified(pair: &Pair) {
-    pair.primary.committed("db");
-    let report = pair.primary.json(&["verify", "db"]);
-    assert_eq!(report["differing_bytes"], 0, "{report:#}");
-}
-
-fn kept_is(pair: &Pair, kept: &str, model: &Model, own: &BTreeSet<(usize, u64)>) {
-    let folder = pair.store.join("primary/db/forks").join(kept);
-    for (disk, block) in own {
-        let file = std::fs::File::open(folder.join(format!("{}.raw", DISKS[*disk].0))).expect("the kept fork");
-        let (from, end) = (block * BLOCK, ((block + 1) * BLOCK).min(DISKS[*disk].1));
-        let mut found = vec![0; (end - from) as usize];
-        file.read_exact_at(&mut found, from).expect("a block");
-        assert!(found == model.disks[*disk][from as usize..end as usize], "block {block} of disk {disk} is not kept");
-    }
-}
-
-/// The blocks in which two sets of images differ. A write may leave a block as it was: zeroes over the zeroes behind an earlier write.
-fn differing(a: &[Vec<u8>], b: &[Vec<u8>]) -> BTreeSet<(usize, u64)> {
-    let blocks = |disk: &Vec<u8>| disk.len() as u64 / BLOCK + 1;
-    let block = |disk: &Vec<u8>, n: u64| disk.chunks(BLOCK as usize).nth(n as usize).map(<[u8]>::to_vec);
-    (0..a.len())
-        .flat_map(|disk| (0..blocks(&a[disk])).map(move |n| (disk, n)))
-        .filter(|(disk, n)| block(&a[*disk], *n) != block(&b[*disk], *n))
-        .collect()
-}
-
 /// A split: the sites part, both are written, and the old primary takes back what the other one has become, under load.
 #[test]
 fn a_split_loses_nothing_and_the_disks_come_back() {
     let folder = scratch();
     let mut random = SmallRng::seed_from_u64(seed());
     let mut pair = Pair::start(folder.path(), "db", "50ms", DISKS);
-    let mut model = Model::new();
+    let mut model = Model::new(DISKS);
     write_some(&pair.sockets, &mut model, &mut random, 400);
     pair.primary.settled("db");
     let common: Vec<Vec<u8>> = model.disks.clone();
@@ -179,7 +56,7 @@ fn a_split_loses_nothing_and_the_disks_come_back() {
     model.changed.clear();
     write_some(&pair.sockets, &mut model, &mut random, 60);
     pair.primary.kill();
-    let ours = Model { disks: model.disks.clone(), changed: BTreeSet::new() };
+    let ours = model.snapshot();
     let own = differing(&ours.disks, &common);
     model.changed.clear();
     model.disks = common;
@@ -191,23 +68,22 @@ fn a_split_loses_nothing_and_the_disks_come_back() {
     write_some(&active, &mut model, &mut random, 100);
 
     pair.primary.start();
-    fenced(&pair);
+    fenced(&pair, &model);
     images_are(&pair, &ours, "fenced");
     // A restart does not make it forget.
     pair.primary.kill();
     pair.primary.start();
-    fenced(&pair);
+    fenced(&pair, &model);
 
     // The active copy goes on being written while it is given back; its last writes are in or were refused.
     let stop = AtomicBool::new(false);
     let done = std::thread::scope(|scope| {
         let (model, random, active, stop) = (&mut model, &mut random, &active, &stop);
         let writer = scope.spawn(move || {
-            let mut disks: Vec<Nbd> =
-                active.iter().zip(DISKS).map(|(s, (name, _))| Nbd::connect(s, name).expect("the active copy")).collect();
+            let mut disks = model.connect(active);
             let mut writes = 0_u64;
             while !stop.load(Ordering::SeqCst) {
-                let (disk, offset, content) = one_write(random);
+                let (disk, offset, content) = model.one_write(random);
                 match disks[disk].write(offset, &content) {
                     Ok(()) => model.put(disk, offset, &content),
                     Err(_) => break,
@@ -243,7 +119,7 @@ fn a_switchover_there_and_home_loses_nothing() {
     let folder = scratch();
     let mut random = SmallRng::seed_from_u64(seed());
     let pair = Pair::start(folder.path(), "db", "100ms", DISKS);
-    let mut model = Model::new();
+    let mut model = Model::new(DISKS);
     write_some(&pair.sockets, &mut model, &mut random, 300);
     pair.primary.committed_once("db");
     let socket = folder.path().join("active.sock");
@@ -252,10 +128,9 @@ fn a_switchover_there_and_home_loses_nothing() {
     let told = std::thread::scope(|scope| {
         let (model, random, stop, sockets) = (&mut model, &mut random, &stop, &pair.sockets);
         let writer = scope.spawn(move || {
-            let mut disks: Vec<Nbd> =
-                sockets.iter().zip(DISKS).map(|(s, (name, _))| Nbd::connect(s, name).expect("an export")).collect();
+            let mut disks = model.connect(sockets);
             while !stop.load(Ordering::SeqCst) {
-                let (disk, offset, content) = one_write(random);
+                let (disk, offset, content) = model.one_write(random);
                 if disks[disk].write(offset, &content).is_err() {
                     return true;
                 }
@@ -271,7 +146,7 @@ fn a_switchover_there_and_home_loses_nothing() {
     });
     assert_eq!(told["generation"], 2, "{told:#}");
     export_is(&socket, &model, "switched over");
-    fenced(&pair);
+    fenced(&pair, &model);
     model.changed.clear();
     write_some(&[socket.clone(), socket.clone()], &mut model, &mut random, 200);
     let done = hand_back_well(&pair, &["failback", "db"]);
@@ -288,7 +163,7 @@ fn a_switchover_there_and_home_loses_nothing() {
 fn a_switchover_needs_both_sites() {
     let folder = scratch();
     let mut pair = Pair::start(folder.path(), "db", "50ms", DISKS);
-    write_some(&pair.sockets, &mut Model::new(), &mut SmallRng::seed_from_u64(1), 20);
+    write_some(&pair.sockets, &mut Model::new(DISKS), &mut SmallRng::seed_from_u64(1), 20);
     pair.primary.settled("db");
     let told = pair.primary.ask(&["failback", "db", "--yes"]);
     assert!(!told.status.success() && text(&told).contains("not fenced"), "{}", text(&told));
@@ -300,16 +175,44 @@ fn a_switchover_needs_both_sites() {
     assert_eq!(pair.receiver.copy("primary", "db")["generation"], 1);
 }
 
+/// A primary that comes back before the promotion takes writes again: a switchover from the point it had said to be the last would lose them.
+#[test]
+fn a_switchover_ends_if_its_primary_takes_writes_again() {
+    let mut scene = Scene::new(&[("root", 4 * MIB), ("logs", MIB)]);
+    let (hook, begun, go) = (scene.folder.path().join("hook"), scene.folder.path().join("begun"), scene.folder.path().join("go"));
+    let script = format!("#!/bin/sh\ntouch {}\nwhile [ ! -e {} ]; do sleep 0.02; done\n", begun.display(), go.display());
+    std::fs::write(&hook, script).expect("a hook");
+    std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).expect("its mode");
+    scene.pair.receiver.kill();
+    let config = std::fs::read_to_string(scene.pair.receiver.config()).expect("its configuration");
+    let config = format!("{config}\n[hooks]\npre_switchover = \"{}\"\n", hook.display());
+    std::fs::write(scene.pair.receiver.config(), config).expect("its configuration");
+    scene.pair.receiver.start();
+    scene.goes_on("before the switchover");
+
+    let export = scene.copy_export();
+    let running = Scene::begin(&scene.pair.receiver, &["switchover", "db", "--export", &export, "--yes"]);
+    eventually("the hook runs", COMMIT_WITHIN, || begun.exists().then_some(()));
+    scene.refuses("drained");
+    scene.pair.primary.kill();
+    scene.pair.primary.start();
+    scene.goes_on("let in again, while the hook runs");
+    std::fs::write(&go, "").expect("a file");
+    Scene::broke(running, "its primary takes writes again");
+    scene.goes_on("after the switchover that was not made");
+    scene.copy_is_handed(1, "not promoted");
+}
+
 /// Back to a point, and forward again: each image is what it was, and nothing is forgotten.
 #[test]
 fn a_rollback_goes_back_and_forward_again() {
     let folder = scratch();
     let mut random = SmallRng::seed_from_u64(seed());
     let pair = Pair::start(folder.path(), "db", "50ms", DISKS);
-    let mut model = Model::new();
+    let mut model = Model::new(DISKS);
     write_some(&pair.sockets, &mut model, &mut random, 200);
     pair.primary.settled("db");
-    let then = Model { disks: model.disks.clone(), changed: BTreeSet::new() };
+    let then = model.snapshot();
     let point = |pair: &Pair| pair.receiver.points("db").last().expect("a point").0.clone();
     let before = point(&pair);
     model.changed.clear();
@@ -345,7 +248,7 @@ fn a_failback_survives_the_death_of_either_side() {
     let folder = scratch();
     let mut random = SmallRng::seed_from_u64(seed());
     let mut pair = Pair::start(folder.path(), "db", "50ms", DISKS);
-    let mut model = Model::new();
+    let mut model = Model::new(DISKS);
     write_some(&pair.sockets, &mut model, &mut random, 300);
     pair.primary.settled("db");
     let common = model.disks.clone();
@@ -353,7 +256,7 @@ fn a_failback_survives_the_death_of_either_side() {
     model.changed.clear();
     write_some(&pair.sockets, &mut model, &mut random, 200);
     pair.primary.kill();
-    let ours = Model { disks: model.disks.clone(), changed: BTreeSet::new() };
+    let ours = model.snapshot();
     let own = differing(&ours.disks, &common);
     model.changed.clear();
     model.disks = common;
@@ -363,7 +266,7 @@ fn a_failback_survives_the_death_of_either_side() {
     let active = vec![socket.clone(), socket.clone()];
     write_some(&active, &mut model, &mut random, 1200);
     pair.primary.start();
-    fenced(&pair);
+    fenced(&pair, &model);
 
     let mut given = false;
     for kill in 0..KILLS {
@@ -413,18 +316,26 @@ fn a_rollback_survives_the_death_of_either_side() {
     let folder = scratch();
     let mut random = SmallRng::seed_from_u64(seed());
     let mut pair = Pair::start(folder.path(), "db", "50ms", DISKS);
-    let mut model = Model::new();
+    let mut model = Model::new(DISKS);
     write_some(&pair.sockets, &mut model, &mut random, 300);
     pair.primary.settled("db");
-    let then = Model { disks: model.disks.clone(), changed: BTreeSet::new() };
+    let then = model.snapshot();
     let before = pair.receiver.points("db").last().expect("a point").0.clone();
     write_some(&pair.sockets, &mut model, &mut random, 1000);
     pair.primary.settled("db");
     for kill in 0..KILLS {
         can_begin(&pair);
-        let wait = Duration::from_millis(random.random_range(0..KILL_WITHIN_MS));
+        let overwriting = kill % 2 == 0;
+        let within = if overwriting { KILL_WITHIN_MS / 4 } else { KILL_WITHIN_MS };
+        let wait = Duration::from_millis(random.random_range(0..within));
         let mut running =
             pair.primary.command(&["rollback", "db", "--point", &before, "--yes", "--json"]).spawn().expect("the command");
+        // Most of its time goes by before the first block is overwritten: every other kill comes after that.
+        eventually("the rollback begins", COMMIT_WITHIN, || {
+            let status = pair.primary.primary("db")["handback"].clone();
+            let begun = !status.is_null() && (!overwriting || status["step"] == "taking what the other site has");
+            (begun || matches!(running.try_wait(), Ok(Some(_)))).then_some(())
+        });
         std::thread::sleep(wait);
         let primary = random.random_bool(0.7);
         if primary {
@@ -439,7 +350,9 @@ fn a_rollback_survives_the_death_of_either_side() {
             pair.receiver.start()
         }
         let generation = pair.receiver.copy("primary", "db")["generation"].as_u64().expect("a generation");
-        println!("kill {kill} after {wait:?} (primary: {primary}): generation {generation}, the command succeeded: {done}");
+        println!(
+            "kill {kill} after {wait:?} (overwriting: {overwriting}, primary: {primary}): generation {generation}, succeeded: {done}"
+        );
         if generation > 1 {
             break;
         }

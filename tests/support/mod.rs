@@ -5,11 +5,13 @@
 
 pub(crate) mod block;
 pub(crate) mod history;
+pub(crate) mod model;
 pub(crate) mod nbd;
 pub(crate) mod node;
 pub(crate) mod peer;
 pub(crate) mod postgres;
 pub(crate) mod qemu;
+pub(crate) mod scene;
 pub(crate) mod site;
 pub(crate) mod views;
 pub(crate) mod writers;

@@ -1,9 +1,11 @@
 //! A real `twinsite` process with a folder, a configuration and a log of its own.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use blockdev::steps::{self, Step};
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -22,6 +24,8 @@ pub(crate) struct Node {
     namespace: Option<String>,
     process: Option<Process>,
     log_from: u64,
+    /// Where the next run is to die.
+    dies_at: Option<String>,
 }
 
 impl Node {
@@ -29,7 +33,7 @@ impl Node {
     pub(crate) fn new(parent: &Path, name: &str) -> Self {
         let folder = parent.join(name);
         std::fs::create_dir_all(&folder).expect("the node's folder");
-        Self { folder, namespace: None, process: None, log_from: 0 }
+        Self { folder, namespace: None, process: None, log_from: 0, dies_at: None }
     }
 
     /// The same, with every command run in a network namespace.
@@ -113,7 +117,46 @@ impl Node {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(&path).expect("its log");
         self.log_from = log.metadata().expect("its log").len();
         let errors = log.try_clone().expect("its log");
-        self.process = Some(Process::start(self.command(&["run"]).stdout(log).stderr(errors)));
+        let mut command = self.command(&["run"]);
+        if let Some(step) = self.dies_at.take() {
+            command.env(steps::DIE_AT, step);
+        }
+        self.process = Some(Process::start(command.stdout(log).stderr(errors)));
+    }
+
+    /// The next run dies by SIGKILL when it comes to `step` for the `nth` time.
+    pub(crate) fn dies_next_at(&mut self, step: Step, nth: u32) {
+        self.dies_at = Some(format!("{step}#{nth}"));
+    }
+
+    /// Whether the run has not ended.
+    pub(crate) fn runs(&mut self) -> bool {
+        self.process.as_mut().expect("a running node").runs()
+    }
+
+    /// Waits until the run has died where it was to.
+    #[track_caller]
+    pub(crate) fn died_at(&mut self, step: Step) {
+        let process = self.process.as_mut().expect("a running node");
+        let within = Instant::now() + COMMIT_WITHIN;
+        while process.runs() {
+            assert!(Instant::now() < within, "'{step}' is not reached within {COMMIT_WITHIN:?}:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let status = self.process.take().expect("a node that ran").ended(Duration::ZERO);
+        let there = self.log().contains(&format!("dies at '{step}'"));
+        assert!(status.signal() == Some(9) && there, "not by '{step}', but {status}:\n{}", self.log());
+    }
+
+    /// Waits until the run answers; false if it has ended before.
+    #[track_caller]
+    pub(crate) fn answers(&mut self) -> bool {
+        eventually("the node answers or ends", UP_WITHIN, || {
+            if !self.process.as_mut().expect("launched").runs() {
+                return Some(false);
+            }
+            self.ask(&["status", "--json"]).status.success().then_some(true)
+        })
     }
 
     /// What this run printed so far.
