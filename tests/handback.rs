@@ -325,17 +325,18 @@ fn a_rollback_survives_the_death_of_either_side() {
     pair.primary.settled("db");
     for kill in 0..KILLS {
         can_begin(&pair);
-        let wait = Duration::from_millis(random.random_range(0..KILL_WITHIN_MS));
+        let overwriting = kill % 2 == 0;
+        let within = if overwriting { KILL_WITHIN_MS / 4 } else { KILL_WITHIN_MS };
+        let wait = Duration::from_millis(random.random_range(0..within));
         let mut running =
             pair.primary.command(&["rollback", "db", "--point", &before, "--yes", "--json"]).spawn().expect("the command");
         // Most of its time goes by before the first block is overwritten: every other kill comes after that.
-        let overwriting = kill % 2 == 0;
         eventually("the rollback begins", COMMIT_WITHIN, || {
             let status = pair.primary.primary("db")["handback"].clone();
             let begun = !status.is_null() && (!overwriting || status["step"] == "taking what the other site has");
             (begun || matches!(running.try_wait(), Ok(Some(_)))).then_some(())
         });
-        std::thread::sleep(if overwriting { wait / 4 } else { wait });
+        std::thread::sleep(wait);
         let primary = random.random_bool(0.7);
         if primary {
             pair.primary.kill()

@@ -14,10 +14,10 @@
 mod support;
 
 use blockdev::steps::Step;
-use support::model::{Disks, export_is, fenced, hand_back, hand_back_well, images_are, verified};
+use support::model::{Disks, export_is, fenced, hand_back_well, images_are, verified};
 use support::nbd::{Nbd, is_lost};
 use support::node::COMMIT_WITHIN;
-use support::scene::Scene;
+use support::scene::{Scene, Side};
 use support::{eventually, noise};
 
 const MIB: u64 = 1 << 20;
@@ -157,8 +157,7 @@ fn a_switchover_that_dies_leaves_one_writer() {
         scene.pair.primary.start();
         scene.follows();
         scene.write(20);
-        let running = Scene::begin(&scene.pair.receiver, &command);
-        scene.pair.primary.died_at(step);
+        let running = scene.dies_of([Side::Primary, Side::Receiver], &command, step);
         images_are(&scene.pair, &scene.model, &when);
         scene.pair.primary.start();
         Scene::broke(running, &when);
@@ -172,8 +171,7 @@ fn a_switchover_that_dies_leaves_one_writer() {
         scene.pair.receiver.dies_next_at(step, nth);
         scene.pair.receiver.start();
         scene.goes_on("before the next try");
-        let running = Scene::begin(&scene.pair.receiver, &command);
-        scene.pair.receiver.died_at(step);
+        let running = scene.dies_of([Side::Receiver, Side::Receiver], &command, step);
         Scene::broke(running, &when);
         let promoted = step == Step::FailoverRaised;
         scene.store_is_sound(promoted, &when);
@@ -203,8 +201,8 @@ fn a_failback_is_repeated_after_each_step_of_the_primary() {
         } else {
             scene.refuses("handback");
         }
-        hand_back(&scene.pair, &["failback", "db"]).expect_err("a failback of a node that dies");
-        scene.pair.primary.died_at(step);
+        let running = scene.dies_of([Side::Primary, Side::Primary], &["failback", "db", "--yes"], step);
+        Scene::broke(running, &when);
         scene.own_is_safe(&when);
         if step < Step::TakeHanded {
             scene.copy_goes_on(&when);
@@ -254,8 +252,7 @@ fn a_failback_is_repeated_after_each_step_of_the_receiver() {
     scene.pair.receiver.failover("db", None, &scene.copy_socket());
     fenced(&scene.pair, &scene.model);
     scene.write_at_copy(100);
-    let running = Scene::begin(&scene.pair.primary, &["failback", "db", "--yes"]);
-    scene.pair.receiver.died_at(step);
+    let running = scene.dies_of([Side::Receiver, Side::Primary], &["failback", "db", "--yes"], step);
     scene.store_is_sound(false, "the fork is removed");
     scene.pair.receiver.start();
     Scene::broke(running, "the fork is removed");
@@ -280,8 +277,7 @@ fn give_and_die(scene: &mut Scene, command: &[&str], (step, nth): (Step, u32), a
     if scene.pair.primary.primary("db")["writes_refused"].is_null() {
         scene.follows();
     }
-    let running = Scene::begin(&scene.pair.primary, &[command, &["--yes"]].concat());
-    scene.pair.receiver.died_at(step);
+    let running = scene.dies_of([Side::Receiver, Side::Primary], &[command, &["--yes"]].concat(), step);
     scene.store_is_sound(active, &when);
     scene.pair.receiver.start();
     Scene::broke(running, &when);
@@ -300,7 +296,7 @@ fn written_on() -> (Scene, String, String) {
 #[test]
 fn a_rollback_is_repeated_after_each_step_of_the_primary() {
     let (mut scene, before, _) = written_on();
-    let rollback = ["rollback", "db", "--point", &before];
+    let rollback = ["rollback", "db", "--point", &before, "--yes"];
     scene.pair.primary.kill();
     for &(step, nth) in ROLLBACK_AT_PRIMARY {
         let when = format!("primary died at '{step}' ({nth}) of the rollback");
@@ -313,8 +309,8 @@ fn a_rollback_is_repeated_after_each_step_of_the_primary() {
         } else {
             scene.refuses("handback");
         }
-        hand_back(&scene.pair, &rollback).expect_err("a rollback of a node that dies");
-        scene.pair.primary.died_at(step);
+        let running = scene.dies_of([Side::Primary, Side::Primary], &rollback, step);
+        Scene::broke(running, &when);
         scene.copy_is_handed(if step < Step::TakeHanded { 1 } else { 2 }, &when);
         println!("{when}: {}", if step < Step::TakeBegun { "its guest goes on" } else { "no guest writes until it is repeated" });
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
+use blockdev::steps::Step;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use receiver::PointInfo;
@@ -14,6 +15,13 @@ use super::nbd::Nbd;
 use super::node::{COMMIT_WITHIN, Node, Pair};
 use super::views::{Disk, each_point_and_copy};
 use super::{Process, eventually, run, scratch, seed};
+
+/// One of the nodes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Side {
+    Primary,
+    Receiver,
+}
 
 /// Everything that a transition is tried on.
 #[derive(Debug)]
@@ -152,6 +160,30 @@ impl Scene {
     #[track_caller]
     pub(crate) fn begin(node: &Node, args: &[&str]) -> Process {
         Process::start(node.command(args).stdout(Stdio::null()).stderr(Stdio::null()))
+    }
+
+    /// Runs a command until one of the nodes has died of it, at `step`. What a busy machine made fail before that is begun again.
+    #[track_caller]
+    pub(crate) fn dies_of(&mut self, [dying, asked]: [Side; 2], args: &[&str], step: Step) -> Process {
+        let mut running = Self::begin(self.node(asked), args);
+        eventually(step.text(), COMMIT_WITHIN, || {
+            if !self.node(dying).runs() {
+                return Some(());
+            }
+            if !running.runs() {
+                running = Self::begin(self.node(asked), args);
+            }
+            None
+        });
+        self.node(dying).died_at(step);
+        running
+    }
+
+    fn node(&mut self, side: Side) -> &mut Node {
+        match side {
+            Side::Primary => &mut self.pair.primary,
+            Side::Receiver => &mut self.pair.receiver,
+        }
     }
 
     /// Waits for the end of a command whose node, or whose other side, was killed.
