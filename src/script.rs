@@ -19,7 +19,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use clap::Args;
+use clap::Parser;
 use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, getpgrp, getpid, kill_current_process_group, kill_process_group};
 
@@ -38,8 +38,8 @@ const OUTPUT_LINGER: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Longest report of a guard, in bytes.
 const REPORT_BYTES_MAX: u64 = 4096;
-/// The command that is a guard.
-const GUARD: &str = "script-guard";
+/// The first argument of a guard.
+pub(crate) const GUARD: &str = "script-guard";
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -273,7 +273,7 @@ fn reported(guard: &UnixStream) -> Option<Report> {
 }
 
 /// `twinsite script-guard`.
-#[derive(Args)]
+#[derive(Parser)]
 pub(crate) struct GuardArgs {
     /// Run it as this user
     #[arg(long, requires = "gid")]

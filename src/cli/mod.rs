@@ -434,9 +434,6 @@ Examples:
 
 Needs no root and no other programs. Exit code 1 if anything does not verify.")]
     Demo(DemoArgs),
-    /// Run a script and end it with whoever started this
-    #[command(hide = true)]
-    ScriptGuard(script::GuardArgs),
     /// Print a completion script
     #[command(after_help = "\
 Examples:
@@ -484,7 +481,13 @@ pub(crate) struct Control {
 
 /// Runs the command line.
 pub(crate) fn main() -> ExitCode {
-    match dispatch(Cli::parse()) {
+    // No command of a user's: neither help nor completion know it.
+    let guards = std::env::args_os().nth(1).is_some_and(|first| first == script::GUARD);
+    let done = match guards {
+        true => script::guard(&script::GuardArgs::parse_from(std::env::args_os().skip(1))),
+        false => dispatch(Cli::parse()),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -558,7 +561,6 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
                 None => forks::list(&socket, group.as_deref(), json),
             }
         }
-        Command::ScriptGuard(args) => script::guard(&args),
         Command::Hooks { json, at } => hooks::run(&socket(&at)?, json),
         Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),
         Command::Check { store, json } => check::run(&store, json),
