@@ -7,258 +7,24 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-use serde_json::Value;
+use support::chain::{
+    BYTES, Chain, DISKS, all_in_order, block, each_is_one_of, image_block, in_order, more_writes, points, read_export, slots,
+    under_load,
+};
 use support::nbd::Nbd;
-use support::node::{COMMIT_WITHIN, Node, free_address, group_config, receiver_config};
-use support::{eventually, scratch, seed, sparse, text, views};
+use support::node::COMMIT_WITHIN;
+use support::{eventually, noise, seed, text};
 
-const BLOCK_BYTES: usize = 4096;
-/// The counter goes round these blocks, so that every image tells its last writes and not just the newest.
-const SLOTS: u64 = 64;
-/// Blocks from one to the next: they are in several regions.
-const STRIDE: u64 = 61;
-const BYTES: u64 = SLOTS * STRIDE * BLOCK_BYTES as u64 + 700;
-const DISKS: [&str; 2] = ["first", "second"];
+const MIB: u64 = 1 << 20;
 const KILLS: u32 = 6;
 /// Points of the third site from one kill to the next, at most.
 const POINTS_MAX: u64 = 12;
 /// Of a group, by default.
 const EPOCHS_IN_FLIGHT: u64 = 8;
-
-fn block(counter: u64) -> Vec<u8> {
-    counter.to_le_bytes().repeat(BLOCK_BYTES / 8)
-}
-
-fn offset(slot: u64) -> u64 {
-    slot % SLOTS * STRIDE * BLOCK_BYTES as u64
-}
-
-/// Writes a counter to both disks by turns until it is told to stop, from one after `counter` on. A write that gets no answer is made again, as
-/// QEMU would. Returns the last that was acknowledged on both.
-fn alternate(sockets: &[PathBuf], mut counter: u64, acknowledged: &AtomicU64, stop: &AtomicBool) -> u64 {
-    let mut disks: [Option<Nbd>; 2] = [None, None];
-    loop {
-        let content = block(counter + 1);
-        for (n, disk) in disks.iter_mut().enumerate() {
-            loop {
-                if disk.is_none() {
-                    *disk = Nbd::connect(&sockets[n], DISKS[n]).ok();
-                }
-                match disk.as_mut().map(|nbd| nbd.write(offset(counter + 1), &content)) {
-                    Some(Ok(())) => break,
-                    _ if stop.load(Ordering::SeqCst) => return counter,
-                    _ => *disk = None,
-                }
-                std::thread::sleep(Duration::from_millis(2));
-            }
-        }
-        counter += 1;
-        acknowledged.store(counter, Ordering::SeqCst);
-        if stop.load(Ordering::SeqCst) {
-            return counter;
-        }
-        std::thread::sleep(Duration::from_micros(300));
-    }
-}
-
-/// What the slots of both disks hold.
-type Slots = [Vec<u64>; 2];
-
-/// Reads the slots of both disks; a block that has two counters is torn.
-fn slots(mut read: impl FnMut(usize, u64) -> Vec<u8>) -> Slots {
-    [0, 1].map(|disk| {
-        let one = |slot| {
-            let content = read(disk, offset(slot));
-            let value = u64::from_le_bytes(content[..8].try_into().expect("eight bytes"));
-            assert!(content == block(value), "disk {disk}, slot {slot} is torn");
-            value
-        };
-        (0..SLOTS).map(one).collect()
-    })
-}
-
-/// The newest counter of both disks, after checking that the image holds exactly the writes up to it, in their order.
-fn in_order(what: &str, slots: &Slots) -> u64 {
-    let newest = slots.each_ref().map(|of_disk| {
-        let newest = of_disk.iter().copied().max().unwrap_or_default();
-        for (slot, value) in (0..).zip(of_disk) {
-            let wanted = newest.saturating_sub((newest + SLOTS - slot) % SLOTS);
-            assert_eq!(*value, wanted, "{what}: newest is {newest}, slot {slot}");
-        }
-        newest
-    });
-    assert!(newest[0] == newest[1] || newest[0] == newest[1] + 1, "{what}: the disks have {newest:?}");
-    newest[1]
-}
-
-/// A point of a store: its name, its cut and what it holds.
-type Seen = (String, u64, Slots);
-
-/// Every point of a stopped node's store, oldest first.
-fn points(store: &Path, group: &str) -> Vec<Seen> {
-    let mut all = Vec::new();
-    views::each_point(
-        store,
-        group,
-        |_| true,
-        |point, disks| {
-            assert_eq!(disks.iter().map(views::Disk::name).collect::<Vec<_>>(), DISKS);
-            let held = slots(|disk, at| disks[disk].read(at, BLOCK_BYTES));
-            all.push((point.point.to_string(), point.cut_unix_us, held));
-        },
-    );
-    all
-}
-
-fn all_in_order(points: &[Seen]) {
-    for (name, _, held) in points {
-        in_order(name, held);
-    }
-}
-
-/// Each point of the third site is one that the second had, in the same order, and says of no later instant that it is of it. Returns how
-/// many of the second's points were met.
-#[track_caller]
-fn each_is_one_of(third: &[Seen], second: &[Seen]) -> usize {
-    let mut at = 0;
-    for (name, cut, held) in third {
-        let same = |seen: &Seen| seen.2 == *held;
-        let found = second[at..].iter().position(same);
-        at += found.unwrap_or_else(|| {
-            let anywhere = second.iter().find(|seen| same(seen)).map(|seen| &seen.0);
-            panic!("point {name} of the third site is none of the second's from {} on; anywhere: {anywhere:?}", second[at].0)
-        });
-        let run = second[at..].iter().take_while(|seen| same(seen));
-        let newest = run.map(|seen| seen.1).max().unwrap_or_default();
-        assert!(*cut <= newest, "point {name} says it is of {cut}, and was cut there at {newest}");
-    }
-    third.iter().map(|seen| &seen.2).collect::<std::collections::BTreeSet<_>>().len()
-}
-
-struct Chain {
-    folder: tempfile::TempDir,
-    alpha: Node,
-    beta: Node,
-    gamma: Node,
-    /// Exports at alpha.
-    sockets: Vec<PathBuf>,
-    images: Vec<PathBuf>,
-}
-
-impl Chain {
-    /// Configured; nothing runs.
-    fn new(interval: &str) -> Self {
-        let folder = scratch();
-        let [alpha, beta, gamma] = ["alpha", "beta", "gamma"].map(|name| Node::new(folder.path(), name));
-        let (to_beta, to_gamma) = (free_address(), free_address());
-        let path = |name: &str, kind: &str| alpha.folder.join(format!("{name}.{kind}"));
-        let images = DISKS.map(|name| path(name, "raw")).to_vec();
-        let sockets = DISKS.map(|name| path(name, "sock")).to_vec();
-        images.iter().for_each(|image| sparse(image, BYTES));
-        let listed: Vec<_> =
-            DISKS.iter().zip(images.iter().zip(&sockets)).map(|(name, (i, s))| (*name, i.as_path(), s.as_path())).collect();
-        let store = |node: &Node| node.folder.join("store");
-        gamma.configure(&receiver_config(&to_gamma, &store(&gamma), "beta", &beta.key()));
-        let onward = onward_config("db", &to_gamma, &gamma.key(), interval, "alpha/db");
-        beta.configure(&(receiver_config(&to_beta, &store(&beta), "alpha", &alpha.key()) + "\n" + &onward));
-        alpha.configure(&group_config("db", &to_beta, &beta.key(), interval, &listed));
-        Self { folder, alpha, beta, gamma, sockets, images }
-    }
-
-    /// All three, and the first point at the third site.
-    fn start(interval: &str) -> Self {
-        let mut chain = Self::new(interval);
-        chain.gamma.start();
-        chain.beta.start();
-        chain.alpha.start();
-        chain.first_point();
-        chain
-    }
-
-    #[track_caller]
-    fn first_point(&self) {
-        eventually("the first point at the third site", COMMIT_WITHIN, || (self.third_points() > 0).then_some(()));
-    }
-
-    fn third_points(&self) -> u64 {
-        self.gamma.copy("beta", "db")["points"].as_u64().unwrap_or_default()
-    }
-
-    fn onward(&self) -> Value {
-        self.beta.status()["onward"][0].clone()
-    }
-
-    /// Waits until the third site has all that the second has; nobody writes.
-    #[track_caller]
-    fn third_has_all(&self) {
-        eventually("the newest point of the second site goes onward", COMMIT_WITHIN, || {
-            let (onward, copy) = (self.onward(), self.beta.copy("alpha", "db"));
-            (onward["state"] == "active" || onward["point"] == copy["committed"]).then_some(())
-        });
-        eventually("nothing is left to be compared", COMMIT_WITHIN, || {
-            let status = self.beta.primary("db");
-            (status["state"] == "streaming" && status["suspect_bytes"] == 0).then_some(())
-        });
-        self.beta.settled("db");
-    }
-
-    /// Waits until the second site has all that was written at the first, and the third has it too.
-    #[track_caller]
-    fn all_have_all(&self) {
-        self.alpha.settled("db");
-        self.third_has_all();
-    }
-
-    fn store(node: &Node) -> PathBuf {
-        node.folder.join("store")
-    }
-
-    fn socket(&self, name: &str) -> PathBuf {
-        self.folder.path().join(format!("{name}.sock"))
-    }
-
-    fn logs(&self) -> String {
-        format!("beta:\n{}\ngamma:\n{}", self.beta.log(), self.gamma.log())
-    }
-}
-
-fn onward_config(group: &str, peer: &str, peer_key: &str, interval: &str, copy: &str) -> String {
-    format!(
-        "[[group]]\nname = \"{group}\"\npeer = \"{peer}\"\npeer_key = \"{peer_key}\"\ninterval = \"{interval}\"\ncopy = \"{copy}\"\n"
-    )
-}
-
-/// What an export holds.
-fn read_export(socket: &Path) -> Slots {
-    let mut disks = DISKS.map(|disk| Nbd::connect(socket, disk).expect("the export"));
-    slots(|disk, at| disks[disk].read(at, BLOCK_BYTES as u32).expect("a read"))
-}
-
-/// Runs `during` beside a guest that writes to `sockets`, from one after `from` on; returns the last counter that was acknowledged.
-fn under_load(sockets: &[PathBuf], from: u64, during: impl FnOnce(&AtomicU64)) -> u64 {
-    let (acknowledged, stop) = (AtomicU64::new(from), AtomicBool::new(false));
-    std::thread::scope(|scope| {
-        let writer = scope.spawn(|| alternate(sockets, from, &acknowledged, &stop));
-        // Also if it panics: the scope waits for the writer.
-        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| during(&acknowledged)));
-        stop.store(true, Ordering::SeqCst);
-        let last = writer.join().expect("the writer");
-        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        last
-    })
-}
-
-#[track_caller]
-fn more_writes(acknowledged: &AtomicU64, more: u64) {
-    let from = acknowledged.load(Ordering::SeqCst);
-    eventually("the guest writes", COMMIT_WITHIN, || (acknowledged.load(Ordering::SeqCst) >= from + more).then_some(()));
-}
 
 /// Gamma follows beta that follows alpha, under load, through kills of the second and the third: each point of the third is one of the second.
 #[test]
@@ -376,13 +142,6 @@ fn an_active_copy_is_protected_and_goes_back() {
     all_in_order(&points(&Chain::store(&chain.gamma), "beta/db"));
 }
 
-fn image_block(image: &Path, at: u64) -> Vec<u8> {
-    use std::os::unix::fs::FileExt;
-    let mut content = vec![0; BLOCK_BYTES];
-    std::fs::File::open(image).and_then(|file| file.read_exact_at(&mut content, at)).expect("the image");
-    content
-}
-
 /// What was shown is older than what is chosen, newer, or not known any more: the third site has exactly what the second has.
 #[test]
 fn an_older_point_and_a_forgotten_record_go_onward() {
@@ -453,6 +212,50 @@ fn a_copy_becomes_the_server_whatever_its_third_site_does() {
     chain.beta.start();
     chain.third_has_all();
     assert_eq!(chain.onward()["state"], "active");
+    chain.beta.kill();
+    let at_gamma = chain.socket("gamma");
+    chain.gamma.failover("db", None, &at_gamma);
+    assert_eq!(in_order("gamma", &read_export(&at_gamma)), last);
+}
+
+/// The copy goes back to its primary, and that it is a follower again cannot be recorded before the second site is killed: the record still says
+/// that the active copy is shown, which is no more.
+#[test]
+fn a_record_of_an_active_copy_that_was_given_back() {
+    let mut chain = Chain::start("20ms");
+    let sockets = chain.sockets.clone();
+    under_load(&sockets, 0, |acknowledged| more_writes(acknowledged, 100));
+    chain.all_have_all();
+    chain.alpha.kill();
+    let at_beta = chain.socket("beta");
+    chain.beta.failover("db", None, &at_beta);
+    let from = in_order("beta, active", &read_export(&at_beta));
+    let last = under_load(&[at_beta.clone(), at_beta.clone()], from, |acknowledged| more_writes(acknowledged, 70));
+    chain.third_has_all();
+    let in_the_way = chain.beta.folder.join("state/groups/db/onward.json.new");
+    std::fs::create_dir(&in_the_way).expect("something in the way");
+    chain.alpha.start();
+    eventually("alpha learns that it is fenced", COMMIT_WITHIN, || {
+        (chain.alpha.primary("db")["state"] == "fenced").then_some(())
+    });
+    let told = chain.alpha.ask(&["failback", "db", "--yes", "--json"]);
+    assert!(told.status.success(), "{}\n{}", text(&told), chain.logs());
+    let last = under_load(&sockets, last, |acknowledged| more_writes(acknowledged, 70));
+    chain.alpha.settled("db");
+    eventually("beta says what is in the way", COMMIT_WITHIN, || {
+        chain.onward()["error"].as_str().filter(|error| error.contains("onward.json")).map(drop)
+    });
+    assert_eq!(chain.onward()["state"], "active", "nothing else is shown yet");
+    chain.beta.kill();
+    std::fs::remove_dir(&in_the_way).expect("out of the way");
+    chain.beta.start();
+    chain.all_have_all();
+    assert_eq!(chain.onward()["state"], "following");
+    // What the copy was at its end is known; the point that holds it is shown first.
+    let log = chain.beta.log();
+    assert!(log.contains("all_suspect=false"), "{log}");
+    let report = chain.beta.json(&["verify", "db"]);
+    assert_eq!(report["differing_bytes"], 0, "{report:#}");
     chain.beta.kill();
     let at_gamma = chain.socket("gamma");
     chain.gamma.failover("db", None, &at_gamma);
@@ -537,4 +340,118 @@ fn a_copy_that_is_not_there_is_waited_for() {
         let status = chain.beta.primary("db");
         status["reason"].as_str().filter(|reason| reason.contains("this node's own")).map(drop)
     });
+}
+
+/// The third site becomes the server in order, with a guest at the active copy: its last acknowledged write is there. Then it is given up: under
+/// another name the group is sent anew.
+#[test]
+fn a_switchover_to_the_third_site_loses_nothing() {
+    let mut chain = Chain::start("20ms");
+    let sockets = chain.sockets.clone();
+    under_load(&sockets, 0, |acknowledged| more_writes(acknowledged, 100));
+    chain.all_have_all();
+    chain.alpha.kill();
+    let (at_beta, at_gamma) = (chain.socket("beta"), chain.socket("gamma"));
+    chain.beta.failover("db", None, &at_beta);
+    let active = [at_beta.clone(), at_beta.clone()];
+    let from = in_order("beta, active", &read_export(&at_beta));
+    let export = format!("unix:{}", at_gamma.display());
+    let last = under_load(&active, from, |acknowledged| {
+        more_writes(acknowledged, 50);
+        let told = chain.gamma.json(&["switchover", "db", "--export", &export, "--yes"]);
+        assert_eq!(told["generation"], 2, "{told:#}");
+    });
+    assert!(last >= from + 50);
+    assert_eq!(in_order("gamma, switched over", &read_export(&at_gamma)), last);
+    eventually("beta learns that its group is fenced", COMMIT_WITHIN, || {
+        (chain.beta.primary("db")["state"] == "fenced").then_some(())
+    });
+
+    // What gamma holds is given up.
+    chain.beta.stop();
+    let config = std::fs::read_to_string(chain.beta.config()).expect("its configuration");
+    std::fs::write(chain.beta.config(), config.replace("name = \"db\"", "name = \"again\"")).expect("the configuration");
+    chain.beta.start();
+    let last = under_load(&active, last, |acknowledged| more_writes(acknowledged, 70));
+    chain.third_has_all_of("again");
+    chain.beta.kill();
+    let again = chain.socket("again");
+    chain.gamma.failover("again", None, &again);
+    assert_eq!(in_order("gamma, anew", &read_export(&again)), last);
+}
+
+/// As above while the second site follows: it commits what it shows and goes no further, and the first site notices nothing.
+#[test]
+fn a_switchover_to_the_third_site_while_the_second_follows() {
+    let mut chain = Chain::start("20ms");
+    let (sockets, at_gamma) = (chain.sockets.clone(), chain.socket("gamma"));
+    let export = format!("unix:{}", at_gamma.display());
+    let mut held = 0;
+    let last = under_load(&sockets, 0, |acknowledged| {
+        more_writes(acknowledged, 100);
+        chain.gamma.json(&["switchover", "db", "--export", &export, "--yes"]);
+        held = in_order("gamma, switched over", &read_export(&at_gamma));
+        more_writes(acknowledged, 100);
+    });
+    println!("gamma has {held} writes, of {last} at alpha");
+    assert!(held > 0 && held < last, "{held} of {last}");
+    chain.alpha.settled("db");
+    eventually("what follows goes on, and is only marked", COMMIT_WITHIN, || {
+        let status = chain.beta.primary("db");
+        (status["state"] == "fenced" && chain.onward()["point"] == chain.beta.copy("alpha", "db")["committed"]).then_some(())
+    });
+    assert_eq!(in_order("gamma, untouched", &read_export(&at_gamma)), held);
+    chain.beta.stop();
+    chain.gamma.stop();
+    let third = points(&Chain::store(&chain.gamma), "beta/db");
+    each_is_one_of(&third, &points(&Chain::store(&chain.beta), "alpha/db"));
+}
+
+/// The second site folds its oldest points away while it sends on, is killed in between, and the third is away for a while.
+#[test]
+fn folding_goes_on_behind_what_is_shown() {
+    let mut rng = SmallRng::seed_from_u64(seed());
+    let mut chain = Chain::new("50ms");
+    let config = std::fs::read_to_string(chain.beta.config()).expect("its configuration");
+    let limited = config.replacen("\n\n[[group]]", "\nspace_max = \"40MiB\"\n\n[[group]]", 1);
+    assert_ne!(limited, config);
+    std::fs::write(chain.beta.config(), limited).expect("the configuration");
+    chain.gamma.start();
+    chain.beta.start();
+    chain.alpha.start();
+    chain.first_point();
+    let sockets = chain.sockets.clone();
+    for round in 0..4 {
+        let mut disks = DISKS.map(|disk| Nbd::connect(&sockets[usize::from(disk != DISKS[0])], disk).expect("the export"));
+        for piece in 0..16 {
+            let at = rng.random_range(0..BYTES / MIB) * MIB;
+            disks[piece % 2].write(at, &noise(round * 100 + piece as u64, MIB as usize)).expect("a write");
+            // Epochs of their own, so that there are points to give up.
+            chain.alpha.committed("db");
+        }
+        match round {
+            0 => chain.gamma.kill(),
+            1 => {
+                chain.beta.kill();
+                chain.gamma.start();
+                chain.beta.start();
+            }
+            _ => {}
+        }
+    }
+    chain.all_have_all();
+    let retention = chain.beta.copy("alpha", "db")["retention"].clone();
+    println!("{retention}");
+    assert!(!retention["base"].is_null() && retention["last_error"].is_null(), "{retention}");
+    let report = chain.beta.json(&["verify", "db"]);
+    assert_eq!(report["differing_bytes"], 0, "{report:#}");
+    chain.beta.kill();
+    let at_gamma = chain.socket("gamma");
+    chain.gamma.failover("db", None, &at_gamma);
+    for (disk, image) in DISKS.iter().zip(&chain.images) {
+        let (mut copy, wanted) = (Nbd::connect(&at_gamma, disk).expect("the export"), std::fs::read(image).expect("the image"));
+        for (at, piece) in (0..).step_by(MIB as usize).zip(wanted.chunks(MIB as usize)) {
+            assert!(copy.read(at, piece.len() as u32).expect("a read") == piece, "disk {disk} differs in the MiB at {at}");
+        }
+    }
 }

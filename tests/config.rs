@@ -31,7 +31,7 @@ fn receiver_with_client() -> String {
     receiver(&format!("[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\ngroups = [\"db\"]\n"))
 }
 
-/// A group that replicates a copy, on line 11.
+/// A group that replicates a copy, on line 12.
 fn onward(copy: &str) -> String {
     let group = format!("[[group]]\nname = \"db\"\npeer = \"127.0.0.1:7447\"\npeer_key = \"{KEY_B}\"\ncopy = \"{copy}\"\n");
     receiver_with_client() + &group
@@ -154,19 +154,19 @@ fn every_mistake_is_one_line() {
             "t.toml:5: copy = \"a/db\": is given beside [[group.disk]]: a group replicates disks or a copy; make two groups of it\n\
              t.toml:5: copy = \"a/db\": needs a [receiver]: a copy is replicated onward by the node that keeps it",
         ),
-        (onward("a/db/c"), "t.toml:11: copy = \"a/db/c\": is not a copy: write CLIENT/GROUP, for example \"alpha/db\""),
-        (onward("../db"), "t.toml:11: copy = \"../db\": is not a copy: write CLIENT/GROUP, for example \"alpha/db\""),
+        (onward("a/db/c"), "t.toml:12: copy = \"a/db/c\": is not a copy: write CLIENT/GROUP, for example \"alpha/db\""),
+        (onward("../db"), "t.toml:12: copy = \"../db\": is not a copy: write CLIENT/GROUP, for example \"alpha/db\""),
         (
             onward("b/db"),
-            "t.toml:11: copy = \"b/db\": is of a client that is not known here: the names of [[receiver.client]] are a",
+            "t.toml:12: copy = \"b/db\": is of a client that is not known here: the names of [[receiver.client]] are a",
         ),
         (
             onward("a/web"),
-            "t.toml:11: copy = \"a/web\": is a group that its client may not send: add it to groups of that [[receiver.client]]",
+            "t.toml:12: copy = \"a/web\": is a group that its client may not send: add it to groups of that [[receiver.client]]",
         ),
         (
             onward("a/db") + &onward("a/db")[receiver_with_client().len()..].replace("name = \"db\"", "name = \"again\""),
-            "t.toml:16: copy = \"a/db\": is already used on line 11: one copy is replicated onward by one group",
+            "t.toml:17: copy = \"a/db\": is already used on line 12: one copy is replicated onward by one group",
         ),
         (group("codec = \"zip\""), "t.toml:5: codec = \"zip\": is not known here: choose one of lz4, raw"),
         (

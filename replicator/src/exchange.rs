@@ -79,12 +79,6 @@ impl Exchanger {
         self.shared.as_of_unix_us.store(unix_us.unwrap_or(0), Ordering::SeqCst);
     }
 
-    /// Whether guests may not write: the other site may, or is about to, or disks are being given back.
-    #[must_use]
-    pub fn refuses_guests(&self) -> bool {
-        self.shared.gate.closed().is_some()
-    }
-
     /// Whether an exchange would be refused now.
     #[must_use]
     pub fn holds_still(&self) -> bool {

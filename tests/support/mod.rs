@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "every test uses a part of it")]
 
 pub(crate) mod block;
+pub(crate) mod chain;
 pub(crate) mod history;
 pub(crate) mod model;
 pub(crate) mod nbd;

@@ -31,7 +31,7 @@ const SIZE: u64 = 70 * BLOCK_BYTES + 300;
 const BLOCKS: u64 = 71;
 const EXCHANGES: u64 = 25;
 const EPOCHS: u64 = 20;
-const SEEDS: u64 = 150;
+const SEEDS: u64 = 60;
 
 /// A volume at one point: it never changes, and dawdles.
 struct Frozen {

@@ -30,6 +30,8 @@ use crate::config::GroupConfig;
 
 /// How often it is looked whether the copy is there, or what failed can be done now.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Newer points are shown up to so many times an interval: each costs some syncs, and one a cut would do but for when it comes.
+const SHOWN_PER_INTERVAL: u32 = 4;
 
 /// Why nothing is shown, or nothing newer. One line each.
 #[derive(Debug, thiserror::Error)]
@@ -179,6 +181,7 @@ impl Onward {
         loop {
             match self.turn(copies).await {
                 Ok(Some(mut turns)) => {
+                    tokio::time::sleep((self.config.interval / SHOWN_PER_INTERVAL).min(LOOK_EVERY)).await;
                     // An error means that the copy is closed: the node is stopping.
                     if turns.changed().await.is_err() {
                         return;
@@ -229,6 +232,7 @@ impl Onward {
         // Before it is looked: what comes meanwhile is seen.
         let turns = live.copy.turns();
         self.show_newest(live).await?;
+        self.told.lock().error = None;
         Ok(Some(turns))
     }
 
