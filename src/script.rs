@@ -1,21 +1,30 @@
 //! Runs a script of the user to its end, or to its time limit, and keeps the end of what it prints.
 //!
-//! Always holds: when [`run`] returns, nothing of the script's process group runs any more, and of its output no more than [`OUTPUT_BYTES_MAX`] is
-//! held. A script that prints megabytes is never blocked by us. Must not know what the script is for.
+//! Always holds: when [`run`] returns, or when the process that called it is gone, killed or not, nothing of the script's process group runs any more;
+//! of its output no more than [`OUTPUT_BYTES_MAX`] is held. A script that prints megabytes is never blocked by us. Must not know what the
+//! script is for.
+//!
+//! The second one is why a script has a guard: this program again, between the two and the leader of the group. Its standard input is a
+//! socket whose other end is ours; when that is closed, nobody is left who wants the script.
 
 use std::ffi::OsString;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use anyhow::bail;
+use clap::Parser;
 use parking_lot::Mutex;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, getpgrp, getpid, kill_current_process_group, kill_process_group};
 
 use crate::cli::human::sanitised;
+use crate::cli::interrupt;
 
 /// Most of the output that is kept, in bytes: its end.
 pub(crate) const OUTPUT_BYTES_MAX: usize = receiver::drill::OUTPUT_BYTES_MAX;
@@ -27,6 +36,10 @@ const GRACE: Duration = Duration::from_secs(5);
 const OUTPUT_LINGER: Duration = Duration::from_secs(1);
 /// From one look at the process to the next.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// Longest report of a guard, in bytes.
+const REPORT_BYTES_MAX: u64 = 4096;
+/// The first argument of a guard.
+pub(crate) const GUARD: &str = "script-guard";
 
 /// What to run.
 #[derive(Clone, Debug)]
@@ -91,22 +104,58 @@ impl Tail {
 
 /// Runs it; blocks. `show` gets the output as it comes, on a thread of its own.
 pub(crate) fn run(script: &Script, cancelled: &AtomicBool, show: impl FnMut(&[u8]) + Send + 'static) -> Ended {
+    run_as(guarded(script), script, cancelled, show)
+}
+
+/// The script, with a guard around it.
+fn guarded(script: &Script) -> Command {
+    // The program that runs now, also if there is another one at its path by now.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("twinsite").arg(GUARD);
+    if let Some(User { uid, gid }) = script.user {
+        command.arg(format!("--uid={uid}")).arg(format!("--gid={gid}"));
+    }
+    if let Some(folder) = &script.folder {
+        command.arg("--folder").arg(folder);
+    }
+    command.arg("--").arg(&script.path);
+    command
+}
+
+/// The script itself.
+fn plain(path: &Path, user: Option<User>, folder: Option<&Path>) -> Command {
+    let mut command = Command::new(path);
+    if let Some(User { uid, gid }) = user {
+        command.uid(uid).gid(gid);
+    }
+    if let Some(folder) = folder {
+        command.current_dir(folder);
+    }
+    command
+}
+
+fn run_as(command: Command, script: &Script, cancelled: &AtomicBool, show: impl FnMut(&[u8]) + Send + 'static) -> Ended {
     let began = Instant::now();
+    let not_run = |error: &dyn std::fmt::Display| {
+        let remark = format!("{}: cannot be run: {error}", script.path.display());
+        Ended { end: End::NotRun, took: began.elapsed(), remark, output: String::new() }
+    };
     let tail = Arc::new(Mutex::new(Tail::default()));
-    let started = start(script, Arc::clone(&tail), show);
-    let (child, closed) = match started {
+    let started = start(command, script, Arc::clone(&tail), show);
+    let Started { child, guard, closed } = match started {
         Ok(started) => started,
-        Err(error) => {
-            let remark = format!("{}: cannot be run: {error}", script.path.display());
-            return Ended { end: End::NotRun, took: began.elapsed(), remark, output: String::new() };
-        }
+        Err(error) => return not_run(&error),
     };
     let (end, broken) = match watch(child, began + script.timeout, cancelled) {
-        Ok(end) => (end, None),
+        Ok((_, Some(end))) => (end, None),
+        Ok((status, None)) => match reported(&guard).unwrap_or_else(|| told(status)) {
+            Report::Exited(code) => (End::Exited(code), None),
+            Report::Killed(signal) => (End::Killed(signal), None),
+            Report::NotRun(error) => return not_run(&error),
+        },
         Err(error) => (End::Killed(0), Some(format!("cannot wait for the script: {error}"))),
     };
     let took = began.elapsed();
-    // Nobody sends; the end of the sender is the end of the output.
     let _ = closed.recv_timeout(OUTPUT_LINGER);
     let output = String::from_utf8_lossy(&tail.lock().0).into_owned();
     let last = output.lines().rev().map(str::trim).find(|line| !line.is_empty());
@@ -122,19 +171,25 @@ pub(crate) fn run(script: &Script, cancelled: &AtomicBool, show: impl FnMut(&[u8
     Ended { end, took, remark, output }
 }
 
-type Started = (Child, mpsc::Receiver<()>);
+struct Started {
+    child: Child,
+    /// Our end of the guard's standard input; while it is open somebody wants the script.
+    guard: UnixStream,
+    /// Nobody sends; the end of the sender is the end of the output.
+    closed: mpsc::Receiver<()>,
+}
 
-fn start(script: &Script, tail: Arc<Mutex<Tail>>, mut show: impl FnMut(&[u8]) + Send + 'static) -> io::Result<Started> {
+fn start(
+    mut command: Command,
+    script: &Script,
+    tail: Arc<Mutex<Tail>>,
+    mut show: impl FnMut(&[u8]) + Send + 'static,
+) -> io::Result<Started> {
     let (mut reader, writer) = io::pipe()?;
-    let mut command = Command::new(&script.path);
+    let (guard, theirs) = UnixStream::pair()?;
+    guard.set_read_timeout(Some(OUTPUT_LINGER))?;
     command.envs(script.env.iter().map(|(k, v)| (k, v))).process_group(0);
-    command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
-    if let Some(User { uid, gid }) = script.user {
-        command.uid(uid).gid(gid);
-    }
-    if let Some(folder) = &script.folder {
-        command.current_dir(folder);
-    }
+    command.stdin(OwnedFd::from(theirs)).stdout(writer.try_clone()?).stderr(writer);
     let child = command.spawn()?;
     // Our ends of the pipe: without this the output never ends.
     drop(command);
@@ -149,11 +204,11 @@ fn start(script: &Script, tail: Arc<Mutex<Tail>>, mut show: impl FnMut(&[u8]) + 
         drop(open);
     };
     std::thread::Builder::new().name("script-output".to_owned()).spawn(read)?;
-    Ok((child, closed))
+    Ok(Started { child, guard, closed })
 }
 
-/// Waits for the end of the process; ends its group at the latest then.
-fn watch(mut child: Child, until: Instant, cancelled: &AtomicBool) -> io::Result<End> {
+/// Waits for the end of the process, and ends its group at the latest then. Returns its status, and why it was told to end, if it was.
+fn watch(mut child: Child, until: Instant, cancelled: &AtomicBool) -> io::Result<(ExitStatus, Option<End>)> {
     let group = Pid::from_child(&child);
     let signal = |signal| match kill_process_group(group, signal) {
         // Nobody is left in it.
@@ -164,7 +219,7 @@ fn watch(mut child: Child, until: Instant, cancelled: &AtomicBool) -> io::Result
     let mut ending: Option<(End, Instant)> = None;
     let end = loop {
         if let Some(status) = child.try_wait()? {
-            break ending.map_or_else(|| told(status), |(end, _)| end);
+            break (status, ending.map(|(end, _)| end));
         }
         let now = Instant::now();
         match ending {
@@ -184,10 +239,108 @@ fn watch(mut child: Child, until: Instant, cancelled: &AtomicBool) -> io::Result
     Ok(end)
 }
 
-fn told(status: ExitStatus) -> End {
+/// What a guard says of its script.
+enum Report {
+    Exited(i32),
+    Killed(i32),
+    NotRun(String),
+}
+
+impl Report {
+    fn encode(&self) -> String {
+        match self {
+            Self::Exited(code) => format!("exited {code}"),
+            Self::Killed(signal) => format!("killed {signal}"),
+            Self::NotRun(error) => format!("not-run {error}"),
+        }
+    }
+
+    fn decode(text: &str) -> Option<Self> {
+        match text.split_once(' ')? {
+            ("exited", code) => Some(Self::Exited(code.parse().ok()?)),
+            ("killed", signal) => Some(Self::Killed(signal.parse().ok()?)),
+            ("not-run", error) => Some(Self::NotRun(error.to_owned())),
+            _ => None,
+        }
+    }
+}
+
+/// What the guard, which has ended, has said; nothing if it was killed itself.
+fn reported(guard: &UnixStream) -> Option<Report> {
+    let mut text = String::new();
+    guard.take(REPORT_BYTES_MAX).read_to_string(&mut text).ok()?;
+    Report::decode(&text)
+}
+
+/// `twinsite script-guard`.
+#[derive(Parser)]
+pub(crate) struct GuardArgs {
+    /// Run it as this user
+    #[arg(long, requires = "gid")]
+    uid: Option<u32>,
+    /// And this group
+    #[arg(long, requires = "uid")]
+    gid: Option<u32>,
+    /// Run it there
+    #[arg(long)]
+    folder: Option<PathBuf>,
+    /// The script
+    path: PathBuf,
+}
+
+/// Runs a script as a part of this process group and says on standard input, which is a socket, how it ended. Ends the whole group, itself included, when
+/// the script has ended, or when the socket is closed at the other end: SIGTERM, and SIGKILL after a while.
+///
+/// # Errors
+/// If it was not started as a guard is, or the system lets it not be one.
+pub(crate) fn guard(args: &GuardArgs) -> anyhow::Result<()> {
+    if getpgrp() != getpid() {
+        bail!("{GUARD} is started by twinsite itself");
+    }
+    // What the group is told is for the script; this process hears it too, and stays.
+    interrupt::cancels(&Arc::default())?;
+    let abandoned = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&abandoned);
+    std::thread::Builder::new().name("abandoned".to_owned()).spawn(move || {
+        let mut stdin = io::stdin().lock();
+        // Nothing is ever sent this way: whatever this returns with, the other end is gone.
+        let _ = io::copy(&mut stdin, &mut io::sink());
+        flag.store(true, Ordering::Relaxed);
+    })?;
+    let user = args.uid.zip(args.gid).map(|(uid, gid)| User { uid, gid });
+    let started = plain(&args.path, user, args.folder.as_deref()).stdin(Stdio::null()).spawn();
+    let report = match started {
+        Ok(child) => guarded_to_its_end(child, &abandoned)?,
+        Err(error) => Report::NotRun(error.to_string()),
+    };
+    // Whoever would hear it may be gone.
+    let _ = rustix::io::write(io::stdin(), report.encode().as_bytes());
+    kill_current_process_group(Signal::KILL)?;
+    Ok(())
+}
+
+fn guarded_to_its_end(mut child: Child, abandoned: &AtomicBool) -> io::Result<Report> {
+    let mut kill_at = None;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(told(status));
+        }
+        match kill_at {
+            Some(at) if Instant::now() >= at => kill_current_process_group(Signal::KILL)?,
+            None if abandoned.load(Ordering::Relaxed) => {
+                kill_at = Some(Instant::now() + GRACE);
+                kill_current_process_group(Signal::TERM)?;
+            }
+            Some(_) | None => {}
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+fn told(status: ExitStatus) -> Report {
     match (status.code(), status.signal()) {
-        (Some(code), _) => End::Exited(code),
-        (None, signal) => End::Killed(signal.unwrap_or(0)),
+        (Some(code), _) => Report::Exited(code),
+        (None, signal) => Report::Killed(signal.unwrap_or(0)),
     }
 }
 
@@ -205,8 +358,21 @@ mod tests {
         Script { path, env: Vec::new(), timeout: Duration::from_secs(20), user: None, folder: None }
     }
 
+    /// Without a guard, which this test is not the program of; `tests/drill.rs` has scripts with theirs.
+    fn run_plain(script: &Script, cancelled: &AtomicBool, show: impl FnMut(&[u8]) + Send + 'static) -> Ended {
+        run_as(plain(&script.path, script.user, script.folder.as_deref()), script, cancelled, show)
+    }
+
     fn ended(script: &Script) -> Ended {
-        run(script, &AtomicBool::new(false), |_| {})
+        run_plain(script, &AtomicBool::new(false), |_| {})
+    }
+
+    #[test]
+    fn reports_read_back() {
+        for text in ["exited -3", "killed 9", "not-run Permission denied (os error 13)"] {
+            assert_eq!(Report::decode(text).unwrap().encode(), text);
+        }
+        assert!(Report::decode("exited").is_none() && Report::decode("exited x").is_none() && Report::decode("").is_none());
     }
 
     #[test]
@@ -230,7 +396,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let seen = Arc::new(Mutex::new(0));
         let count = Arc::clone(&seen);
-        let found = run(
+        let found = run_plain(
             &script(dir.path(), "head -c 20000000 /dev/zero | tr '\\0' x; echo; echo done"),
             &AtomicBool::new(false),
             move |bytes| *count.lock() += bytes.len(),
@@ -265,7 +431,7 @@ mod tests {
             std::thread::sleep(LOOK_EVERY);
         }
         let cancelled = AtomicBool::new(true);
-        assert_eq!(run(&script(dir.path(), "sleep 1000"), &cancelled, |_| {}).end, End::Cancelled);
+        assert_eq!(run_plain(&script(dir.path(), "sleep 1000"), &cancelled, |_| {}).end, End::Cancelled);
     }
 
     /// Would catch SIGTERM being asked for and never enforced.

@@ -220,13 +220,23 @@ fn scripts_that_pass_fail_hang_and_print_megabytes() {
     assert!(printed.contains("    no boot loader"));
 }
 
+/// Waits until the script, and what it started, that wrote its process id into a file do not run any more.
+fn ended_with(started: &Path) {
+    let pid = std::fs::read_to_string(started).expect("its pid");
+    // An orphan that nobody has waited for yet is as good as gone.
+    let state = |pid: &str| Some(std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?.rsplit_once(") ")?.1.to_owned());
+    eventually("the script ends with whoever ran it", SOON, || {
+        pid.split_whitespace().all(|pid| state(pid).is_none_or(|state| state.starts_with('Z'))).then_some(())
+    });
+}
+
 /// A command line that is killed, one that is interrupted, a receiver that is killed.
 #[test]
 fn nothing_is_left_of_drills_that_are_cut_off() {
     let folder = scratch();
     let mut pair = pair(folder.path());
     let started = folder.path().join("started");
-    let wait = script(folder.path(), "wait.sh", &format!("echo $$ > {}; sleep 600", started.display()));
+    let wait = script(folder.path(), "wait.sh", &format!("sleep 600 & echo $$ $! > {}; wait", started.display()));
     let begin = || {
         let _ = std::fs::remove_file(&started);
         let mut command = pair.receiver.command(&["drill", "db", "--run", path(&wait)]);
@@ -240,10 +250,7 @@ fn nothing_is_left_of_drills_that_are_cut_off() {
     };
     begin().kill();
     gone(&pair.receiver);
-    // Nobody is left to end the script; it has lost its disk and would find out.
-    let orphan = std::fs::read_to_string(&started).expect("its pid").trim().parse().expect("a pid");
-    let orphan = rustix::process::Pid::from_raw(orphan).expect("a pid");
-    rustix::process::kill_process_group(orphan, rustix::process::Signal::KILL).expect("it still runs");
+    ended_with(&started);
     let mut interrupted = begin();
     interrupted.signal(rustix::process::Signal::INT);
     let status = interrupted.ended(SOON);
@@ -355,13 +362,22 @@ fn the_schedule_is_kept_and_a_failure_is_loud() {
     assert!(shown.contains(failed) && shown.contains("twinsite_receiver_verified_age_seconds{"), "{shown}");
 
     // A stop does not wait for a script, and does not judge by it.
-    let hang = script(folder.path(), "hang.sh", "sleep 600");
+    let pids = folder.path().join("pids");
+    let hang = script(folder.path(), "hang.sh", &format!("sleep 600 & echo $$ $! > {}; wait", pids.display()));
     pair.receiver.stop();
     let config = std::fs::read_to_string(pair.receiver.config()).expect("the configuration") + &drill(&hang, "");
     std::fs::write(pair.receiver.config(), config).expect("the configuration");
     pair.receiver.start();
-    eventually("the third one runs", SOON, || drills(&pair.receiver).pop());
+    let running = || std::fs::read_to_string(&pids).ok().filter(|pids| pids.ends_with('\n'));
+    eventually("the third one runs", SOON, running);
+    // Nor does it outlive a node that is killed.
+    pair.receiver.kill();
+    ended_with(&pids);
+    std::fs::remove_file(&pids).expect("what it wrote");
+    pair.receiver.start();
+    eventually("the third one runs again", SOON, running);
     pair.receiver.stop();
+    ended_with(&pids);
     assert_eq!(forks(&pair), Vec::<String>::new());
     pair.receiver.configure(&support::node::receiver_config(
         &support::node::free_address(),

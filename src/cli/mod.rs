@@ -11,7 +11,7 @@ mod handback;
 mod hooks;
 pub(crate) mod human;
 mod id;
-mod interrupt;
+pub(crate) mod interrupt;
 mod points;
 mod status;
 mod verify;
@@ -25,7 +25,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use proto::Point;
 
 use crate::config::{CONFIG_DEFAULT, Config, ConfigErrors, STATE_DIR_DEFAULT, units};
-use crate::{demo, node};
+use crate::{demo, node, script};
 
 /// The command line was wrong.
 #[derive(Debug, thiserror::Error)]
@@ -440,7 +440,13 @@ pub(crate) struct Control {
 
 /// Runs the command line.
 pub(crate) fn main() -> ExitCode {
-    match dispatch(Cli::parse()) {
+    // No command of a user's: neither help nor completion know it.
+    let guards = std::env::args_os().nth(1).is_some_and(|first| first == script::GUARD);
+    let done = match guards {
+        true => script::guard(&script::GuardArgs::parse_from(std::env::args_os().skip(1))),
+        false => dispatch(Cli::parse()),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
