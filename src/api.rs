@@ -4,6 +4,7 @@
 
 mod adopt;
 mod drill;
+mod forks;
 mod hooks;
 
 use proto::{Fingerprint, Generation, Name, Point};
@@ -16,6 +17,7 @@ pub use drill::{
     DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillReport, DrillRequest, DrillResult, DrillResults, DrillStarted,
     DrillStatus,
 };
+pub use forks::{ForkList, ForkRemoval, KeptFork, ListedFork};
 pub use hooks::{HookOutcome, HookRun, HookRuns, PlannedHook};
 
 /// `GET /v1/id`.
@@ -143,6 +145,9 @@ pub struct CopyStatus {
     pub queues: Vec<QueueStatus>,
     /// The activated fork, if it is active.
     pub active: Option<ActiveStatus>,
+    /// Forks that keep what its primary had written of its own, by name.
+    #[serde(default)]
+    pub forks: Vec<KeptFork>,
     /// Bytes compared with the primary since the node started, while following it.
     #[serde(default)]
     pub scrubbed_bytes: u64,
@@ -337,8 +342,8 @@ pub struct FailoverPlan {
 pub struct FailoverRequest {
     /// `GROUP` or `CLIENT/GROUP`.
     pub group: String,
-    /// The point; the newest by default.
-    pub point: Option<Point>,
+    /// The point, or a name of it; the newest by default.
+    pub point: Option<String>,
     /// `unix:PATH` or `tcp:IP:PORT`.
     pub export: String,
     /// Also if the primary is alive.
@@ -439,8 +444,8 @@ mod tests {
 pub struct HandbackRequest {
     /// The group; this node has its disks.
     pub group: String,
-    /// The point to go back to (rollback); `None`: what the activated copy has become (failback).
-    pub point: Option<Point>,
+    /// The point to go back to, or the name that it has at the receiver (rollback); `None`: what the activated copy has become (failback).
+    pub point: Option<String>,
     /// Go on if the hook before it fails.
     #[serde(default)]
     pub ignore_hooks: bool,

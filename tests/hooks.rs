@@ -1,4 +1,4 @@
-//! Hooks around a failover, with the real binary.
+//! Hooks around a failover and a drill, with the real binary.
 //!
 //! Would catch: a failing hook before that does not stop the failover or changes something nevertheless, one after that undoes it or
 //! is silent, a hook that holds up the first write longer than its limit, a record that does not outlive a SIGKILL.
@@ -200,6 +200,124 @@ fn a_node_that_is_killed_while_a_hook_runs_knows_it_afterwards() {
     assert!(done.status.success(), "{}", text(&done));
     scene.served();
     assert_eq!(scene.runs()[1]["outcome"], "succeeded");
+}
+
+/// Would catch a drill that goes on without what its hook had to prepare, that is served before, whose fork is left behind, or after which nothing is
+/// cleared away.
+#[test]
+fn the_hook_before_a_drill_stops_it_and_the_one_after_it_follows_its_end() {
+    let folder = scratch();
+    let noted = folder.path().join("noted");
+    let note = |what: &str| {
+        let drill = folder.path().join("drill.sock");
+        format!("test -S {} && served=yes || served=no\n", drill.display())
+            + &format!("echo {what} $TWINSITE_DRILL $TWINSITE_POINT $TWINSITE_GENERATION $served >> {}", noted.display())
+    };
+    let (before, after) = (note("before"), note("after"));
+    let refusing = format!("{before}; echo no network for drills; exit 3");
+    let mut scene = Scene::start(folder.path(), "60s", &[("pre-drill", &refusing), ("post-drill", &after)]);
+    let point = scene.pair.receiver.points("db").last().unwrap().0.clone();
+    let export = format!("unix:{}", folder.path().join("drill.sock").display());
+    let forks = scene.pair.store.join("primary/db/forks");
+    let forks = || std::fs::read_dir(&forks).unwrap().count();
+    let drills = |scene: &Scene| scene.pair.receiver.json(&["drill", "list"])["drills"].as_array().unwrap().len();
+
+    let said = refused(&scene.pair.receiver.ask(&["drill", "db", "--export", &export]));
+    assert!(said.starts_with("hook pre-drill (") && said.contains("exit code 3; it said: no network for drills"), "{said}");
+    assert!(said.contains("--ignore-hooks"), "{said}");
+    assert_eq!(
+        (drills(&scene), forks(), std::fs::read_to_string(&noted).unwrap()),
+        (0, 0, format!("before drill-1 {point} 1 no\n"))
+    );
+    // What is only read is no drill.
+    let to = folder.path().join("root.raw");
+    scene.pair.receiver.cli(&["export", "db", "--to", to.to_str().unwrap()]);
+    assert_eq!(scene.runs().len(), 1);
+
+    scene.pair.receiver.cli(&["drill", "db", "--name", "x", "--export", &export, "--ignore-hooks"]);
+    Nbd::connect(&folder.path().join("drill.sock"), "root").unwrap().write(0, &noise(3, 4096)).unwrap();
+    scene.pair.receiver.cli(&["drill", "end", "x"]);
+    let ran = |scene: &Scene, count: usize| {
+        eventually("the hooks have run", Duration::from_secs(20), || {
+            let runs = scene.runs();
+            (runs.len() == count && runs.iter().all(|run| run["outcome"] != "running")).then_some(runs)
+        })
+    };
+    let runs = ran(&scene, 3);
+    assert_eq!((&runs[2]["hook"], &runs[2]["outcome"]), (&Value::from("post-drill"), &Value::from("succeeded")), "{runs:#?}");
+    let all = std::fs::read_to_string(&noted).unwrap();
+    assert!(all.ends_with(&format!("before drill-x {point} 1 no\nafter drill-x {point} 1 no\n")), "{all}");
+
+    // One with a script, and one that the stop of the node ends.
+    scene.script("pre-drill", &before);
+    scene.script("boots", "test -n \"$TWINSITE_EXPORT\" && echo boots");
+    let boots = scene.hooks.join("boots");
+    let done = scene.pair.receiver.ask(&["drill", "db", "--run", boots.to_str().unwrap()]);
+    assert!(done.status.success(), "{}", text(&done));
+    ran(&scene, 5);
+    scene.pair.receiver.cli(&["drill", "db", "--name", "last", "--export", &export]);
+    scene.pair.receiver.stop();
+    let all = std::fs::read_to_string(&noted).unwrap();
+    assert!(all.ends_with(&format!("before drill-last {point} 1 no\nafter drill-last {point} 1 no\n")), "{all}");
+    scene.pair.receiver.start();
+    assert_eq!((scene.runs().len(), forks()), (7, 0));
+}
+
+/// A hook before a drill that hangs or prints megabytes, and a drill of the schedule that its hook stops.
+#[test]
+fn hooks_of_drills_that_hang_or_print_megabytes_are_bounded() {
+    let folder = scratch();
+    let loud = "head -c 30000000 /dev/zero | tr '\\0' x; echo; echo all printed";
+    let mut scene = Scene::start(folder.path(), "500ms", &[("pre-drill", "sleep 1000"), ("post-drill", "exit 0")]);
+    let export = format!("unix:{}", folder.path().join("drill.sock").display());
+    let began = Instant::now();
+    let said = refused(&scene.pair.receiver.ask(&["drill", "db", "--export", &export]));
+    assert!(said.contains("did not end within 500 ms and was killed"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    // A failover meanwhile does not wait for it.
+    let go = folder.path().join("go");
+    scene.script("pre-drill", &format!("until test -e {}; do sleep 0.1; done; exit 1", go.display()));
+    let config = std::fs::read_to_string(scene.pair.receiver.config()).unwrap().replace("\"500ms\"", "\"60s\"");
+    scene.pair.receiver.stop();
+    std::fs::write(scene.pair.receiver.config(), config.clone()).unwrap();
+    scene.pair.receiver.start();
+    let mut drill = scene.pair.receiver.command(&["drill", "db", "--export", &export]);
+    let mut drill = drill.stderr(std::process::Stdio::null()).spawn().unwrap();
+    eventually("the hook runs", Duration::from_secs(20), || {
+        scene.runs().last().filter(|run| run["outcome"] == "running").map(drop)
+    });
+    let done = scene.failover(&[]);
+    assert!(done.status.success() && drill.try_wait().unwrap().is_none(), "{}", text(&done));
+    scene.served();
+    std::fs::write(&go, "").unwrap();
+    assert!(!drill.wait().unwrap().success());
+
+    scene.script("pre-drill", loud);
+    scene.pair.receiver.cli(&["drill", "db", "--export", &export]);
+    let run = scene.runs().into_iter().rev().find(|run| run["hook"] == "pre-drill").unwrap();
+    assert!(run["output"].as_str().unwrap().ends_with("x\nall printed\n") && run["outcome"] == "succeeded");
+    assert!(run["output"].as_str().unwrap().len() <= 64 << 10);
+    scene.pair.receiver.cli(&["drill", "end", "drill-1"]);
+}
+
+/// Would catch a drill of the schedule that is nowhere to be seen because its hook stopped it.
+#[test]
+fn a_drill_of_the_schedule_that_its_hook_stops_is_told() {
+    let folder = scratch();
+    let mut scene = Scene::start(folder.path(), "60s", &[("pre-drill", "echo no network; exit 3")]);
+    scene.script("boots", "echo boots");
+    let config = std::fs::read_to_string(scene.pair.receiver.config()).unwrap();
+    let drill = format!("\n[[drill]]\ngroup = \"db\"\nrun = \"{}\"\nevery = \"1h\"\n", scene.hooks.join("boots").display());
+    scene.pair.receiver.stop();
+    std::fs::write(scene.pair.receiver.config(), config + &drill).unwrap();
+    scene.pair.receiver.start();
+    let last = eventually("the drill has a result", Duration::from_secs(30), || {
+        let last = scene.pair.receiver.copy("primary", "db")["last_drill"].clone();
+        (!last.is_null()).then_some(last)
+    });
+    let remark = last["remark"].as_str().unwrap();
+    assert!(last["outcome"] == "not-run" && remark.contains("failed with exit code 3; it said: no network"), "{last:#}");
+    assert!(!remark.contains("--ignore-hooks"), "{remark}");
 }
 
 /// Would catch a primary that stops its guest's services over and over, or not at all.

@@ -33,6 +33,8 @@ pub struct Ask {
     pub token: SessionToken,
     /// The point to go back to (rollback); `None`: what the activated copy has become (failback).
     pub to: Option<Point>,
+    /// The point to go back to by a name that the receiver knows, in place of `to`.
+    pub named: Option<Name>,
     /// Its volumes in order.
     pub volumes: Vec<VolumeHello>,
 }
@@ -61,6 +63,11 @@ pub struct Want {
     pub extents: Vec<BlockExtent>,
 }
 
+/// What a [`Ask`] wants: the activated copy as it is, a point, a point by its name.
+const TO_ACTIVE: u8 = 0;
+const TO_POINT: u8 = 1;
+const TO_NAME: u8 = 2;
+
 const NO_POINT: Point = Point { generation: Generation(0), epoch: EpochId(0) };
 
 impl Ask {
@@ -71,26 +78,39 @@ impl Ask {
         put_name(out, &self.group);
         out.extend_from_slice(&self.generation.0.to_le_bytes());
         out.extend_from_slice(&self.token.0);
-        out.push(u8::from(self.to.is_some()));
-        put_point(out, self.to.unwrap_or(NO_POINT));
+        match (&self.named, self.to) {
+            (Some(name), _) => {
+                out.push(TO_NAME);
+                put_name(out, name);
+            }
+            (None, Some(point)) => {
+                out.push(TO_POINT);
+                put_point(out, point);
+            }
+            (None, None) => {
+                out.push(TO_ACTIVE);
+                put_point(out, NO_POINT);
+            }
+        }
         put_volumes(out, &self.volumes);
     }
 
     pub(crate) fn decode(r: &mut Reader<'_>) -> Result<Self, DecodeError> {
         let (version_min, version_max, block_bytes, group) = (r.u16()?, r.u16()?, r.u32()?, get_name(r)?);
         let generation = get_generation(r)?;
-        let (token, some, point) = (SessionToken(r.array()?), r.u8()?, get_point(r)?);
-        let to = match (some, point) {
-            (0, NO_POINT) => None,
-            (1, point) => Some(point),
-            (0, _) => return Err(DecodeError::Rule { what: "handback", rule: "no point is zeroes" }),
-            (value, _) => return Err(DecodeError::Unknown { what: "handback point", value: value.into() }),
+        let token = SessionToken(r.array()?);
+        let (to, named) = match r.u8()? {
+            TO_NAME => (None, Some(get_name(r)?)),
+            TO_POINT => (Some(get_point(r)?), None),
+            TO_ACTIVE if get_point(r)? == NO_POINT => (None, None),
+            TO_ACTIVE => return Err(DecodeError::Rule { what: "handback", rule: "no point is zeroes" }),
+            value => return Err(DecodeError::Unknown { what: "handback point", value: value.into() }),
         };
         if token == SessionToken::default() {
             return Err(DecodeError::Rule { what: "handback", rule: "a token is not zeroes" });
         }
         let volumes = get_volumes(r)?;
-        Ok(Self { version_min, version_max, block_bytes, group, generation, token, to, volumes })
+        Ok(Self { version_min, version_max, block_bytes, group, generation, token, to, named, volumes })
     }
 }
 
@@ -162,12 +182,14 @@ mod tests {
             generation: Generation(3),
             token: SessionToken([7; 16]),
             to: None,
+            named: None,
             volumes,
         };
         let extent = |start, blocks| BlockExtent { start: BlockIndex(start), blocks };
         let messages = [
             Message::Handback(ask.clone()),
-            Message::Handback(Ask { to: Some(point(3, 9)), ..ask }),
+            Message::Handback(Ask { to: Some(point(3, 9)), ..ask.clone() }),
+            Message::Handback(Ask { named: Some("before-upgrade".parse().unwrap()), ..ask }),
             Message::Ready(Ready {
                 version: 1,
                 generation: Generation(4),

@@ -29,9 +29,10 @@ use crate::fork::{FlattenStatus, Flattening, OpenFork};
 use crate::frames::FrameStore;
 use crate::index::{FrameId, FrameTable, Index};
 use crate::journal::{self, Expected, GroupId, JournalError, JournalOptions, Mark, Sink, Unsealed};
+use crate::kept::KeptForks;
 use crate::liveness::Heard;
 use crate::names::{NameError, Names};
-use crate::pins::{Pin, Pinned, Pins};
+use crate::pins::{Pinned, Pins};
 use crate::retention::{Ladder, RetentionStatus};
 use crate::scrub::Findings;
 use crate::store::GroupFolder;
@@ -375,8 +376,8 @@ pub(crate) struct Shared {
     pub(crate) drained: watch::Sender<Option<Point>>,
     pub(crate) drills: crate::drill::Results,
     pub(crate) heard: Heard,
-    /// Pins of the points under forks that are kept, until the process ends.
-    pub(crate) kept: Mutex<Vec<Pin>>,
+    /// What its primary had written of its own.
+    pub(crate) kept: KeptForks,
     pub(crate) names: Names,
     pub(crate) retention: Mutex<RetentionStatus>,
     /// Bytes that a fold has collected and not written yet.
@@ -516,11 +517,9 @@ impl Group {
             journal_bytes: journal.bytes(),
         };
         let pins = Arc::new(Pins::default());
-        let points = crate::fork::kept_points(&folder, &block.volumes).unwrap_or_else(|error| {
-            tracing::error!("{}: {error}; nothing is folded until that is mended", folder.path.display());
-            state.points.first().map(|p| p.point).into_iter().collect()
-        });
-        let kept = points.into_iter().map(|point| pins.pin(point)).collect();
+        let oldest = state.points.first().map(|p| p.point);
+        let kept = KeptForks::open(&disk, &folder, (block.group_id, block.volumes.as_slice()), &pins, oldest);
+        usage.used.fetch_add(kept.space_bytes(), Ordering::Relaxed);
         let shared = Arc::new(Shared {
             drills: crate::drill::Results::open(&folder.path),
             folder,
@@ -537,7 +536,7 @@ impl Group {
             findings: Findings::default(),
             drained: watch::Sender::new(None),
             heard: Heard::default(),
-            kept: Mutex::new(kept),
+            kept,
             names,
             retention: Mutex::default(),
             fold_waiting: AtomicUsize::new(0),

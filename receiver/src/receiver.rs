@@ -16,9 +16,10 @@ use tokio::task::JoinHandle;
 
 use crate::adopt::{AdoptError, AdoptProgress, Adoption};
 use crate::config::ReceiverConfig;
-use crate::drill::{self, Drill, DrillError, DrillResult, DrillWish, ResultsError, Whole};
+use crate::drill::{self, Drill, DrillError, DrillResult, DrillWish, Of, ResultsError, Whole};
 use crate::fork::{Flattening, OpenFork};
 use crate::group::{Group, GroupError};
+use crate::kept::{KeptError, KeptFork};
 use crate::node::{Means, Node, SelectError, Slot};
 use crate::retention::keeper::Keeper;
 use crate::session::{self, Client, one_line};
@@ -79,6 +80,9 @@ pub enum ReceiverError {
     /// A drill.
     #[error(transparent)]
     Drill(#[from] DrillError),
+    /// A kept fork.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     /// An image that was carried over.
     #[error(transparent)]
     Adopt(#[from] AdoptError),
@@ -310,14 +314,24 @@ impl Receiver {
         all
     }
 
-    /// A kept point of a group (the newest by default) for a reader of all of it: its cut, and its disks, read-only.
+    /// A point or a kept fork of a group for a reader of all of it: its cut, and its disks, read-only.
     ///
     /// # Errors
     /// [`ReceiverError`].
-    pub async fn whole(&self, group: &str, point: Option<Point>) -> Result<Whole, ReceiverError> {
+    pub async fn whole(&self, group: &str, of: Of) -> Result<Whole, ReceiverError> {
         let group = self.node.select(group)?;
-        let whole = tokio::task::spawn_blocking(move || drill::whole(&group, point));
+        let whole = tokio::task::spawn_blocking(move || drill::whole(&group, &of));
         Ok(whole.await.map_err(|_| ReceiverError::Stopping)??)
+    }
+
+    /// Removes a fork that keeps what the group's primary had written of its own. It is gone when this returns.
+    ///
+    /// # Errors
+    /// [`ReceiverError`].
+    pub async fn remove_fork(&self, group: &str, fork: &Name) -> Result<KeptFork, ReceiverError> {
+        let (group, fork) = (self.node.select(group)?, fork.clone());
+        let removed = tokio::task::spawn_blocking(move || group.shared.kept.remove(&group.shared, &fork));
+        Ok(removed.await.map_err(|_| ReceiverError::Stopping)??)
     }
 
     /// Makes a drill of a group; nothing of the group changes.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::drill::DrillResult;
 use crate::fork::FlattenStatus;
 use crate::group::Group;
+use crate::kept::KeptFork;
 use crate::retention::RetentionStatus;
 
 /// Role of a group, as text.
@@ -57,6 +58,8 @@ pub struct GroupStatus {
     pub index_bytes: u64,
     /// The fork in use.
     pub active: Option<ActiveStatus>,
+    /// Forks that keep what its primary had written of its own, by name.
+    pub kept: Vec<KeptFork>,
     /// Queues and their limits.
     pub queues: Vec<QueueStatus>,
     /// Why the last session ended or what failed.
@@ -215,6 +218,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
         bytes_received: shared.bytes_received.load(Ordering::Relaxed),
         index_bytes: state.index.memory_bytes() + shared.frames.table.read().memory_bytes(),
         active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point, flatten: group.flattened() }),
+        kept: shared.kept.all(),
         queues: queues(group),
         last_error: state.last_error.clone(),
         scrub: ScrubStatus {
@@ -246,6 +250,7 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         bytes_received: 0,
         index_bytes: 0,
         active: None,
+        kept: Vec::new(),
         queues: Vec::new(),
         last_error: Some(error),
         scrub: ScrubStatus::default(),

@@ -63,6 +63,22 @@ pub(crate) struct Handback {
     pub(crate) busy: Arc<tokio::sync::Mutex<()>>,
 }
 
+/// What the receiver is asked for.
+struct Wanted {
+    to: Option<Point>,
+    named: Option<Name>,
+}
+
+impl From<HandbackTarget> for Wanted {
+    fn from(target: HandbackTarget) -> Self {
+        let to = match target {
+            HandbackTarget::Failback => None,
+            HandbackTarget::Rollback(point) => Some(point),
+        };
+        Self { to, named: None }
+    }
+}
+
 /// What the receiver answered.
 enum Answer {
     Ready(Ready),
@@ -80,11 +96,7 @@ impl Handback {
         let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: group.clone() })?;
         self.permitted(target)?;
         let planned = async {
-            let (mut talk, answer) = self.ask(target, SessionToken(rand::random())).await?;
-            let ready = match answer {
-                Answer::Ready(ready) => ready,
-                Answer::Handed(..) => return Err(Broken::Unexpected { message: "handed", state: "asking" }),
-            };
+            let (mut talk, ready) = self.ask_only(target.into()).await?;
             // A guest that may write makes marks of its own, which an epoch may hold: those are of no concern here.
             let own_bytes = if target == HandbackTarget::Failback {
                 self.compare(&mut talk).await?;
@@ -103,6 +115,20 @@ impl Handback {
             })
         };
         planned.await.map_err(|error: Broken| self.failed(&error))
+    }
+
+    /// The point that has a name, which the receiver knows; changes nothing.
+    ///
+    /// # Errors
+    /// [`HandbackError`].
+    pub(crate) async fn resolve(&self, name: Name) -> Result<Point, HandbackError> {
+        let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: self.shared.group.clone() })?;
+        let asked = async {
+            let (talk, ready) = self.ask_only(Wanted { to: None, named: Some(name) }).await?;
+            talk.end();
+            Ok(ready.from)
+        };
+        asked.await.map_err(|error: Broken| self.failed(&error))
     }
 
     /// Begins. [`Self::status`] tells how it fares.
@@ -247,7 +273,15 @@ impl Handback {
         parked.await.map_err(|_| HandbackError::Stopping { group: group() })
     }
 
-    async fn ask(&self, target: HandbackTarget, token: SessionToken) -> Result<(Talk, Answer), Broken> {
+    /// Asks what would be given, for a conversation that gets no further.
+    async fn ask_only(&self, wanted: Wanted) -> Result<(Talk, Ready), Broken> {
+        match self.ask(wanted, SessionToken(rand::random())).await? {
+            (talk, Answer::Ready(ready)) => Ok((talk, ready)),
+            (_, Answer::Handed(..)) => Err(Broken::Unexpected { message: "handed", state: "asking" }),
+        }
+    }
+
+    async fn ask(&self, Wanted { to, named }: Wanted, token: SessionToken) -> Result<(Talk, Answer), Broken> {
         let (endpoint, connection) = self.link.connect_for_handback().await?;
         let (control, mut incoming) = connection.open_bi().await?;
         let (sender, messages) = mpsc::channel(64);
@@ -268,7 +302,8 @@ impl Handback {
             group: self.shared.group.clone(),
             generation: self.record.get().generation,
             token,
-            to: if let HandbackTarget::Rollback(point) = target { Some(point) } else { None },
+            to,
+            named,
             volumes: self.volumes.clone(),
         };
         talk.say(&Message::Handback(ask)).await?;
@@ -331,7 +366,7 @@ impl Handback {
     async fn take(&self, target: HandbackTarget) -> Result<(Point, Generation, [SessionToken; 2]), Broken> {
         let (token, kept) = self.token().unwrap_or_else(|| (SessionToken(rand::random()), false));
         self.step("asking the receiver");
-        let (mut talk, answer) = self.ask(target, token).await?;
+        let (mut talk, answer) = self.ask(target.into(), token).await?;
         let ready = match answer {
             Answer::Ready(ready) => ready,
             Answer::Handed(point, generation) => return self.handed(&talk, point, generation, token),

@@ -39,7 +39,7 @@ use std::time::{Duration, Instant};
 use blockdev::{BlockDevice, FileDevice, FileError, IoThreads, OpenOptions};
 use proto::control::VolumeHello;
 use proto::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};
-use proto::{Identity, Name};
+use proto::{Identity, Name, Point};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -401,6 +401,14 @@ impl Replicator {
     /// [`HandbackError`].
     pub async fn handback_plan(&self, target: HandbackTarget) -> Result<HandbackPlan, HandbackError> {
         self.handback.plan(target).await
+    }
+
+    /// The point that has a name at the receiver; changes nothing.
+    ///
+    /// # Errors
+    /// [`HandbackError`].
+    pub async fn point_named(&self, name: Name) -> Result<Point, HandbackError> {
+        self.handback.resolve(name).await
     }
 
     /// Begins to take the disks back, or to go back to a point. From here to the end guests may not write.

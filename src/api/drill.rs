@@ -12,8 +12,11 @@ pub use receiver::drill::{DrillOutcome, DrillResult};
 pub struct DrillRequest {
     /// `GROUP` or `CLIENT/GROUP`.
     pub group: String,
-    /// The point; the newest by default.
-    pub point: Option<Point>,
+    /// The point, or a name of it; the newest by default.
+    pub point: Option<String>,
+    /// A kept fork, in place of a point.
+    #[serde(default)]
+    pub fork: Option<Name>,
     /// Its name; `drill-N` by default. `drill-` is put before a name that does not begin so.
     pub name: Option<String>,
     /// `unix:PATH` or `tcp:IP:PORT`; `None`: a private socket, for a drill that somebody holds with `POST /v1/drill/hold`.
@@ -22,7 +25,10 @@ pub struct DrillRequest {
     pub space_max_bytes: Option<u64>,
     /// The script that is going to be run.
     pub script: Option<String>,
-    /// No drill: the point itself, read-only, at a private socket. What `twinsite export` reads from.
+    /// Go on if the hook before it fails.
+    #[serde(default)]
+    pub ignore_hooks: bool,
+    /// No drill: the point or fork itself, read-only, at a private socket. What `twinsite export` reads from.
     #[serde(default)]
     pub read_only: bool,
 }
@@ -36,9 +42,12 @@ pub struct DrillStarted {
     pub client: Name,
     /// The group.
     pub group: Name,
-    /// The point.
+    /// The point, or that under the kept fork.
     pub point: Point,
-    /// Its cut, microseconds since 1970 on the primary's clock.
+    /// The kept fork that it is of.
+    #[serde(default)]
+    pub fork: Option<Name>,
+    /// The point's cut, microseconds since 1970 on the primary's clock.
     pub cut_unix_us: u64,
     /// Where its disks are.
     pub export: String,
@@ -87,8 +96,11 @@ pub struct DrillReport {
 pub struct DrillEnded {
     /// The drill.
     pub name: String,
-    /// What was kept of it.
+    /// What its script found.
     pub result: Option<DrillResult>,
+    /// Whether that is kept on the point; that of a kept fork is not, which is another disk than the point.
+    #[serde(default)]
+    pub recorded: bool,
 }
 
 /// A drill that runs, or a point that is being read.
@@ -102,6 +114,9 @@ pub struct DrillStatus {
     pub group: Name,
     /// Its point, once it is made.
     pub point: Option<Point>,
+    /// The kept fork that it is of.
+    #[serde(default)]
+    pub fork: Option<Name>,
     /// Where its disks are, once they are.
     pub export: Option<String>,
     /// When it began, microseconds since 1970.

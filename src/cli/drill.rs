@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::bail;
 use clap::{ArgGroup, Args, Subcommand};
-use proto::Point;
+use proto::{Name, Point};
 
 use super::human::{self, Paint};
 use super::{Control, Usage, client};
@@ -32,9 +32,12 @@ pub(crate) struct DrillArgs {
     /// GROUP, or CLIENT/GROUP (needed for a group named list, end or results)
     #[arg(required = true)]
     group: Option<String>,
-    /// Try this point, not the newest
-    #[arg(long, value_name = "GENERATION.EPOCH")]
-    point: Option<Point>,
+    /// Try this point, not the newest: GENERATION.EPOCH, or a name of one
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
+    /// Try this kept fork (see twinsite forks)
+    #[arg(long, conflicts_with = "point")]
+    fork: Option<Name>,
     /// Where the disks are served: unix:PATH or tcp:IP:PORT
     #[arg(long, value_name = "ADDRESS")]
     export: Option<String>,
@@ -50,6 +53,9 @@ pub(crate) struct DrillArgs {
     /// What its writes may take (default: drill_space_max of the configuration)
     #[arg(long, value_name = "SIZE", value_parser = units::size_argument)]
     space: Option<u64>,
+    /// Go on if the hook before it fails
+    #[arg(long)]
+    ignore_hooks: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -142,13 +148,16 @@ fn begin(socket: &Path, args: DrillArgs) -> anyhow::Result<()> {
     let request = DrillRequest {
         group: args.group.unwrap_or_default(),
         point: args.point,
+        fork: args.fork,
         name: args.name,
         export: export.transpose()?,
         space_max_bytes: args.space,
         script: script.as_ref().map(|script| script.display().to_string()),
+        ignore_hooks: args.ignore_hooks,
         read_only: false,
     };
-    let started: DrillStarted = client::post(socket, "/v1/drill", &request)?;
+    // The hook before it has a limit of its own, which only the node knows.
+    let started: DrillStarted = client::wait(socket, "/v1/drill", &request)?;
     match script {
         Some(script) => run_script(socket, &started, script, args.timeout, args.json),
         None if args.json => Ok(writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&started)?)?),
@@ -159,11 +168,11 @@ fn begin(socket: &Path, args: DrillArgs) -> anyhow::Result<()> {
 fn described(drill: &DrillStarted) -> String {
     let age = human::ms(human::age_ms(drill.cut_unix_us));
     let mut out = format!(
-        "Drill {} of group {}/{}: point {}, cut {age} ago, after {}.\n",
+        "Drill {} of group {}/{}: {}, cut {age} ago, after {}.\n",
         drill.name,
         drill.client,
         drill.group,
-        drill.point,
+        what(drill.point, drill.fork.as_ref()),
         human::ms(drill.took_ms)
     );
     for volume in &drill.volumes {
@@ -172,6 +181,11 @@ fn described(drill: &DrillStarted) -> String {
     }
     let space = human::bytes(drill.space_max_bytes);
     out + &format!("Writes may take {space}. Replication goes on. Throw it away: twinsite drill end {}\n", drill.name)
+}
+
+/// `point 3.18211`, or `fork diverged-3 of point 3.18211`.
+pub(crate) fn what(point: Point, fork: Option<&Name>) -> String {
+    fork.map_or_else(|| format!("point {point}"), |fork| format!("fork {fork} of point {point}"))
 }
 
 /// Keeps a drill as long as this process lives; `gone` is set if the drill ends before.
@@ -190,15 +204,9 @@ fn run_script(socket: &Path, drill: &DrillStarted, path: PathBuf, timeout: Durat
     let gone = Arc::new(AtomicBool::new(false));
     hold(socket, &drill.name, &gone)?;
     super::interrupt::cancels(&gone)?;
+    let of = format!("group {}/{}, {}", drill.client, drill.group, what(drill.point, drill.fork.as_ref()));
     if !json {
-        eprintln!(
-            "drill {} of group {}/{}, point {}: running {}",
-            drill.name,
-            drill.client,
-            drill.group,
-            drill.point,
-            path.display()
-        );
+        eprintln!("drill {} of {of}: running {}", drill.name, path.display());
     }
     let run = Script { path, env: drill_environment(drill, timeout), timeout, user: None, folder: None };
     let ended = script::run(&run, &gone, move |bytes| {
@@ -219,10 +227,11 @@ fn run_script(socket: &Path, drill: &DrillStarted, path: PathBuf, timeout: Durat
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&done)?)?;
     } else {
         let verdict = verdict(result, Paint::stdout());
-        writeln!(std::io::stdout(), "group {}/{}, point {}: {verdict}", drill.client, drill.group, result.point)?;
+        let told = if done.recorded { "" } else { " (not kept: it is not of the point)" };
+        writeln!(std::io::stdout(), "{of}: {verdict}{told}")?;
     }
     if !result.passed() {
-        bail!("group {}/{}, point {}: the drill did not pass: {}", drill.client, drill.group, result.point, in_words(result));
+        bail!("{of}: the drill did not pass: {}", in_words(result));
     }
     Ok(())
 }
@@ -266,7 +275,11 @@ fn list(socket: &Path, json: bool) -> anyhow::Result<()> {
         rows.push(vec![
             d.name.clone(),
             format!("{}/{}", d.client, d.group),
-            d.point.map_or_else(|| "-".to_owned(), |point| point.to_string()),
+            match (d.point, &d.fork) {
+                (Some(point), None) => point.to_string(),
+                (Some(point), Some(fork)) => format!("{point} {fork}"),
+                (None, _) => "-".to_owned(),
+            },
             human::ms(human::age_ms(d.began_unix_us)),
             space,
             d.script.clone().or_else(|| d.export.clone()).map_or_else(|| "is being made".to_owned(), |at| human::sanitised(&at)),

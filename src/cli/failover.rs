@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use proto::Point;
 
 use super::{Usage, client, hooks, human};
 use crate::api::{ApiError, FailoverDone, FailoverPlan, FailoverRequest, HookOutcome, HookRun, HookRuns, Refused, nbd_uri};
@@ -17,7 +16,8 @@ const HOOK_LOOK: Duration = Duration::from_millis(100);
 /// What was asked for.
 pub(crate) struct Wish {
     pub(crate) group: String,
-    pub(crate) point: Option<Point>,
+    /// A point, or a name of one; the newest by default.
+    pub(crate) point: Option<String>,
     /// Only a preview needs none.
     pub(crate) export: Option<String>,
     pub(crate) preview: bool,
@@ -36,8 +36,8 @@ pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
     };
     let export = wish.export.as_ref().map(address).transpose()?;
     let mut query = format!("/v1/failover?group={}", client::encoded(&wish.group));
-    if let Some(point) = wish.point {
-        query.push_str(&format!("&point={point}"));
+    if let Some(point) = &wish.point {
+        query.push_str(&format!("&point={}", client::encoded(point)));
     }
     let plan: FailoverPlan = client::get(socket, &query)?;
     let Some(export) = export.filter(|_| !wish.preview) else {
@@ -60,12 +60,13 @@ pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
         return Ok(());
     }
     // The point that was shown is the point that is activated, also if a newer one has arrived meanwhile.
-    let point = match (&plan.active, wish.point) {
+    let point = match (&plan.active, &wish.point) {
         (Some(active), None) => active.point,
         _ => plan.point,
     };
     let group = format!("{}/{}", plan.client, plan.group);
-    let request = FailoverRequest { group, point: Some(point), export, force: wish.force, ignore_hooks: wish.ignore_hooks };
+    let request =
+        FailoverRequest { group, point: Some(point.to_string()), export, force: wish.force, ignore_hooks: wish.ignore_hooks };
     // A hook before it may take its time.
     let hooks_ms: u64 = plan.hooks.iter().map(|hook| hook.limit_ms).sum();
     let deadline = client::DEADLINE + Duration::from_millis(hooks_ms);

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::bail;
-use proto::Point;
 use replicator::HandbackPlan;
 
 use super::failover::confirmed;
@@ -21,8 +20,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// What was asked for.
 pub(crate) struct Wish {
     pub(crate) group: String,
-    /// To go back to; else what the other site has is taken.
-    pub(crate) point: Option<Point>,
+    /// To go back to, a point or a name of one; else what the other site has is taken.
+    pub(crate) point: Option<String>,
     pub(crate) ignore_hooks: bool,
     pub(crate) yes: bool,
     pub(crate) json: bool,
@@ -30,8 +29,10 @@ pub(crate) struct Wish {
 
 /// Failback and rollback.
 pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
-    let request = HandbackRequest { group: wish.group.clone(), point: wish.point, ignore_hooks: wish.ignore_hooks };
+    let mut request = HandbackRequest { group: wish.group.clone(), point: wish.point.clone(), ignore_hooks: wish.ignore_hooks };
     let plan: HandbackPlan = client::post(socket, "/v1/handback/plan", &request)?;
+    // The point that was shown is the one that is gone back to, whatever becomes of its name.
+    request.point = wish.point.as_ref().map(|_| plan.from.to_string());
     if !wish.json {
         print!("{}", described(&plan, wish.point.is_some()));
     }

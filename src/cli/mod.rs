@@ -7,6 +7,7 @@ pub(crate) mod client;
 pub(crate) mod drill;
 mod export;
 pub(crate) mod failover;
+mod forks;
 mod handback;
 mod hooks;
 pub(crate) mod human;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use proto::Point;
+use proto::Name;
 
 use crate::config::{CONFIG_DEFAULT, Config, ConfigErrors, STATE_DIR_DEFAULT, units};
 use crate::{demo, node, script};
@@ -132,7 +133,8 @@ of: to run from an earlier one, twinsite failover db --point POINT.
 
 Older points are given up one after the other, as `retention` in the receiver's
 configuration says. A point with a name stays until the name is taken away, and
-so do all points after it.")]
+so do all points after it. failover, drill, export and rollback take the name
+wherever they take a point.")]
     Points {
         /// GROUP, or CLIENT/GROUP
         group: String,
@@ -161,6 +163,7 @@ Examples:
   twinsite failover db --export unix:/run/twinsite/db.sock
   twinsite points db                             look for an earlier point, then
   twinsite failover db --export unix:/run/twinsite/db.sock --point 1.18211
+  twinsite failover db --export unix:/run/twinsite/db.sock --point before-upgrade
   twinsite failover db --export tcp:127.0.0.1:10809 --yes --json
                                                  for scripts
 
@@ -183,9 +186,9 @@ nevertheless; --yes does not. A hook before it that fails stops it, unless
     Failover {
         /// GROUP, or CLIENT/GROUP
         group: String,
-        /// Activate this point, not the newest
-        #[arg(long, value_name = "GENERATION.EPOCH")]
-        point: Option<Point>,
+        /// Activate this point, not the newest: GENERATION.EPOCH, or a name of one
+        #[arg(long, value_name = "POINT")]
+        point: Option<String>,
         /// Where the disks are served: unix:PATH or tcp:IP:PORT
         #[arg(long, value_name = "ADDRESS", required_unless_present = "preview")]
         export: Option<String>,
@@ -283,17 +286,18 @@ breaks, the active copy goes on, and the command can be repeated.")]
     #[command(after_help = "\
 Examples:
   twinsite rollback db --point 1.18211
+  twinsite rollback db --point before-upgrade
   twinsite rollback db --point 1.18211 --yes --json
 
-Points are listed by `twinsite points` at the receiver. Stop the machine that
+Points and their names are listed by `twinsite points` at the receiver. Stop the machine that
 uses the disks. What they hold now is committed first and stays a point, so a
 rollback can be rolled back. Only blocks that differ are moved.")]
     Rollback {
         /// The group
         group: String,
-        /// The point
-        #[arg(long, value_name = "GENERATION.EPOCH")]
-        point: Point,
+        /// The point: GENERATION.EPOCH, or the name that it has at the receiver
+        #[arg(long, value_name = "POINT")]
+        point: String,
         /// Go on if the hook before it fails
         #[arg(long)]
         ignore_hooks: bool,
@@ -314,6 +318,7 @@ Examples:
   twinsite drill list
   twinsite drill end drill-1
   twinsite drill db --run ./boots.sh --timeout 5min
+  twinsite drill db --fork diverged-1 --export unix:/run/twinsite/old.sock
   twinsite drill results db
 
 Makes a writable fork of the point and serves its disks over NBD. Nothing is
@@ -326,7 +331,11 @@ gone when it ends, and when the node stops. Writes beyond --space fail with
 disks in TWINSITE_EXPORT (the first), TWINSITE_EXPORT_<disk>, TWINSITE_DISKS,
 TWINSITE_POINT and others, and throws the fork away. Exit code 0 of the script
 means that the point is verified; the last line that it prints is the remark.
-Exit code 0 if it passed, 1 if not.")]
+Exit code 0 if it passed, 1 if not.
+
+--fork tries what an old primary had written of its own (twinsite forks). The
+kept fork itself is never changed. A hook before the drill that fails stops it,
+unless --ignore-hooks is given.")]
     Drill(drill::DrillArgs),
     /// Make images that were carried over by hand the copy of a new group (at the receiver)
     #[command(after_help = "\
@@ -346,11 +355,43 @@ has committed its first epoch. Ctrl-C ends the watching only.")]
 Examples:
   twinsite export db --to db.raw
   twinsite export db --point 1.18211 --disk data --to data.qcow2 --format qcow2
+  twinsite export db --point before-upgrade --to db.raw
+  twinsite export db --fork diverged-1 --to old.raw
 
-The newest point by default. The file is sparse, is written under another name
+The newest point by default. --fork writes the whole disk as an old primary had
+it: see twinsite forks. The file is sparse, is written under another name
 beside the one it gets, and gets that when it is whole and on the disk.
 Replication goes on meanwhile.")]
     Export(export::ExportArgs),
+    /// List or remove what old primaries had written of their own (at the receiver)
+    #[command(after_help = "\
+Examples:
+  twinsite forks
+  twinsite forks db --json
+  twinsite export db --fork diverged-1 --to old.raw
+  twinsite drill db --fork diverged-1 --export unix:/run/twinsite/old.sock
+  twinsite forks db --remove diverged-1
+
+When the sites part and both are written, failback keeps what the old primary
+had written of its own as a fork, diverged-GENERATION, before its disks are
+overwritten. It is whole: its own blocks over the newest point that both sites
+knew, which stays as long as the fork. It counts for the client's space_max,
+and stays until you remove it. Removing it cannot be undone.")]
+    Forks {
+        /// GROUP, or CLIENT/GROUP
+        group: Option<String>,
+        /// Remove this fork for good
+        #[arg(long, value_name = "NAME")]
+        remove: Option<Name>,
+        /// Do not ask
+        #[arg(long, requires = "remove")]
+        yes: bool,
+        /// Print JSON (with --remove, needs --yes)
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        at: Control,
+    },
     /// Compare the disks of a group with its copy, now and whole (at the primary)
     #[command(after_help = "\
 Examples:
@@ -512,6 +553,13 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
         Command::Export(args) => {
             let socket = socket(args.control())?;
             export::run(&socket, args)
+        }
+        Command::Forks { group, remove, yes, json, at } => {
+            let socket = socket(&at)?;
+            match remove {
+                Some(fork) => forks::remove(&socket, group.as_deref(), &fork, yes, json),
+                None => forks::list(&socket, group.as_deref(), json),
+            }
         }
         Command::Hooks { json, at } => hooks::run(&socket(&at)?, json),
         Command::Verify { group, json, at } => verify::run(&socket(&at)?, &group, json),

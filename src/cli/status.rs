@@ -8,7 +8,7 @@ use anyhow::bail;
 use receiver::{FlattenState, FlattenStatus};
 use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 
-use super::drill::verdict;
+use super::drill::{verdict, what};
 use super::human::{self, Paint, bit_rate, bytes, ms};
 use super::{client, hooks};
 use crate::api::{CopyState, CopyStatus, ExportStatus, HookOutcome, NodeStatus, PrimaryStatus, nbd_uri};
@@ -287,11 +287,23 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
         out.pair("damage", &paint.bad(&format!("{frames}, the last: {}", human::sanitised(damage))));
     }
     drills(out, group, paint);
+    forks(out, group, paint);
     for volume in &group.volumes {
         disk(out, volume.name.as_str(), volume.size_bytes, &name, exports);
     }
     queues(out, &group.queues);
     client_queues(out, &name, exports);
+}
+
+/// What its primary had written of its own, and is kept.
+fn forks(out: &mut Lines, group: &CopyStatus, paint: Paint) {
+    for fork in &group.forks {
+        let over = fork.point.map_or_else(String::new, |point| format!(" over point {point}"));
+        out.pair("fork", &format!("{}  {} written by its primary of its own{over}, kept", fork.name, bytes(fork.own_bytes)));
+        if let Some(error) = &fork.error {
+            out.pair("fork", &paint.bad(&human::sanitised(error)));
+        }
+    }
 }
 
 /// What drills found, and those that run.
@@ -307,7 +319,7 @@ fn drills(out: &mut Lines, group: &CopyStatus, paint: Paint) {
         out.pair("drill", &paint.bad(&human::sanitised(error)));
     }
     for drill in &group.drills {
-        let point = drill.point.map_or_else(|| "being made".to_owned(), |point| format!("point {point}"));
+        let point = drill.point.map_or_else(|| "being made".to_owned(), |point| what(point, drill.fork.as_ref()));
         let age = ms(human::age_ms(drill.began_unix_us));
         let space = match (drill.read_only, drill.refused_writes) {
             (true, _) => "read only".to_owned(),
@@ -352,7 +364,11 @@ fn retention(out: &mut Lines, group: &CopyStatus, paint: Paint) {
         Some(to) => format!(", folding up to {to} waits"),
         None => String::new(),
     };
-    let held = of.held_by.map_or_else(String::new, |point| format!(", held back by a reader of point {point}"));
+    let fork = |point| group.forks.iter().find(|fork| fork.point == Some(point));
+    let held = of.held_by.map_or_else(String::new, |point| match fork(point) {
+        Some(fork) => format!(", held back by the kept fork {} of point {point}", fork.name),
+        None => format!(", held back by a reader of point {point}"),
+    });
     out.pair("retention", &format!("{base}{now}{held}; {} given back since the node started", bytes(of.freed_bytes)));
     if of.early_folds > 0 {
         out.pair("space", &paint.warn("nearly used: points are given up earlier than the ladder says"));

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use proto::{Generation, Name, Point};
+use tokio::task::JoinHandle;
 
 pub(crate) use file::check;
 use process::Spawner;
@@ -41,6 +42,16 @@ pub(crate) struct Facts {
     pub(crate) disks: Vec<(Name, u64, Option<String>)>,
     /// The transition was made before, and is asked for again.
     pub(crate) repeated: bool,
+    /// Which drill it is, if it is one.
+    pub(crate) drill: Option<DrillFacts>,
+}
+
+/// What a hook is told of a drill.
+#[derive(Clone, Debug)]
+pub(crate) struct DrillFacts {
+    pub(crate) name: String,
+    /// The kept fork that it is of.
+    pub(crate) fork: Option<Name>,
 }
 
 impl Facts {
@@ -114,7 +125,12 @@ impl Hooks {
 
     /// Starts the hook of a transition and does not wait for it. Returns the number of its run, if there is one.
     pub(crate) fn begin(self: &Arc<Self>, transition: Transition, phase: Phase, facts: Facts) -> Option<u64> {
-        self.begin_hook(Hook::Of(transition, phase), facts)
+        self.begin_hook(Hook::Of(transition, phase), facts).map(|(number, _)| number)
+    }
+
+    /// As [`Self::begin`], for one that may wait for its end.
+    pub(crate) fn begin_awaited(self: &Arc<Self>, transition: Transition, phase: Phase, facts: Facts) -> Option<JoinHandle<()>> {
+        self.begin_hook(Hook::Of(transition, phase), facts).map(|(_, running)| running)
     }
 
     /// Starts the hook of a node that learned that its group is fenced.
@@ -122,15 +138,15 @@ impl Hooks {
         self.begin_hook(Hook::Fenced, facts);
     }
 
-    fn begin_hook(self: &Arc<Self>, hook: Hook, facts: Facts) -> Option<u64> {
+    fn begin_hook(self: &Arc<Self>, hook: Hook, facts: Facts) -> Option<(u64, JoinHandle<()>)> {
         let run = self.enter(hook, &facts)?;
         let number = run.number;
         let this = Arc::clone(self);
-        tokio::spawn(async move {
+        let running = tokio::spawn(async move {
             // The log and the record have it.
             let _ = this.perform(hook, &facts, run).await;
         });
-        Some(number)
+        Some((number, running))
     }
 
     /// The newest runs, oldest first.
@@ -196,6 +212,8 @@ impl Hooks {
             ("TWINSITE_EXPORT", text(facts.export.clone())),
             ("TWINSITE_DISKS", OsString::from(disks.join("\n"))),
             ("TWINSITE_REPEATED", OsString::from(if facts.repeated { "yes" } else { "no" })),
+            ("TWINSITE_DRILL", text(facts.drill.as_ref().map(|drill| drill.name.clone()))),
+            ("TWINSITE_FORK", text(facts.drill.as_ref().and_then(|drill| drill.fork.as_ref()).map(ToString::to_string))),
         ]);
         all
     }

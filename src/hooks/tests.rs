@@ -27,6 +27,7 @@ fn facts() -> Facts {
             ("data".parse().unwrap(), 8192, None),
         ],
         repeated: false,
+        drill: None,
     }
 }
 
@@ -55,6 +56,8 @@ fn a_hook_is_told_the_facts_and_nothing_else() {
     let lines: Vec<&str> = run.output.lines().filter(own).collect();
     let wanted = [
         "TWINSITE_CLIENT=alpha",
+        "TWINSITE_DRILL=",
+        "TWINSITE_FORK=",
         "TWINSITE_EXPORT=unix:/run/x.sock",
         "TWINSITE_GENERATION=2",
         "TWINSITE_GROUP=db",

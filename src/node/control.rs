@@ -8,7 +8,6 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use proto::Point;
 use replicator::HandbackPlan;
 use serde::Deserialize;
 
@@ -18,15 +17,22 @@ use super::exports::ExportError;
 use super::{Node, RequestError};
 use crate::api::{
     AdoptRequest, AdoptStatus, ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted,
-    FailoverDone, FailoverPlan, FailoverRequest, HandbackProgress, HandbackRequest, HookRuns, NameRequest, Named, NodeId,
-    NodeStatus, Points, Refused, SwitchoverRequest, Verification, VerifyRequest,
+    FailoverDone, FailoverPlan, FailoverRequest, ForkList, ForkRemoval, HandbackProgress, HandbackRequest, HookRuns, ListedFork,
+    NameRequest, Named, NodeId, NodeStatus, Points, Refused, SwitchoverRequest, Verification, VerifyRequest,
 };
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct GroupQuery {
     group: String,
-    point: Option<Point>,
+    point: Option<String>,
+}
+
+/// Of all groups, or of one.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GroupsQuery {
+    group: Option<String>,
 }
 
 /// All routes.
@@ -36,6 +42,8 @@ pub(crate) fn router(node: Arc<Node>) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/points", get(points))
         .route("/v1/names", post(name))
+        .route("/v1/forks", get(forks))
+        .route("/v1/forks/remove", post(remove_fork))
         .route("/v1/failover", get(plan).post(failover))
         .route("/v1/hooks", get(hooks))
         .route("/v1/verify", get(verification).post(verify))
@@ -72,13 +80,16 @@ impl IntoResponse for RequestError {
             | Self::NeverVerified { .. } => StatusCode::NOT_FOUND,
             Self::NoPoint { .. }
             | Self::Name(_)
+            | Self::Fork(_)
             | Self::AlreadyActive { .. }
             | Self::PrimaryAlive { .. }
             | Self::NotRunning { .. }
             | Self::Verify(_)
             | Self::Handback(_)
             | Self::Exports(ExportError::NameTaken { .. } | ExportError::Mixed { .. }) => StatusCode::CONFLICT,
-            Self::Drill(DrillRefused::Name { .. } | DrillRefused::NoUser { .. }) => StatusCode::BAD_REQUEST,
+            Self::Drill(DrillRefused::Name { .. } | DrillRefused::NoUser { .. } | DrillRefused::PointAndFork) => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Drill(DrillRefused::Folder { .. }) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Drill(_) | Self::Adopt(AdoptRefused::Running { .. }) => StatusCode::CONFLICT,
             Self::Adopt(_) => StatusCode::BAD_REQUEST,
@@ -120,12 +131,30 @@ async fn name(
     Ok(Json(copies.name(&copies.find(&request.group).await?, &request).await?))
 }
 
+async fn forks(
+    State(node): State<Arc<Node>>,
+    query: Result<Query<GroupsQuery>, QueryRejection>,
+) -> Result<Json<ForkList>, RequestError> {
+    let Query(query) = query?;
+    Ok(Json(node.receiving()?.forks(query.group.as_deref()).await?))
+}
+
+async fn remove_fork(
+    State(node): State<Arc<Node>>,
+    body: Result<Json<ForkRemoval>, JsonRejection>,
+) -> Result<Json<ListedFork>, RequestError> {
+    let Json(removal) = body?;
+    // A task of its own: what was begun is brought to its end.
+    let running = tokio::spawn(async move { node.receiving()?.remove_fork(&removal).await });
+    Ok(Json(running.await.map_err(|_| RequestError::Aborted)??))
+}
+
 async fn plan(
     State(node): State<Arc<Node>>,
     query: Result<Query<GroupQuery>, QueryRejection>,
 ) -> Result<Json<FailoverPlan>, RequestError> {
     let Query(query) = query?;
-    Ok(Json(node.failover_plan(&query.group, query.point).await?))
+    Ok(Json(node.failover_plan(&query.group, query.point.as_deref()).await?))
 }
 
 async fn verification(

@@ -18,7 +18,8 @@ use super::drills::DrillRefused;
 use super::exports::Offered;
 use super::failover::RequestError;
 use crate::api::{
-    ActiveStatus, CopyState, CopyStatus, CopyVolume, DrillResult, DrillStatus, NameRequest, Named, PointInfo, Points,
+    ActiveStatus, CopyState, CopyStatus, CopyVolume, DrillResult, DrillStatus, ForkList, ForkRemoval, ListedFork, NameRequest,
+    Named, PointInfo, Points,
 };
 use crate::config::{ClientConfig, ReceiverConfig};
 
@@ -130,6 +131,7 @@ impl Copies {
             last_damage: group.scrub.last_damage,
             retention: group.retention,
             active: group.active.map(|a| ActiveStatus { point: a.point, export, flatten: a.flatten }),
+            forks: group.kept,
             drills: drills.iter().filter(|d| d.client == name.client && d.group == name.group).cloned().collect(),
             verified: group.drills.verified,
             last_drill: group.drills.last,
@@ -201,6 +203,10 @@ impl Copies {
     /// Names a point, or takes a name away.
     pub(crate) async fn name(&self, group: &GroupRef, request: &NameRequest) -> Result<Named, RequestError> {
         let point = match &request.point {
+            // Whoever takes a point takes a name, and must not be in doubt.
+            Some(_) if request.name.as_str().parse::<Point>().is_ok() => {
+                return Err(RequestError::Name(format!("name '{}' reads like a point: choose another", request.name)));
+            }
             Some(text) => Some(self.resolve(group, text).await?),
             None => None,
         };
@@ -275,10 +281,38 @@ impl Copies {
         running(receiver.as_ref())?.drill(group, wish).await.map_err(no_point)
     }
 
-    /// A point's disks, read-only.
-    pub(crate) async fn whole(&self, group: &str, point: Option<Point>) -> Result<receiver::Whole, RequestError> {
+    /// The disks of a point or of a kept fork, read-only.
+    pub(crate) async fn whole(&self, group: &str, of: receiver::drill::Of) -> Result<receiver::Whole, RequestError> {
         let receiver = self.receiver.read().await;
-        running(receiver.as_ref())?.whole(group, point).await.map_err(no_point)
+        running(receiver.as_ref())?.whole(group, of).await.map_err(no_point)
+    }
+
+    /// The kept forks of one group, or of all.
+    pub(crate) async fn forks(&self, selector: Option<&str>) -> Result<ForkList, RequestError> {
+        let only = match selector {
+            Some(selector) => Some(self.find(selector).await?),
+            None => None,
+        };
+        let groups = self.receiver.read().await.as_ref().map(Receiver::status).unwrap_or_default();
+        let wanted = |g: &GroupStatus| only.as_ref().is_none_or(|only| only.client == g.client && only.group == g.group);
+        let listed = |g: GroupStatus| {
+            let (client, group) = (g.client, g.group);
+            g.kept.into_iter().map(move |fork| ListedFork { client: client.clone(), group: group.clone(), fork })
+        };
+        Ok(ForkList { forks: groups.into_iter().filter(wanted).flat_map(listed).collect() })
+    }
+
+    /// Removes a kept fork.
+    pub(crate) async fn remove_fork(&self, removal: &ForkRemoval) -> Result<ListedFork, RequestError> {
+        let group = self.find(&removal.group).await?;
+        let receiver = self.receiver.read().await;
+        let removed = running(receiver.as_ref())?.remove_fork(&group.to_string(), &removal.fork).await;
+        let fork = removed.map_err(|error| match error {
+            ReceiverError::Kept(error) => RequestError::Fork(error.to_string()),
+            error => failed(error),
+        })?;
+        tracing::warn!(%group, fork = %fork.name, own_bytes = fork.own_bytes, "the kept fork was removed, as somebody asked for");
+        Ok(ListedFork { client: group.client, group: group.group, fork })
     }
 
     /// Throws a drill away.
@@ -314,8 +348,10 @@ fn running(receiver: Option<&Receiver>) -> Result<&Receiver, RequestError> {
 /// A group or point that is not there is no failure.
 fn no_point(error: ReceiverError) -> RequestError {
     use receiver::GroupError::{Empty, NoPoint};
-    use receiver::drill::DrillError::Group;
+    use receiver::KeptError::{Damaged, Unknown};
+    use receiver::drill::DrillError::{Group, Kept};
     match &error {
+        ReceiverError::Drill(Kept(Unknown { .. } | Damaged { .. })) => DrillRefused::NoPoint(error.to_string()).into(),
         ReceiverError::Group(Empty { .. } | NoPoint { .. }) | ReceiverError::Drill(Group(Empty { .. } | NoPoint { .. })) => {
             DrillRefused::NoPoint(error.to_string()).into()
         }

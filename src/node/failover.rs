@@ -74,6 +74,8 @@ pub(crate) enum RequestError {
     UnknownName { group: String, given: String },
     #[error("{0}")]
     Name(String),
+    #[error("{0}")]
+    Fork(String),
     #[error("receiver: {0}")]
     Receiver(String),
     #[error("{}", .0.body_text())]
@@ -106,13 +108,17 @@ fn known_points(known: &[Point]) -> String {
 }
 
 impl Node {
-    pub(crate) async fn failover_plan(&self, selector: &str, point: Option<Point>) -> Result<FailoverPlan, RequestError> {
+    /// What a failover would do; `point` is one, or a name of one.
+    pub(crate) async fn failover_plan(&self, selector: &str, point: Option<&str>) -> Result<FailoverPlan, RequestError> {
         let copies = self.receiving()?;
         let group = copies.find(selector).await?;
         let points = copies.points(&group).await?;
         let no_point = || RequestError::NoPoint { group: group.to_string() };
         let newest = points.points.last().ok_or_else(no_point)?;
-        let wanted = point.unwrap_or(newest.point);
+        let wanted = match point {
+            Some(text) => copies.resolve(&group, text).await?,
+            None => newest.point,
+        };
         let chosen = points.points.iter().find(|p| p.point == wanted).ok_or_else(|| RequestError::UnknownPoint {
             group: group.to_string(),
             point: wanted,
@@ -168,10 +174,10 @@ impl Node {
         let copies = self.receiving()?;
         // One failover at a time, from the plan on: a second one sees what the first has done.
         let mut record = self.record.lock().await;
-        let plan = self.failover_plan(&request.group, request.point).await?;
+        let plan = self.failover_plan(&request.group, request.point.as_deref()).await?;
         let group = GroupRef { client: plan.client.clone(), group: plan.group.clone() };
-        if let (Some(active), Some(wanted)) = (&plan.active, request.point)
-            && active.point != wanted
+        if let (Some(active), Some(_)) = (&plan.active, &request.point)
+            && active.point != plan.point
         {
             return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
         }
@@ -278,6 +284,7 @@ fn facts(plan: &FailoverPlan, address: &ListenAddr) -> Facts {
         generation: plan.generation_after,
         disks: plan.volumes.iter().map(disk).collect(),
         repeated: plan.active.is_some(),
+        drill: None,
         export: Some(export),
     }
 }

@@ -42,5 +42,6 @@ fn facts(status: &GroupStatus) -> Facts {
         export: None,
         disks: status.volumes.iter().map(|v| (v.name.clone(), v.size_bytes, None)).collect(),
         repeated: false,
+        drill: None,
     }
 }

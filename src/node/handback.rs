@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::Generation;
+use proto::{Generation, Name};
 use replicator::{HandbackPlan, HandbackStatus, HandbackTarget};
 
 use super::Node;
@@ -17,14 +17,26 @@ pub(crate) const DRAIN_DEFAULT: Duration = Duration::from_secs(60);
 /// How often it is looked whether a handback has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-fn target(request: &HandbackRequest) -> HandbackTarget {
-    request.point.map_or(HandbackTarget::Failback, HandbackTarget::Rollback)
-}
-
 impl Node {
+    /// What is asked for; the name of a point is the receiver's affair, so it is asked.
+    async fn target(&self, request: &HandbackRequest) -> Result<HandbackTarget, RequestError> {
+        let Some(text) = &request.point else { return Ok(HandbackTarget::Failback) };
+        if let Ok(point) = text.parse() {
+            return Ok(HandbackTarget::Rollback(point));
+        }
+        let unknown = || RequestError::UnknownName { group: request.group.clone(), given: text.clone() };
+        let name = text.parse::<Name>().map_err(|_| unknown())?;
+        let point = self.primaries.read().await.point_named(&request.group, name).await;
+        match point {
+            Some(point) => Ok(HandbackTarget::Rollback(point?)),
+            None => Err(self.no_primary(&request.group).await),
+        }
+    }
+
     /// What a handback would do; changes nothing.
     pub(crate) async fn handback_plan(&self, request: &HandbackRequest) -> Result<HandbackPlan, RequestError> {
-        match self.primaries.read().await.handback_plan(&request.group, target(request)).await {
+        let target = self.target(request).await?;
+        match self.primaries.read().await.handback_plan(&request.group, target).await {
             Some(plan) => plan,
             None => Err(self.no_primary(&request.group).await),
         }
@@ -33,7 +45,10 @@ impl Node {
     /// Begins, behind the hook before it; the hook after it runs if it comes to its end.
     pub(crate) async fn begin_handback(self: &Arc<Self>, request: &HandbackRequest) -> Result<HandbackProgress, RequestError> {
         let plan = self.handback_plan(request).await?;
-        let transition = if request.point.is_some() { Transition::Rollback } else { Transition::Failback };
+        let (transition, target) = match request.point {
+            Some(_) => (Transition::Rollback, HandbackTarget::Rollback(plan.from)),
+            None => (Transition::Failback, HandbackTarget::Failback),
+        };
         let facts = Facts {
             client: None,
             group: plan.group.clone(),
@@ -42,13 +57,14 @@ impl Node {
             export: None,
             disks: Vec::new(),
             repeated: false,
+            drill: None,
         };
         match self.hooks.run(transition, Phase::Pre, &facts).await {
             Ok(_) => {}
             Err(error) if request.ignore_hooks => tracing::warn!(group = %plan.group, "goes on without its hook: {error}"),
             Err(error) => return Err(RequestError::Hook(error)),
         }
-        let begun = match self.primaries.read().await.begin_handback(&request.group, target(request)) {
+        let begun = match self.primaries.read().await.begin_handback(&request.group, target) {
             Some(begun) => begun?,
             None => return Err(self.no_primary(&request.group).await),
         };
@@ -90,7 +106,7 @@ impl Node {
         tracing::warn!(%group, %point, "the primary takes no more writes, and all it took are here");
         let failover = FailoverRequest {
             group: group.to_string(),
-            point: Some(point),
+            point: Some(point.to_string()),
             export: request.export.clone(),
             // It takes no more writes.
             force: true,

@@ -244,11 +244,15 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;
         // A script that does not listen is killed after a while.
         let _ = schedule.await;
-        node.end_drills().await;
+        let hooks = node.end_drills().await;
         if let Some(Ok(copies)) = &node.copies {
             copies.shutdown().await;
         }
         stop.send_replace(true);
+        // Of the drills that were ended; each has its limit.
+        for hook in hooks {
+            let _ = hook.await;
+        }
     };
     tokio::select! {
         () = orderly => tracing::info!("stopped"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
 use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
-use proto::{Identity, Name};
+use proto::{Identity, Name, Point};
 use replicator::{GroupSpec, HandbackPlan, HandbackTarget, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
 
 use super::exports::{ExportError, Exports};
@@ -99,6 +99,14 @@ impl Primaries {
     pub(crate) async fn handback_plan(&self, group: &str, target: HandbackTarget) -> Option<Result<HandbackPlan, RequestError>> {
         match self.replicator(group)? {
             Ok(replicator) => Some(replicator.handback_plan(target).await.map_err(Into::into)),
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// The point that has a name at the receiver of a group.
+    pub(crate) async fn point_named(&self, group: &str, name: Name) -> Option<Result<Point, RequestError>> {
+        match self.replicator(group)? {
+            Ok(replicator) => Some(replicator.point_named(name).await.map_err(Into::into)),
             Err(error) => Some(Err(error)),
         }
     }

@@ -13,7 +13,7 @@ mod tests;
 use std::sync::Arc;
 
 use blockdev::BlockDevice;
-use proto::{Name, Point};
+use proto::{Generation, Name, Point};
 
 pub use results::{
     DrillOutcome, DrillResult, OUTPUT_BYTES_MAX, REMARK_BYTES_MAX, RESULTS_MAGIC, RESULTS_MAX, ResultsError, SCRIPT_BYTES_MAX,
@@ -23,8 +23,9 @@ pub(crate) use results::{RESULTS_FILE, Results, Summary, check};
 pub use space::{FREE_BYTES_MAX, FREE_FRACTION, Space};
 
 use crate::disk::Disk;
-use crate::fork::{self, ForkError};
+use crate::fork::{self, Access, ForkError, Under};
 use crate::group::{Group, GroupError, Shared};
+use crate::kept::{self, KeptError, Reading};
 use crate::store::{GroupFolder, StoreError, at};
 use crate::superblock::ForkInUse;
 use device::DrillDevice;
@@ -54,6 +55,9 @@ pub enum DrillError {
     /// The group.
     #[error(transparent)]
     Group(#[from] GroupError),
+    /// The kept fork that it is to be of.
+    #[error(transparent)]
+    Kept(#[from] KeptError),
 }
 
 /// What to make.
@@ -61,10 +65,28 @@ pub enum DrillError {
 pub struct DrillWish {
     /// Begins with [`DRILL_PREFIX`]; unique within the group.
     pub name: Name,
-    /// A kept point; the newest by default.
-    pub point: Option<Point>,
+    /// What it is of.
+    pub of: Of,
     /// Bytes that blocks written to it may take, all its disks together.
     pub space_max_bytes: u64,
+}
+
+/// What is looked at.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Of {
+    /// The newest point.
+    #[default]
+    Newest,
+    /// A kept point.
+    Point(Point),
+    /// A kept fork, with its own blocks over its point.
+    Fork(Name),
+}
+
+impl From<Option<Point>> for Of {
+    fn from(point: Option<Point>) -> Self {
+        point.map_or(Self::Newest, Self::Point)
+    }
 }
 
 /// A drill: disks that can be written, and are gone when it ends. [`Receiver::end_drill`](crate::Receiver::end_drill) ends it.
@@ -75,15 +97,20 @@ pub struct Drill {
     pub group: Name,
     /// Its name.
     pub name: Name,
-    /// The point it began from.
+    /// The point it began from, or that under the kept fork.
     pub point: Point,
     /// That point's cut, microseconds since 1970 on the primary's clock.
     pub cut_unix_us: u64,
+    /// The generation of the group when it began.
+    pub generation: Generation,
+    /// The kept fork that it is of.
+    pub fork: Option<Name>,
     /// Its disks.
     pub volumes: Vec<(Name, Arc<dyn BlockDevice>)>,
     /// What it takes, and its limit.
     pub space: Arc<Space>,
     shared: Arc<Shared>,
+    _reading: Option<Reading>,
 }
 
 impl std::fmt::Debug for Drill {
@@ -94,13 +121,21 @@ impl std::fmt::Debug for Drill {
 
 /// Makes the fork of a drill; costs the same for any size of disk. Blocks on file I/O.
 pub(crate) fn make(group: &Group, wish: &DrillWish) -> Result<Drill, DrillError> {
-    let DrillWish { name, point, space_max_bytes } = wish;
+    let DrillWish { name, of, space_max_bytes } = wish;
     let shared = &group.shared;
     let name = name.clone();
     if !name.as_str().starts_with(DRILL_PREFIX) {
         return Err(DrillError::NotADrill { name });
     }
-    let (point, cut_unix_us, generation) = chosen(shared, *point)?;
+    let (open, reading) = match of {
+        Of::Fork(fork) => Some(kept::open(shared, fork, false)?).unzip(),
+        Of::Newest | Of::Point(_) => (None, None),
+    };
+    let wanted = match (of, &open) {
+        (Of::Point(point), _) => Some(*point),
+        (_, open) => open.as_ref().map(|open| open.point),
+    };
+    let (point, cut_unix_us, generation) = chosen(shared, wanted)?;
     let folder = shared.folder.fork(&name);
     if folder.exists() {
         return Err(DrillError::Exists { group: shared.folder.group.clone(), name });
@@ -108,15 +143,21 @@ pub(crate) fn make(group: &Group, wish: &DrillWish) -> Result<Drill, DrillError>
     let made = || -> Result<_, GroupError> {
         let in_use = ForkInUse { name: name.clone(), point };
         fork::create(&shared.disk, shared, &in_use)?;
-        fork::assemble(shared, generation, &in_use)
+        match &open {
+            None => fork::assemble(shared, generation, &in_use),
+            Some(open) => {
+                let under = open.volumes.iter().map(|(_, device)| Under::Kept(Arc::clone(device))).collect();
+                fork::assemble_over(shared, generation, &in_use, under, Access::Write)
+            }
+        }
     };
-    let open = made().inspect_err(|_| {
+    let made = made().inspect_err(|_| {
         if let Err(error) = remove(shared, &name) {
             tracing::warn!("{error}");
         }
     })?;
     let space = Arc::new(Space::new(*space_max_bytes, &folder));
-    let volumes = open.volumes.into_iter().map(|(name, fork)| {
+    let volumes = made.volumes.into_iter().map(|(name, fork)| {
         let device: Arc<dyn BlockDevice> = Arc::new(DrillDevice::new(fork, Arc::clone(&space)));
         (name, device)
     });
@@ -126,24 +167,32 @@ pub(crate) fn make(group: &Group, wish: &DrillWish) -> Result<Drill, DrillError>
         name: name.clone(),
         point,
         cut_unix_us,
+        generation,
+        fork: match of {
+            Of::Fork(fork) => Some(fork.clone()),
+            Of::Newest | Of::Point(_) => None,
+        },
         volumes: volumes.collect(),
         space,
         shared: Arc::clone(shared),
+        _reading: reading,
     })
 }
 
-/// A point for a reader of all of it.
+/// A point, or a kept fork, for a reader of all of it.
 pub struct Whole {
     /// The client its group is replicated from.
     pub client: Name,
     /// The group.
     pub group: Name,
-    /// The point.
+    /// The point, or that under the kept fork.
     pub point: Point,
     /// Its cut, microseconds since 1970 on the primary's clock.
     pub cut_unix_us: u64,
     /// Its disks, read-only.
     pub volumes: Vec<(Name, Arc<dyn BlockDevice>)>,
+    /// Keeps the fork from being removed.
+    pub reading: Option<Reading>,
 }
 
 impl std::fmt::Debug for Whole {
@@ -153,21 +202,30 @@ impl std::fmt::Debug for Whole {
 }
 
 /// Blocks on file I/O.
-pub(crate) fn whole(group: &Group, point: Option<Point>) -> Result<Whole, GroupError> {
-    let shared = &group.shared;
-    let (point, cut_unix_us, _) = chosen(shared, point)?;
+pub(crate) fn whole(group: &Group, of: &Of) -> Result<Whole, DrillError> {
+    let (shared, folder) = (&group.shared, &group.shared.folder);
+    let wanted = match of {
+        Of::Newest => None,
+        Of::Point(point) => Some(*point),
+        Of::Fork(fork) => {
+            let (open, reading) = kept::open(shared, fork, true)?;
+            let (point, cut_unix_us, _) = chosen(shared, Some(open.point))?;
+            let (client, group) = (folder.client.clone(), folder.group.clone());
+            return Ok(Whole { client, group, point, cut_unix_us, volumes: open.devices(), reading: Some(reading) });
+        }
+    };
+    let (point, cut_unix_us, _) = chosen(shared, wanted)?;
     let mut volumes: Vec<(Name, Arc<dyn BlockDevice>)> = Vec::new();
     for (view, spec) in crate::view::views(shared, shared.index_at(point)?)?.into_iter().zip(&shared.volumes) {
         let base = shared.folder.base(&spec.name);
-        let view = view.in_bulk().map_err(at(&base, "open the base")).map_err(ForkError::from)?;
+        let view = view.in_bulk().map_err(at(&base, "open the base")).map_err(ForkError::from).map_err(GroupError::from)?;
         volumes.push((spec.name.clone(), Arc::new(view)));
     }
-    let folder = &shared.folder;
-    Ok(Whole { client: folder.client.clone(), group: folder.group.clone(), point, cut_unix_us, volumes })
+    Ok(Whole { client: folder.client.clone(), group: folder.group.clone(), point, cut_unix_us, volumes, reading: None })
 }
 
 /// The point that was asked for, or the newest; its cut; the group's generation.
-fn chosen(shared: &Shared, wanted: Option<Point>) -> Result<(Point, u64, proto::Generation), GroupError> {
+fn chosen(shared: &Shared, wanted: Option<Point>) -> Result<(Point, u64, Generation), GroupError> {
     let state = shared.state.read();
     let group = || shared.folder.group.clone();
     let entry = match wanted {

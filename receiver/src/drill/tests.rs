@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use blockdev::{Buf, IoThreads, ZeroMode};
+use proto::EpochId;
 use proto::units::BLOCK_BYTES;
-use proto::{EpochId, Generation};
 
 use super::*;
 use crate::group::{PointEntry, Usage};
@@ -60,7 +60,7 @@ fn scene() -> Scene {
 }
 
 fn wish(name: &str, blocks_max: u64) -> DrillWish {
-    DrillWish { name: name.parse().unwrap(), point: None, space_max_bytes: blocks_max * BLOCK_BYTES }
+    DrillWish { name: name.parse().unwrap(), of: Of::Newest, space_max_bytes: blocks_max * BLOCK_BYTES }
 }
 
 impl Scene {
@@ -186,7 +186,7 @@ fn a_name_that_is_none_and_a_point_that_is_none_leave_nothing() {
     let scene = scene();
     let error = make(&scene.group, &wish("active-3", 4)).unwrap_err().to_string();
     assert!(error.contains("begins with drill-"), "{error}");
-    let nowhere = DrillWish { point: Some("1.9".parse().unwrap()), ..wish("drill-1", 4) };
+    let nowhere = DrillWish { of: Of::Point("1.9".parse().unwrap()), ..wish("drill-1", 4) };
     assert!(make(&scene.group, &nowhere).unwrap_err().to_string().contains("has no point 1.9"));
     // A second try of the name succeeds where the first one failed half-way: the base is away for a moment.
     let base = scene.group.shared.folder.base(&"root".parse().unwrap());

@@ -16,13 +16,14 @@ use proto::units::BLOCK_BYTES;
 
 use super::map::MapFile;
 use super::own::Own;
+use super::under::Under;
 use crate::view::View;
 
-/// A writable overlay on a view.
+/// A writable overlay on a view, or on another fork; read-only if its data file is.
 #[derive(Debug)]
 pub struct ForkDevice {
     /// `None` once all blocks are resident.
-    view: RwLock<Option<Arc<View>>>,
+    under: RwLock<Option<Under>>,
     /// As `Own::is_flat`, for who has no time to ask.
     flat: AtomicBool,
     pub(super) data: FileDevice,
@@ -51,11 +52,11 @@ pub(crate) enum Gate {
 }
 
 impl ForkDevice {
-    /// `view` may be missing only if all of `own` is resident.
-    pub(super) fn with(view: Option<View>, data: FileDevice, map: MapFile, own: Own, touched: Option<MapFile>) -> Self {
+    /// `under` may be missing only if all of `own` is resident.
+    pub(super) fn with(under: Option<Under>, data: FileDevice, map: MapFile, own: Own, touched: Option<MapFile>) -> Self {
         let is_flat = own.is_flat();
         Self {
-            view: RwLock::new(view.filter(|_| !is_flat).map(Arc::new)),
+            under: RwLock::new(under.filter(|_| !is_flat)),
             flat: AtomicBool::new(is_flat),
             data,
             map,
@@ -122,20 +123,28 @@ impl ForkDevice {
         self.requests.load(Ordering::Relaxed)
     }
 
+    /// The view, as long as the fork needs one; a fork on a fork has none.
     pub(super) fn view(&self) -> Option<Arc<View>> {
-        self.view.read().clone()
+        match self.under()? {
+            Under::View(view) => Some(view),
+            Under::Kept(_) => None,
+        }
     }
 
-    /// The view, for a block that was not resident a moment ago; gone if it has become so.
-    fn view_or_gone(&self) -> io::Result<Arc<View>> {
-        self.view()
+    fn under(&self) -> Option<Under> {
+        self.under.read().clone()
+    }
+
+    /// What is under it, for a block that was not resident a moment ago; gone if it has become so.
+    fn under_or_gone(&self) -> io::Result<Under> {
+        self.under()
             .ok_or_else(|| io::Error::other("the view of the fork is gone, and not all of it was copied: this is a defect"))
     }
 
     /// From here on the data file is the whole disk, and the view is not needed any more.
     pub(super) fn set_flat(&self) {
         self.flat.store(true, Ordering::Release);
-        *self.view.write() = None;
+        *self.under.write() = None;
     }
 
     /// Whether the block of byte `at` is resident, and where the run of such blocks ends (at most `end`).
@@ -171,8 +180,8 @@ impl ForkDevice {
     async fn copy_up(&self, block: u64) -> io::Result<()> {
         let offset = block * BLOCK_BYTES;
         let length = BLOCK_BYTES.min(self.size() - offset);
-        let view = self.view_or_gone()?;
-        let content = view.read(offset, Buf::zeroed(length as usize)).await?;
+        let under = self.under_or_gone()?;
+        let content = under.read(offset, Buf::zeroed(length as usize)).await?;
         self.data.write(offset, content).await?;
         self.mark(block..block + 1);
         Ok(())
@@ -251,6 +260,10 @@ impl BlockDevice for ForkDevice {
         self.data.size()
     }
 
+    fn read_only(&self) -> bool {
+        self.data.read_only()
+    }
+
     fn read<'a>(&'a self, offset: u64, mut buf: Buf) -> IoFuture<'a, Buf> {
         let length = buf.len() as u64;
         self.requests.fetch_add(1, Ordering::Relaxed);
@@ -261,8 +274,8 @@ impl BlockDevice for ForkDevice {
         Box::pin(async move {
             if stop == offset + length {
                 // All of one kind, which is the rule. What becomes resident meanwhile holds the same.
-                return match self.view() {
-                    Some(view) => view.read(offset, buf).await,
+                return match self.under() {
+                    Some(under) => under.read(offset, buf).await,
                     None => self.data.read(offset, buf).await,
                 };
             }
@@ -270,9 +283,9 @@ impl BlockDevice for ForkDevice {
             while at < end {
                 let (own, stop) = self.run_at(at, end);
                 let part = Buf::zeroed((stop - at) as usize);
-                let view = if own { None } else { self.view() };
-                let part = match view {
-                    Some(view) => view.read(at, part).await?,
+                let under = if own { None } else { self.under() };
+                let part = match under {
+                    Some(under) => under.read(at, part).await?,
                     None => self.data.read(at, part).await?,
                 };
                 let from = (at - offset) as usize;
@@ -309,9 +322,9 @@ impl BlockDevice for ForkDevice {
             while at < end && extents.len() < extents_max {
                 let (own, stop) = self.run_at(at, end);
                 let room = extents_max - extents.len();
-                let view = if own { None } else { self.view() };
-                let found = match view {
-                    Some(view) => view.find_extents(at, stop - at, room)?,
+                let under = if own { None } else { self.under() };
+                let found = match under {
+                    Some(under) => under.extents(at, stop - at, room).await?,
                     None => self.data.extents(at, stop - at, room).await?,
                 };
                 let covered: u64 = found.iter().map(|e| e.length).sum();
@@ -334,7 +347,7 @@ impl BlockDevice for ForkDevice {
         let end = offset + buf.len() as u64;
         let done = match self.run_at(offset, end) {
             (true, stop) if stop == end => self.data.try_read(offset, buf),
-            (false, stop) if stop == end => self.view()?.try_read(offset, buf),
+            (false, stop) if stop == end => self.under()?.try_read(offset, buf),
             _ => None,
         };
         if done.is_some() {

@@ -134,13 +134,13 @@ impl MapFile {
             .map_err(io)
     }
 
-    /// The point of the fork whose map is at `path`.
-    pub(crate) fn point(path: &Path) -> Result<Point, MapError> {
+    /// What the map at `path` belongs to.
+    pub(crate) fn header(path: &Path) -> Result<MapHeader, MapError> {
         let io = |source| MapError::Io { path: path.to_owned(), what: "read", source };
         let mut head = [0; USED_BYTES];
         let n = File::open(path).and_then(|file| crate::disk::read_up_to(&file, &mut head, 0)).map_err(io)?;
         let header = MapHeader::decode(head.get(..n).unwrap_or_default());
-        Ok(header.map_err(|source| MapError::Header { path: path.to_owned(), source })?.point)
+        header.map_err(|source| MapError::Header { path: path.to_owned(), source })
     }
 
     /// Opens a map and reads the set it holds; costs what was touched.

@@ -12,6 +12,7 @@ mod map;
 mod own;
 #[cfg(test)]
 mod tests;
+mod under;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,10 +28,11 @@ pub use flatten::{FlattenState, FlattenStatus};
 pub use map::{MAP_HEADER_BYTES, MAP_MAGIC, MAP_PAGE_BYTES, MapError, layout};
 pub(crate) use map::{MapFile, MapHeader};
 use own::Own;
+pub(crate) use under::Under;
 
 use crate::disk::Disk;
 use crate::group::{GroupError, Shared};
-use crate::store::{GroupFolder, at};
+use crate::store::at;
 use crate::superblock::{ForkInUse, Volume};
 
 /// In a fork's folder: its data files are the whole disks.
@@ -91,30 +93,34 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
 pub(crate) fn assemble(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
     let is_flat = !pins(shared, fork);
     let views = if is_flat { Vec::new() } else { crate::view::views(shared, shared.index_at(fork.point)?)? };
-    let mut views = views.into_iter();
+    let under = views.into_iter().map(|view| Under::View(Arc::new(view))).collect();
+    assemble_over(shared, generation, fork, under, Access::Write)
+}
+
+/// Who opens a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// One who may write, alone.
+    Write,
+    /// Any number of readers.
+    Read,
+}
+
+/// Opens a fork whose folder is there over `under`, one for each volume; none if the fork is flat.
+pub(crate) fn assemble_over(
+    shared: &Arc<Shared>,
+    generation: Generation,
+    fork: &ForkInUse,
+    under: Vec<Under>,
+    access: Access,
+) -> Result<OpenFork, GroupError> {
+    let mut under = under.into_iter();
     let mut volumes = Vec::new();
     for spec in &shared.volumes {
-        let device = open_volume(shared, fork, spec, views.next())?;
+        let device = open_volume(shared, fork, spec, under.next(), access)?;
         volumes.push((spec.name.clone(), Arc::new(device)));
     }
     Ok(OpenFork { generation, point: fork.point, name: fork.name.clone(), volumes })
-}
-
-/// Names of forks that keep what a primary wrote of its own begin so.
-pub(crate) const KEPT_PREFIX: &str = "diverged-";
-
-/// The points of the forks that are kept: they stay as long as these, which are of no use without them.
-pub(crate) fn kept_points(folder: &GroupFolder, volumes: &[Volume]) -> Result<Vec<Point>, ForkError> {
-    let (parent, mut points) = (folder.path.join("forks"), Vec::new());
-    let Some(first) = volumes.first() else { return Ok(points) };
-    let listed = std::fs::read_dir(&parent).map_err(at(&parent, "list the folder"))?;
-    for entry in listed {
-        let path = entry.map_err(at(&parent, "list the folder"))?.path();
-        if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(KEPT_PREFIX.as_bytes())) {
-            points.push(MapFile::point(&path.join(format!("{}.map", first.name)))?);
-        }
-    }
-    Ok(points)
 }
 
 /// Whether a fork needs the journal up to its point, and the base, of its group: not once it is flat.
@@ -125,8 +131,9 @@ pub(crate) fn pins(shared: &Shared, fork: &ForkInUse) -> bool {
 fn open_volume(
     shared: &Arc<Shared>,
     fork: &ForkInUse,
-    spec: &crate::superblock::Volume,
-    view: Option<crate::view::View>,
+    spec: &Volume,
+    under: Option<Under>,
+    access: Access,
 ) -> Result<ForkDevice, ForkError> {
     let folder = shared.folder.fork(&fork.name);
     let file = |kind: &str| folder.join(format!("{}.{kind}", spec.name));
@@ -135,12 +142,12 @@ fn open_volume(
         return Err(ForkError::Missing { path });
     }
     let (map, written) = MapFile::open(&shared.disk, &file("map"), &header(shared, fork.point, spec.size_bytes))?;
-    let options = OpenOptions { create_size: Some(spec.size_bytes), ..OpenOptions::default() };
+    let options = OpenOptions { create_size: Some(spec.size_bytes), read_only: access == Access::Read, ..OpenOptions::default() };
     let data = FileDevice::open(&path, options)?;
-    let copied = match (&view, file("flat").exists()) {
+    let copied = match (&under, file("flat").exists()) {
         (None, _) => None,
         (Some(_), true) => Some(MapFile::open(&shared.disk, &file("flat"), &header(shared, fork.point, spec.size_bytes))?.1),
-        (Some(_), false) => return Ok(ForkDevice::with(view, data, map, Own::new(spec.size_bytes, written), None)),
+        (Some(_), false) => return Ok(ForkDevice::with(under, data, map, Own::new(spec.size_bytes, written), None)),
     };
     let regions = header(shared, fork.point, own::regions_bytes(spec.size_bytes));
     let (touched_map, touched) = MapFile::open(&shared.disk, &file("touched"), &regions)?;
@@ -159,7 +166,7 @@ fn open_volume(
         tracing::warn!("{}: not stopped in order: {suspect_bytes} bytes at most count as written since the fork", path.display());
         clear().map_err(at(&path, "settle what may have been written to"))?;
     }
-    Ok(ForkDevice::with(view, data, map, own, Some(touched_map)))
+    Ok(ForkDevice::with(under, data, map, own, Some(touched_map)))
 }
 
 fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {

@@ -1,10 +1,6 @@
 //! Keeps what a primary wrote after the sites had parted, as a fork of the newest point that both knew.
-//!
-//! The fork is built under a name that nobody looks for, and gets its own when all of it is durable; never that of another one, so a primary
-//! cannot take away what was kept before.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use proto::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
 use proto::seal::Tally;
@@ -13,39 +9,27 @@ use proto::{FrameKind, Name};
 use quinn::RecvStream;
 
 use super::{Handback, HandbackError};
-use crate::fork::{ForkError, KEPT_PREFIX, OpenFork};
+use crate::fork::ForkError;
 use crate::group::GroupError;
-use crate::pins::Pin;
+use crate::kept::Arriving;
 use crate::session::one_line;
 use crate::store::at;
-use crate::superblock::ForkInUse;
-
-/// Forks of this kind that a group keeps at most.
-pub(crate) const KEPT_FORKS_MAX: usize = 16;
-
-/// Names of those that are still arriving.
-const ARRIVING_PREFIX: &str = "arriving-";
 
 /// A fork whose blocks have arrived, durably.
 pub(super) struct Kept {
-    arriving: Name,
+    arriving: Arriving,
     tally: Tally,
-    /// The point under it stays.
-    pin: Pin,
 }
 
 impl Handback {
     /// Takes the primary's own blocks from a stream.
     pub(super) async fn keep(&mut self, mut stream: RecvStream) -> Result<Kept, HandbackError> {
-        let (arriving, fork) = self.new_fork().await?;
-        // The fork's own views pin it until then.
-        let pin = self.group.shared.pins.pin(self.ready.newest);
-        let mut counted = 0;
-        let tally = self.take(&mut stream, &fork, &mut counted).await.inspect_err(|_| {
-            // What did not arrive whole is removed by the next try.
-            self.group.shared.usage.used.fetch_sub(counted, Ordering::Relaxed);
-        })?;
-        Ok(Kept { arriving, tally, pin })
+        let (shared, serial) = (Arc::clone(&self.group.shared), self.node.next_session().0);
+        let (generation, point) = (self.ask.generation, self.ready.newest);
+        let begun = self.blocking(move || Ok(Arriving::begin(&shared, serial, generation, point)?));
+        let mut arriving = begun.await?;
+        let tally = self.take(&mut stream, &mut arriving).await?;
+        Ok(Kept { arriving, tally })
     }
 
     /// Gives what arrived its name, if it is what was sent.
@@ -53,46 +37,14 @@ impl Handback {
         if (kept.tally.frames, kept.tally.digest()) != (frames, digest) {
             return Err(HandbackError::Diverged);
         }
-        let (shared, generation) = (Arc::clone(&self.group.shared), self.ask.generation);
-        let named = self.blocking(move || {
-            let group = || shared.folder.group.clone();
-            for number in 1..=KEPT_FORKS_MAX {
-                let tail = if number == 1 { String::new() } else { format!("-{number}") };
-                let name = parsed(&format!("{KEPT_PREFIX}{generation}{tail}"), &group())?;
-                let (from, to) = (shared.folder.fork(&kept.arriving), shared.folder.fork(&name));
-                if to.exists() {
-                    continue;
-                }
-                let parent = shared.folder.path.join("forks");
-                shared.disk.rename(&from, &to).map_err(at(&to, "name the fork's folder")).map_err(ForkError::from)?;
-                shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
-                shared.kept.lock().push(kept.pin);
-                return Ok(name);
-            }
-            Err(HandbackError::Forks { group: group(), count: KEPT_FORKS_MAX })
-        });
-        let name = named.await?;
+        let generation = self.ask.generation;
+        let name = self.blocking(move || Ok(kept.arriving.keep(generation)?)).await?;
         tracing::warn!(
             "{}/{}: what its primary wrote of its own is kept as fork {name}",
             self.client.config.name,
             self.ask.group
         );
         Ok(name)
-    }
-
-    async fn new_fork(&self) -> Result<(Name, OpenFork), HandbackError> {
-        let (shared, generation, point) = (Arc::clone(&self.group.shared), self.ask.generation, self.ready.newest);
-        let made = self.blocking(move || {
-            let name = parsed(&format!("{ARRIVING_PREFIX}{generation}"), &shared.folder.group)?;
-            let folder = shared.folder.fork(&name);
-            if folder.exists() {
-                shared.disk.remove_folder(&folder).map_err(at(&folder, "remove what did not arrive")).map_err(ForkError::from)?;
-            }
-            let fork = ForkInUse { name: name.clone(), point };
-            crate::fork::create(&shared.disk, &shared, &fork)?;
-            Ok((name, crate::fork::assemble(&shared, generation, &fork)?))
-        });
-        made.await
     }
 
     /// Removes the fork that was given back: all of it is in the point that both sites hold.
@@ -120,10 +72,10 @@ impl Handback {
         tokio::task::spawn_blocking(work).await.map_err(|_| closed())?
     }
 
-    async fn take(&self, stream: &mut RecvStream, fork: &OpenFork, counted: &mut u64) -> Result<Tally, HandbackError> {
+    async fn take(&self, stream: &mut RecvStream, arriving: &mut Arriving) -> Result<Tally, HandbackError> {
         let io = self.node.hasher().map_err(self.io())?.io().clone();
         let lost = |error: quinn::ReadExactError| HandbackError::Lost(one_line(&error));
-        let (mut tally, usage) = (Tally::default(), Arc::clone(&self.group.shared.usage));
+        let mut tally = Tally::default();
         let mut head = [0; FRAME_HEADER_BYTES];
         loop {
             match stream.read_exact(&mut head).await {
@@ -133,8 +85,9 @@ impl Handback {
             }
             let header = FrameHeader::decode(&head)?;
             let volume = usize::from(header.volume.0);
-            let device = fork.volumes.get(volume).map(|(_, device)| Arc::clone(device));
-            let device = device.ok_or(SessionErrorVolume(header.volume.0, fork.volumes.len()))?;
+            let volumes = arriving.volumes();
+            let device = volumes.get(volume).map(|(_, device)| Arc::clone(device));
+            let device = device.ok_or(SessionErrorVolume(header.volume.0, volumes.len()))?;
             let blocks = self.group.shared.volumes.get(volume).map_or(0, |v| blocks_of(v.size_bytes));
             let mut body = vec![0; header.body_bytes()];
             stream.read_exact(&mut body).await.map_err(lost)?;
@@ -142,21 +95,14 @@ impl Handback {
             let in_it = frame.extents.iter().map(|e| u64::from(e.blocks)).sum();
             let (data, zero) = if header.kind == FrameKind::Data { (in_it, 0) } else { (0, in_it) };
             tally.add(&head, header.frame_bytes(), data, zero);
-            let bytes = u64::from(header.content_bytes);
-            if let Some(max) = usage.max
-                && usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max
-            {
-                return Err(HandbackError::Space { client: self.client.config.name.clone(), bytes });
-            }
-            usage.used.fetch_add(bytes, Ordering::Relaxed);
-            *counted += bytes;
+            arriving.take(u64::from(header.content_bytes))?;
             let applied = io.call(move || async move {
                 let frame = Frame::decode_body(header, &body, blocks).map_err(std::io::Error::other)?;
                 blockdev::apply_frame(&*device, &frame).await
             });
             applied.await.flatten().map_err(self.io())?;
         }
-        for (_, device) in &fork.volumes {
+        for (_, device) in arriving.volumes() {
             let device = Arc::clone(device);
             let flushed = io.call(move || async move { blockdev::BlockDevice::flush(&*device).await });
             flushed.await.flatten().map_err(self.io())?;
@@ -178,9 +124,4 @@ impl From<ForkError> for HandbackError {
     fn from(error: ForkError) -> Self {
         Self::Group(error.into())
     }
-}
-
-fn parsed(name: &str, group: &Name) -> Result<Name, HandbackError> {
-    // A generation has at most 15 digits.
-    name.parse().map_err(|_| GroupError::Changed { group: group.clone() }.into())
 }

@@ -26,6 +26,7 @@ use crate::core::{Cause, SessionError, same_volumes};
 use crate::fork::OpenFork;
 use crate::group::{Group, GroupError, GroupEvent, Peer, SessionId};
 use crate::input::ControlInput;
+use crate::kept::KeptError;
 use crate::node::Node;
 use crate::pins::{Pin as PointPin, Pinned};
 use crate::session::{Client, one_line};
@@ -46,6 +47,10 @@ pub(crate) enum HandbackError {
     NotActive { group: Name },
     #[error("group '{group}' is active here: give it back first (`twinsite failback {group}` at its primary), then roll back")]
     Active { group: Name },
+    #[error(
+        "group '{group}' has no point named '{name}': give the point itself, or a name that `twinsite points {group}` shows at the receiver"
+    )]
+    NoName { group: Name, name: Name },
     #[error("client '{client}' may not have its disks back: its `handback` is false at the receiver")]
     Forbidden { client: Name },
     #[error(transparent)]
@@ -56,10 +61,8 @@ pub(crate) enum HandbackError {
     Unexpected { message: &'static str, state: &'static str },
     #[error("the primary's own blocks did not arrive as it sent them: try again")]
     Diverged,
-    #[error("client '{client}' has no space left for what its primary wrote of its own ({bytes} bytes): raise `space_max`")]
-    Space { client: Name, bytes: u64 },
-    #[error("group '{group}' keeps {count} forks of its primary's own writes already: delete some first")]
-    Forks { group: Name, count: usize },
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     #[error("the primary has {QUERIES_IN_FLIGHT_MAX} unanswered hash queries: update the older side")]
     Queries,
     #[error("the primary sent what is no message or frame: {0}")]
@@ -82,9 +85,9 @@ impl HandbackError {
     fn code(&self) -> CloseCode {
         match self {
             Self::Session(error) => error.code(),
-            Self::NotActive { .. } | Self::Active { .. } | Self::Forbidden { .. } => CloseCode::Mismatch,
-            Self::Group(_) | Self::Io { .. } | Self::Storage(_) => CloseCode::Storage,
-            Self::Space { .. } | Self::Forks { .. } => CloseCode::Limit,
+            Self::NotActive { .. } | Self::Active { .. } | Self::NoName { .. } | Self::Forbidden { .. } => CloseCode::Mismatch,
+            Self::Kept(KeptError::Space { .. } | KeptError::Full { .. }) => CloseCode::Limit,
+            Self::Group(_) | Self::Kept(_) | Self::Io { .. } | Self::Storage(_) => CloseCode::Storage,
             Self::Unexpected { .. } | Self::Diverged | Self::Queries | Self::Decode(_) => CloseCode::Misbehaved,
             Self::Lost(_) | Self::Silent | Self::Slow | Self::Stopping => CloseCode::Stopping,
             Self::Superseded => CloseCode::Superseded,
@@ -271,7 +274,12 @@ async fn open(node: &Arc<Node>, client: &Arc<Client>, ask: &Ask) -> Result<Opene
     if stored.role == GroupRole::Replica && writer == ask.token {
         return Ok(Opened::Done { point: newest, generation });
     }
-    let (from, fork) = match (stored.role, ask.to) {
+    let named = |name: &Name| {
+        let unknown = || HandbackError::NoName { group: group.clone(), name: name.clone() };
+        found.shared.names.all().get(name).copied().ok_or_else(unknown)
+    };
+    let to = ask.named.as_ref().map(named).transpose()?.or(ask.to);
+    let (from, fork) = match (stored.role, to) {
         (GroupRole::Active, None) => {
             let fork = crate::node::activate(&found, None).await?;
             (fork.point, Some(fork))
@@ -409,7 +417,7 @@ impl Handback {
             first.mark(0, 1);
         }
         let (client, group) = (self.client.config.name.clone(), self.ask.group.clone());
-        let what = self.ask.to.map_or_else(|| "its active copy".to_owned(), |point| format!("point {point}"));
+        let what = self.fork.as_ref().map_or_else(|| format!("point {}", self.ready.from), |_| "its active copy".to_owned());
         tracing::warn!("{client}/{group}: giving {what} back to {}", self.line.connection.remote_address());
         let (point, generation) = self.give().await?;
         // Whoever still has the fork open finds its gate closed; nobody opens it again.

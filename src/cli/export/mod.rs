@@ -35,9 +35,12 @@ const SHOW_EVERY: Duration = Duration::from_millis(200);
 pub(crate) struct ExportArgs {
     /// GROUP, or CLIENT/GROUP
     group: String,
-    /// This point, not the newest
-    #[arg(long, value_name = "GENERATION.EPOCH")]
-    point: Option<Point>,
+    /// This point, not the newest: GENERATION.EPOCH, or a name of one
+    #[arg(long, value_name = "POINT")]
+    point: Option<String>,
+    /// This kept fork, whole (see twinsite forks)
+    #[arg(long, conflicts_with = "point")]
+    fork: Option<Name>,
     /// The disk, if the group has several
     #[arg(long)]
     disk: Option<Name>,
@@ -72,6 +75,7 @@ struct Exported<'a> {
     client: &'a Name,
     group: &'a Name,
     point: Point,
+    fork: Option<&'a Name>,
     cut_unix_us: u64,
     disk: &'a Name,
     file: &'a Path,
@@ -95,11 +99,13 @@ pub(crate) fn run(socket: &Path, args: ExportArgs) -> anyhow::Result<()> {
     }
     let request = DrillRequest {
         group: args.group.clone(),
-        point: args.point,
+        point: args.point.clone(),
+        fork: args.fork.clone(),
         name: None,
         export: None,
         space_max_bytes: None,
         script: None,
+        ignore_hooks: false,
         read_only: true,
     };
     let point: DrillStarted = client::post(socket, "/v1/drill", &request)?;
@@ -152,6 +158,7 @@ fn write(point: &DrillStarted, args: &ExportArgs, file: &Path, gone: &AtomicBool
         client,
         group,
         point: point.point,
+        fork: point.fork.as_ref(),
         cut_unix_us,
         disk,
         file,
@@ -165,9 +172,9 @@ fn write(point: &DrillStarted, args: &ExportArgs, file: &Path, gone: &AtomicBool
     }
     let rate = bytes((data_bytes as f64 / began.elapsed().as_secs_f64().max(0.001)) as u64);
     Ok(format!(
-        "{}: disk {disk} of group {client}/{group} at point {}, {}, of which {} are data; {} after {}, {rate}/s",
+        "{}: disk {disk} of group {client}/{group} at {}, {}, of which {} are data; {} after {}, {rate}/s",
         file.display(),
-        point.point,
+        drill::what(point.point, point.fork.as_ref()),
         bytes(size_bytes),
         bytes(data_bytes),
         if args.format == Format::Raw { "raw" } else { "qcow2" },

@@ -14,14 +14,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use proto::Point;
+use proto::{Name, Point};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 pub(crate) use self::schedule::{environment, report, run as run_schedule};
 use super::copies::GroupRef;
 use super::{Node, RequestError};
 use crate::api::{DrillEnded, DrillHold, DrillReport, DrillResult, DrillResults, DrillStatus};
 use crate::cli::human::unix_us_now;
+use crate::hooks::{Facts, Phase, Transition};
 
 /// Drills at once, with points that are being read. One more is refused.
 pub(crate) const DRILLS_MAX: usize = 16;
@@ -49,6 +51,8 @@ pub(crate) enum DrillRefused {
     NoScript { name: String },
     #[error("{0}")]
     NoPoint(String),
+    #[error("a point and a fork were given: a drill is of one of them")]
+    PointAndFork,
 }
 
 fn known_drills(known: &[String]) -> String {
@@ -59,8 +63,12 @@ fn known_drills(known: &[String]) -> String {
 enum Running {
     Making,
     Drill(receiver::Drill),
-    /// A point that is only read.
-    Whole(Point),
+    /// A point, or a kept fork, that is only read.
+    Whole {
+        point: Point,
+        /// Keeps the fork from being removed.
+        _reading: Option<receiver::kept::Reading>,
+    },
 }
 
 struct Entry {
@@ -74,6 +82,10 @@ struct Entry {
     /// Of the private socket.
     folder: Option<PathBuf>,
     script: Option<String>,
+    /// The kept fork that it is of.
+    fork: Option<Name>,
+    /// What the hook after it is told; `None` if none is to be run.
+    facts: Option<Facts>,
     scheduled: bool,
     held: bool,
     /// Turns true at the end.
@@ -124,18 +136,19 @@ impl Entry {
         let (point, space) = match &self.running {
             Running::Making => (None, None),
             Running::Drill(drill) => (Some(drill.point), Some(&drill.space)),
-            Running::Whole(point) => (Some(*point), None),
+            Running::Whole { point, .. } => (Some(*point), None),
         };
         DrillStatus {
             name: name.to_owned(),
             client: self.group.client.clone(),
             group: self.group.group.clone(),
             point,
+            fork: self.fork.clone(),
             export: self.export.clone(),
             began_unix_us: self.began_unix_us,
             script: self.script.clone(),
             scheduled: self.scheduled,
-            read_only: matches!(self.running, Running::Whole(_)),
+            read_only: matches!(self.running, Running::Whole { .. }),
             space_used_bytes: space.map_or(0, |s| s.used_bytes()),
             space_max_bytes: space.map_or(space_max_bytes, |s| s.max_bytes()),
             refused_writes: space.map_or(0, |s| s.refused_writes()),
@@ -176,7 +189,7 @@ impl Node {
         let _holder = Holder { node: Arc::clone(self), name: name.clone(), serial };
         // An error is the end, too.
         let _ = ended.wait_for(|ended| *ended).await;
-        Ok(DrillEnded { name, result: None })
+        Ok(DrillEnded { name, result: None, recorded: false })
     }
 
     /// Ends a drill, and keeps what its script found.
@@ -195,14 +208,16 @@ impl Node {
         };
         let entry = entry.ok_or_else(|| self.drills.unknown(given))?;
         let group = entry.group.to_string();
-        // The fork goes whatever becomes of the record.
+        // On the point it would say what is true of the kept fork only.
+        let recorded = result.is_some() && entry.fork.is_none();
+        // The drill's fork goes whatever becomes of the record.
         let kept = match &result {
-            None => Ok(()),
-            Some(result) => self.keep(&group, result.clone()).await,
+            Some(result) if recorded => self.keep(&group, result.clone()).await,
+            _ => Ok(()),
         };
         self.throw_away(&name, entry).await;
         kept?;
-        Ok(DrillEnded { name, result })
+        Ok(DrillEnded { name, result, recorded })
     }
 
     /// As [`end_drill`](Self::end_drill), if it is still that one.
@@ -250,7 +265,8 @@ impl Node {
         self.receiving()?.record_drill(group, result).await
     }
 
-    async fn throw_away(&self, name: &str, entry: Entry) {
+    /// Returns the run of the hook after it, if there is one.
+    async fn throw_away(&self, name: &str, entry: Entry) -> Option<JoinHandle<()>> {
         self.exports.withdraw(&selector(&entry.group, name)).await;
         {
             // A failover binds its address before it offers anything there: it must not lose it in between.
@@ -270,14 +286,17 @@ impl Node {
         }
         tracing::info!(drill = name, group = %entry.group, "drill ended");
         entry.ended.send_replace(true);
+        self.hooks.begin_awaited(Transition::Drill, Phase::Post, entry.facts?)
     }
 
-    /// Ends all of them, when the node stops.
-    pub(crate) async fn end_drills(&self) {
+    /// Ends all of them, when the node stops. Returns the runs of the hooks after them.
+    pub(crate) async fn end_drills(&self) -> Vec<JoinHandle<()>> {
         let all = std::mem::take(&mut *self.drills.entries.lock());
+        let mut hooks = Vec::new();
         for (name, entry) in all {
-            self.throw_away(&name, entry).await;
+            hooks.extend(self.throw_away(&name, entry).await);
         }
+        hooks
     }
 
     pub(crate) async fn drill_results(&self, selector: &str) -> Result<DrillResults, RequestError> {

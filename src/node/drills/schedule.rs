@@ -151,10 +151,12 @@ impl Node {
         let request = DrillRequest {
             group: drill.group.clone(),
             point: None,
+            fork: None,
             name: None,
             export: None,
             space_max_bytes: drill.space_max_bytes,
             script: Some(script.to_owned()),
+            ignore_hooks: false,
             read_only: false,
         };
         Ok((self.start_drill_as(&request, Asked { scheduled: true, user }).await?, user))
@@ -178,7 +180,10 @@ impl Node {
             outcome: DrillOutcome::NotRun,
             scheduled: true,
             script,
-            remark: error.to_string(),
+            remark: match error {
+                RequestError::Hook(error) => error.to_string(),
+                error => error.to_string(),
+            },
             output: String::new(),
         };
         self.keep(&group.to_string(), result).await
@@ -208,6 +213,7 @@ pub(crate) fn environment(drill: &DrillStarted, timeout: Duration) -> Vec<(Strin
         ("TWINSITE_CLIENT", drill.client.to_string()),
         ("TWINSITE_GROUP", drill.group.to_string()),
         ("TWINSITE_POINT", drill.point.to_string()),
+        ("TWINSITE_FORK", drill.fork.as_ref().map_or_else(String::new, ToString::to_string)),
         ("TWINSITE_CUT", (drill.cut_unix_us / 1_000_000).to_string()),
         ("TWINSITE_TIMEOUT", timeout.as_secs().to_string()),
         ("TWINSITE_ADDRESS", drill.export.clone()),
@@ -296,6 +302,7 @@ mod tests {
             client: "alpha".parse().unwrap(),
             group: "db".parse().unwrap(),
             point: "1.7".parse().unwrap(),
+            fork: None,
             cut_unix_us: 1_700_000_000_999_999,
             export: "unix:/run/d.sock".to_owned(),
             volumes: vec![volume("root"), volume("data-1.x")],

@@ -8,12 +8,13 @@ use std::time::Instant;
 
 use blockdev::BlockDevice;
 use blockdev::nbd::ListenAddr;
-use proto::Name;
+use receiver::drill::Of;
 use tokio::sync::watch;
 
 use super::*;
-use crate::api::{CopyVolume, DrillRequest, DrillStarted};
+use crate::api::{CopyVolume, DrillRequest, DrillStarted, nbd_uri};
 use crate::config::export_address;
+use crate::hooks::DrillFacts;
 use crate::script::User;
 
 /// Who asks.
@@ -22,6 +23,24 @@ pub(super) struct Asked {
     pub(super) scheduled: bool,
     /// Who may connect to the private socket; our own user by default.
     pub(super) user: Option<User>,
+}
+
+/// The disks of a drill.
+struct Made {
+    running: Running,
+    point: Point,
+    cut_unix_us: u64,
+    disks: Vec<(Name, Arc<dyn BlockDevice>)>,
+    /// What its hooks are told, but for where it is.
+    facts: Option<Facts>,
+}
+
+/// Where they are served.
+struct Place {
+    address: ListenAddr,
+    /// Of the private socket.
+    folder: Option<PathBuf>,
+    facts: Option<Facts>,
 }
 
 /// Gives a name back if the drill does not come about.
@@ -74,6 +93,8 @@ impl Drills {
             export: None,
             folder: None,
             script: request.script.clone(),
+            fork: request.fork.clone(),
+            facts: None,
             scheduled: asked.scheduled,
             held: false,
             ended: watch::Sender::new(false),
@@ -101,30 +122,23 @@ impl Node {
             export_address(Path::new("/"), given).map_err(refused)
         });
         let named = named.transpose()?;
+        let of = match (&request.fork, &request.point) {
+            (Some(_), Some(_)) => return Err(DrillRefused::PointAndFork.into()),
+            (Some(fork), None) => Of::Fork(fork.clone()),
+            (None, Some(text)) => Of::Point(copies.resolve(&group, text).await?),
+            (None, None) => Of::Newest,
+        };
         let mut claim = self.drills.claim(request, &group, asked)?;
         let name = claim.name.clone();
-        let (running, point, cut_unix_us, disks) = if request.read_only {
-            let whole = copies.whole(&group.to_string(), request.point).await?;
-            (Running::Whole(whole.point), whole.point, whole.cut_unix_us, whole.volumes)
-        } else {
-            let drill_name = name.parse::<Name>().map_err(|_| DrillRefused::Name { given: name.clone() })?;
-            let wish = receiver::drill::DrillWish {
-                name: drill_name,
-                point: request.point,
-                space_max_bytes: request.space_max_bytes.unwrap_or(self.drills.space_max_bytes),
-            };
-            let drill = copies.drill(&group.to_string(), wish).await?;
-            let (point, cut, disks) = (drill.point, drill.cut_unix_us, drill.volumes.clone());
-            (Running::Drill(drill), point, cut, disks)
-        };
+        let Made { running, point, cut_unix_us, disks, facts } = self.make(&group, &name, of, request).await?;
         let volumes: Vec<_> =
             disks.iter().map(|(name, device)| CopyVolume { name: name.clone(), size_bytes: device.size() }).collect();
         let space_max_bytes = match &running {
             Running::Drill(drill) => drill.space.max_bytes(),
             _ => 0,
         };
-        let offered = self.offer(&group, &name, named, disks, asked.user).await;
-        let (address, folder) = match offered {
+        let offered = self.offer((&group, name.as_str()), named, disks, facts, (request.ignore_hooks, asked.user)).await;
+        let Place { address, folder, facts } = match offered {
             Ok(offered) => offered,
             Err(error) => {
                 if let Running::Drill(drill) = running
@@ -141,6 +155,7 @@ impl Node {
                 entry.running = running;
                 entry.export = Some(address.to_string());
                 entry.folder = folder;
+                entry.facts = facts;
             }
         }
         claim.kept = true;
@@ -149,20 +164,46 @@ impl Node {
         }
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         tracing::info!(drill = name, group = %group, %point, %address, took_ms, "drill begun");
-        let export = address.to_string();
+        let (export, fork) = (address.to_string(), request.fork.clone());
         let GroupRef { client, group } = group;
-        Ok(DrillStarted { name, client, group, point, cut_unix_us, export, volumes, space_max_bytes, took_ms })
+        Ok(DrillStarted { name, client, group, point, fork, cut_unix_us, export, volumes, space_max_bytes, took_ms })
     }
 
-    /// Serves the disks at the address, or at a private socket in a folder of its own.
+    /// Makes the disks of a drill, or finds those that are only read.
+    async fn make(&self, group: &GroupRef, name: &str, of: Of, request: &DrillRequest) -> Result<Made, RequestError> {
+        let copies = self.receiving()?;
+        if request.read_only {
+            let whole = copies.whole(&group.to_string(), of).await?;
+            let running = Running::Whole { point: whole.point, _reading: whole.reading };
+            return Ok(Made { running, point: whole.point, cut_unix_us: whole.cut_unix_us, disks: whole.volumes, facts: None });
+        }
+        let drill_name = name.parse::<Name>().map_err(|_| DrillRefused::Name { given: name.to_owned() })?;
+        let space_max_bytes = request.space_max_bytes.unwrap_or(self.drills.space_max_bytes);
+        let wish = receiver::drill::DrillWish { name: drill_name, of, space_max_bytes };
+        let drill = copies.drill(&group.to_string(), wish).await?;
+        let (point, cut_unix_us, disks) = (drill.point, drill.cut_unix_us, drill.volumes.clone());
+        let facts = Facts {
+            client: Some(group.client.clone()),
+            group: group.group.clone(),
+            point: Some(point),
+            generation: drill.generation,
+            export: None,
+            disks: Vec::new(),
+            repeated: false,
+            drill: Some(DrillFacts { name: name.to_owned(), fork: drill.fork.clone() }),
+        };
+        Ok(Made { running: Running::Drill(drill), point, cut_unix_us, disks, facts: Some(facts) })
+    }
+
+    /// Runs the hook before a drill and serves its disks at the address, or at a private socket in a folder of its own.
     async fn offer(
         &self,
-        group: &GroupRef,
-        name: &str,
+        (group, name): (&GroupRef, &str),
         named: Option<ListenAddr>,
         disks: Vec<(Name, Arc<dyn BlockDevice>)>,
-        user: Option<User>,
-    ) -> Result<(ListenAddr, Option<PathBuf>), RequestError> {
+        facts: Option<Facts>,
+        (ignore_hooks, user): (bool, Option<User>),
+    ) -> Result<Place, RequestError> {
         let (address, folder) = match named {
             Some(address) => (address, None),
             None => {
@@ -173,27 +214,31 @@ impl Node {
                 (export_address(Path::new("/"), &given).map_err(refused)?, Some(folder))
             }
         };
-        let selector = selector(group, name);
+        let facts = facts.map(|facts| {
+            let at = address.to_string();
+            let disk =
+                |(name, device): &(Name, Arc<dyn BlockDevice>)| (name.clone(), device.size(), Some(nbd_uri(&at, name.as_str())));
+            Facts { disks: disks.iter().map(disk).collect(), export: Some(at.clone()), ..facts }
+        });
         let offered = async {
-            // Until the disks are there a failover's end would stop the server that offers nothing.
-            let _record = self.record.lock().await;
-            self.exports.check_free(&address, &selector, disks.iter().map(|(name, _)| name)).await?;
-            let address = self.exports.listen_yielding(&address).await?;
-            let added = async {
-                if let (ListenAddr::Unix(path), Some(User { uid, gid })) = (&address, user) {
-                    let source = |source| DrillRefused::Folder { path: path.clone(), source };
-                    std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(source)?;
+            // An address in use runs no hook for nothing.
+            self.exports.check_free(&address, &selector(group, name), disks.iter().map(|(name, _)| name)).await?;
+            // Before the address is bound: that is done under a lock which a failover needs.
+            if let Some(facts) = &facts {
+                match self.hooks.run(Transition::Drill, Phase::Pre, facts).await {
+                    Ok(_) => {}
+                    Err(error) if ignore_hooks => tracing::warn!(drill = name, "goes on without its hook: {error}"),
+                    Err(error) => return Err(RequestError::Hook(error)),
                 }
-                Ok::<_, RequestError>(self.exports.add(&address, &selector, disks).await?)
-            };
-            if let Err(error) = added.await {
-                self.exports.prune().await;
-                return Err(error);
             }
-            Ok(address)
+            let served = self.serve(&selector(group, name), &address, disks, user).await;
+            if let (Err(_), Some(facts)) = (&served, &facts) {
+                self.hooks.begin(Transition::Drill, Phase::Post, facts.clone());
+            }
+            served
         };
         match offered.await {
-            Ok(address) => Ok((address, folder)),
+            Ok(address) => Ok(Place { address, folder, facts }),
             Err(error) => {
                 if let Some(folder) = folder
                     && let Err(error) = std::fs::remove_dir_all(&folder)
@@ -203,6 +248,32 @@ impl Node {
                 Err(error)
             }
         }
+    }
+
+    /// Returns the address with the port that the system chose.
+    async fn serve(
+        &self,
+        selector: &str,
+        address: &ListenAddr,
+        disks: Vec<(Name, Arc<dyn BlockDevice>)>,
+        user: Option<User>,
+    ) -> Result<ListenAddr, RequestError> {
+        // Until the disks are there a failover's end would stop the server that offers nothing.
+        let _record = self.record.lock().await;
+        self.exports.check_free(address, selector, disks.iter().map(|(name, _)| name)).await?;
+        let address = self.exports.listen_yielding(address).await?;
+        let added = async {
+            if let (ListenAddr::Unix(path), Some(User { uid, gid })) = (&address, user) {
+                let source = |source| DrillRefused::Folder { path: path.clone(), source };
+                std::os::unix::fs::chown(path, Some(uid), Some(gid)).map_err(source)?;
+            }
+            Ok::<_, RequestError>(self.exports.add(&address, selector, disks).await?)
+        };
+        if let Err(error) = added.await {
+            self.exports.prune().await;
+            return Err(error);
+        }
+        Ok(address)
     }
 
     /// Whoever wanted it may have gone before it was made.
