@@ -279,7 +279,8 @@ impl VolumeIndexMap {
     }
 
     /// The blocks that may have changed since `earlier`, an index of the same volume at an earlier point that is pinned. What `is_folded` is in the
-    /// base, which is no newer than that point: a block that is in the base now has not changed since.
+    /// base, which is no newer than that point: what is in the base at both points is the same. Zeroes that the base has too may have become no
+    /// entry meanwhile.
     pub(crate) fn changed_since(&self, earlier: &Self, is_folded: impl Fn(FrameId) -> bool) -> DirtyMap {
         let mut changed = DirtyMap::new(self.blocks * BLOCK_BYTES);
         let settled = |place| match place {
@@ -291,9 +292,10 @@ impl VolumeIndexMap {
             let (ours, our_run) = self.find(at, self.blocks - at);
             let (theirs, their_run) = earlier.find(at, self.blocks - at);
             let run = our_run.min(their_run);
-            let ours = settled(ours);
-            if ours != Place::Base && ours != settled(theirs) {
-                changed.mark(at, run);
+            match (settled(ours), settled(theirs)) {
+                (Place::Base, Place::Zero) => {}
+                (ours, theirs) if ours == theirs => {}
+                _ => changed.mark(at, run),
             }
             at += run;
         }
