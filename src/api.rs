@@ -152,7 +152,10 @@ pub struct CopyStatus {
     /// Frames of the journal that were found to be damaged or not to be read since the node started.
     #[serde(default)]
     pub damaged_frames: u64,
-    /// The last of them: file, offset and what does not fit.
+    /// Blocks of a base that were read and found to be damaged since the node started.
+    #[serde(default)]
+    pub damaged_base_blocks: u64,
+    /// The last of both: file, offset and what does not fit.
     #[serde(default)]
     pub last_damage: Option<String>,
     /// Its drills that run.

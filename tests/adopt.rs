@@ -135,3 +135,50 @@ fn a_kill_leaves_nothing_of_an_image_and_it_can_be_adopted_again() {
     assert!(status["sent_bytes"].as_u64().expect("bytes") < MIB, "{status:#}");
     site.copy_equals("db", &image);
 }
+
+/// A bit flips in the base under a running receiver: `verify` finds it although nobody has read it, the primary sends it again, and the copy is whole
+/// again, also after a restart; `check` goes on to name the block in the base.
+#[test]
+fn a_bit_that_flips_in_the_base_is_found_and_sent_again() {
+    let mut site = Site::new();
+    let image = site.image("data.raw", 16 * MIB);
+    fill(&image, 16);
+    site.receiver.start();
+    site.receiver.cli(&["adopt", "db", "--disk", "data", "--from", path(&image)]);
+    site.primary.configure(&site.group("db", &image));
+    site.primary.start();
+    site.primary.committed("db");
+    let verify = || {
+        let output = site.primary.ask(&["verify", "db", "--json"]);
+        let report: serde_json::Value =
+            serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", text(&output)));
+        assert_eq!(output.status.success(), report["differing_bytes"] == 0, "{}", text(&output));
+        report["differing_bytes"].as_u64().expect("bytes")
+    };
+    assert_eq!(verify(), 0);
+    let base = site.store.join("primary/db/base/data.raw");
+    let file = std::fs::File::options().read(true).write(true).open(&base).expect("the base");
+    let (byte, mut content) = (5 * MIB + 4096 * 3 + 77, [0]);
+    file.read_exact_at(&mut content, byte).expect("a byte");
+    file.write_all_at(&[content[0] ^ 0x20], byte).expect("a byte");
+    let told = format!("{}: the block at offset {} is damaged", base.display(), 5 * MIB + 4096 * 3);
+    // What is sent again is the range that was compared.
+    let differing = verify();
+    assert!(0 < differing && differing <= MIB, "{differing} bytes differ");
+    site.primary.committed("db");
+    assert!(site.receiver.log().contains(&told), "{told}: not in {}", site.receiver.log());
+    let copy = site.receiver.copy("primary", "db");
+    assert_eq!(copy["damaged_base_blocks"], 1, "{copy:#}");
+    assert!(copy["last_damage"].as_str().expect("the damage").starts_with(&told), "{copy:#}");
+    let status = site.receiver.cli(&["status"]);
+    assert!(status.contains(&told) && status.contains("1 base block, the last"), "{status}");
+    assert_eq!(verify(), 0);
+    site.receiver.stop();
+    let checked = site.receiver.ask(&["check", path(&site.store)]);
+    let found = format!("{}: at offset {}: the block's checksum is", base.display(), 5 * MIB + 4096 * 3);
+    assert!(checked.status.code() == Some(1) && text(&checked).contains(&found), "{found}: not in {}", text(&checked));
+    site.receiver.start();
+    eventually("it is back", SOON, || (site.primary.primary("db")["state"] == "streaming").then_some(()));
+    assert_eq!(verify(), 0);
+    site.copy_equals("db", &image);
+}

@@ -11,9 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use proto::fencing::GroupRole;
+use proto::units::BLOCK_BYTES;
 use proto::{EpochId, Fingerprint, Generation, Name, Point};
 use rustix::fs::{SeekFrom, seek};
 
+use crate::base::{SumsFile, sums_of, sums_path};
 use crate::core::Cause;
 use crate::disk::Disk;
 use crate::journal::FIRST_SEGMENT;
@@ -167,12 +169,13 @@ fn size_of(path: &Path) -> Result<u64, AdoptError> {
     }
 }
 
-/// Copies an image to a base, without its holes and its zeroes.
+/// Copies an image to a base, without its holes and its zeroes, and makes the checksums of what is copied.
 fn copy(disk: &Disk, (from, to): (&Path, &Path), size: u64, progress: &AdoptProgress) -> Result<(), AdoptError> {
     let image = |offset, source| AdoptError::Image { path: from.to_owned(), offset, source };
     let base = |source| AdoptError::Store(at(to, "write the base")(source));
     let source = File::open(from).map_err(|e| image(0, e))?;
     let file = disk.create_file(to).and_then(|file| file.set_len(size).map(|()| file)).map_err(base)?;
+    let sums = SumsFile::create(disk, &sums_path(to), size).map_err(base)?;
     let mut piece = vec![0; PIECE_BYTES];
     let mut offset = 0;
     while offset < size {
@@ -181,8 +184,9 @@ fn copy(disk: &Disk, (from, to): (&Path, &Path), size: u64, progress: &AdoptProg
         }
         // A device has no holes to tell of; then all of it is data.
         let data = match seek(&source, SeekFrom::Data(offset)) {
-            Ok(data) => data.min(size),
-            Err(rustix::io::Errno::NXIO) => size,
+            // In whole blocks, whose checksums are made.
+            Ok(data) if data < size => data - data % BLOCK_BYTES,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => size,
             Err(_) => offset,
         };
         progress.done_bytes.fetch_add(data - offset, Ordering::Relaxed);
@@ -193,10 +197,12 @@ fn copy(disk: &Disk, (from, to): (&Path, &Path), size: u64, progress: &AdoptProg
         for (part, at) in content.chunks(HOLE_BYTES).zip((offset..).step_by(HOLE_BYTES)) {
             if part.iter().any(|byte| *byte != 0) {
                 file.append_at(part, at).map_err(base)?;
+                let of_part: Vec<_> = sums_of(at / BLOCK_BYTES, part).collect();
+                sums.put(&of_part).map_err(base)?;
             }
         }
         progress.done_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         offset += bytes as u64;
     }
-    file.sync_all().map_err(base)
+    file.sync_all().and_then(|()| sums.sync()).map_err(base)
 }

@@ -8,12 +8,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use proto::units::blocks_of;
+use proto::units::{BLOCK_BYTES, blocks_of};
+use proto::{DirtyMap, Name};
 use serde::{Deserialize, Serialize};
 
+use crate::base;
 use crate::journal::{self, Bad, Expected, Item, JournalError, Mark, Payloads, Walker, list_segments, segment_path};
 use crate::store::{GroupFolder, Store, StoreError};
-use crate::superblock::{FILE_NAME, Superblock, SuperblockFile};
+use crate::superblock::{FILE_NAME, Superblock, SuperblockFile, Volume};
 
 /// Progress is told after so many bytes at least.
 const PROGRESS_BYTES: u64 = 16 << 20;
@@ -46,8 +48,14 @@ pub struct GroupReport {
     pub frames: u64,
     /// Segments read.
     pub segments: u64,
-    /// Bytes read.
+    /// Bytes read, of the journal and of the bases.
     pub bytes: u64,
+    /// Bytes of them that were read of the bases.
+    #[serde(default)]
+    pub base_bytes: u64,
+    /// Disks whose base has no checksums yet, so that it was not read.
+    #[serde(default)]
+    pub unchecked: Vec<Name>,
     /// Bytes after the last seal, which the next start cuts off.
     pub unsealed_bytes: u64,
     /// Everything that does not fit.
@@ -89,12 +97,7 @@ pub struct Progress {
 pub fn check(root: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Report, StoreError> {
     let store = Store::lock_existing(root)?;
     let folders = store.groups()?;
-    let size = |folder: &GroupFolder| -> u64 {
-        let journal = folder.journal();
-        let numbers = list_segments(&journal).unwrap_or_default();
-        numbers.iter().filter_map(|n| std::fs::metadata(segment_path(&journal, *n)).ok()).map(|m| m.len()).sum()
-    };
-    let bytes_total = folders.iter().map(size).sum();
+    let bytes_total = folders.iter().map(bytes_of).sum();
     let mut meter = Meter { progress, done: 0, told: 0, total: bytes_total };
     let mut report = Report::default();
     for folder in &folders {
@@ -107,6 +110,21 @@ pub fn check(root: &Path, progress: &mut dyn FnMut(Progress)) -> Result<Report, 
     }
     meter.tell();
     Ok(report)
+}
+
+/// Bytes that are read of a group, for the progress: what cannot be read is found later.
+fn bytes_of(folder: &GroupFolder) -> u64 {
+    let journal = folder.journal();
+    let numbers = list_segments(&journal).unwrap_or_default();
+    let segments =
+        numbers.iter().filter_map(|n| std::fs::metadata(segment_path(&journal, *n)).ok()).map(|m| m.len()).sum::<u64>();
+    let path = folder.path.join(FILE_NAME);
+    let block = File::open(&path).ok().and_then(|file| SuperblockFile::read(&file, &path).ok()).map(|(_, block, _)| block);
+    let base = |volume: &Volume| {
+        let path = folder.base(&volume.name);
+        if base::sums_path(&path).exists() { base::data_bytes(&path, volume.size_bytes).unwrap_or(0) } else { 0 }
+    };
+    segments + block.map_or(0, |block| block.volumes.iter().map(base).sum())
 }
 
 struct Meter<'a> {
@@ -172,12 +190,58 @@ impl GroupCheck<'_, '_> {
             Ok(()) => {}
         }
         let journal = folder.journal();
-        if let Err(error) = self.journal(&journal, &block) {
+        let mut folding: Vec<DirtyMap> = match block.folding {
+            Some(_) => block.volumes.iter().map(|volume| DirtyMap::new(volume.size_bytes)).collect(),
+            None => Vec::new(),
+        };
+        if let Err(error) = self.journal(&journal, &block, &mut folding) {
             self.find(&journal, 0, error);
+        }
+        for (number, volume) in block.volumes.iter().enumerate() {
+            let base = folder.base(&volume.name);
+            if let Err(error) = self.base(&base, volume, folding.get(number)) {
+                self.find(&base, 0, error);
+            }
         }
     }
 
-    fn journal(&mut self, journal: &Path, block: &Superblock) -> io::Result<()> {
+    /// Compares a base with its checksums. What a fold that was stopped is `folding` is in the journal still, and is written again.
+    fn base(&mut self, path: &Path, volume: &Volume, folding: Option<&DirtyMap>) -> io::Result<()> {
+        let sums = base::sums_path(path);
+        let examined = base::examine(path, volume.size_bytes, &mut |seen| match seen {
+            base::Seen::Bytes(bytes) => {
+                self.report.base_bytes += bytes;
+                self.add(bytes);
+            }
+            base::Seen::Damaged(damage) => {
+                if folding.is_none_or(|folding| !folding.contains(damage.offset() / BLOCK_BYTES)) {
+                    self.find(path, damage.offset(), damage.problem());
+                }
+            }
+            base::Seen::Length(bytes) => {
+                let wanted = blocks_of(volume.size_bytes) * base::SUM_BYTES;
+                self.find(
+                    &sums,
+                    bytes,
+                    format!("the checksums of the base have {bytes} bytes, {wanted} are those of the volume"),
+                );
+            }
+            base::Seen::Unreadable(offset, error) => self.find(path, offset, error),
+        });
+        match examined {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                self.report.unchecked.push(volume.name.clone());
+                Ok(())
+            }
+            // That the base itself is not there is a finding already.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Walks the journal. Blocks of the epochs that a fold was moving when it was stopped are marked in `folding`, a map for each volume.
+    fn journal(&mut self, journal: &Path, block: &Superblock, folding: &mut [DirtyMap]) -> io::Result<()> {
         let expected = Expected {
             group_id: block.group_id,
             first_segment: block.first_segment,
@@ -190,9 +254,15 @@ impl GroupCheck<'_, '_> {
         let (mut damaged, mut stopped) = (false, None::<Bad>);
         loop {
             match walker.next() {
-                Ok(Some(Item::Frame { segment, offset, header, payload, .. })) => {
+                Ok(Some(Item::Frame { segment, offset, header, payload, extents })) => {
                     open.begin(&self.report);
                     open.frames += 1;
+                    // Frames of one generation's epochs follow the newest seal.
+                    if newest < block.folding
+                        && let Some(map) = folding.get_mut(usize::from(header.volume.0))
+                    {
+                        extents.iter().for_each(|extent| map.mark(extent.start.0, u64::from(extent.blocks)));
+                    }
                     if let Err(error) = payload {
                         damaged = true;
                         self.find(&segment_path(journal, segment), offset, error);

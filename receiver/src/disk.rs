@@ -248,6 +248,13 @@ impl DiskFile {
     }
 }
 
+/// Fills `buf` if all of it can be had without waiting for the disk. Returns whether it was.
+pub(crate) fn read_nowait(file: &File, buf: &mut [u8], offset: u64) -> bool {
+    let length = buf.len();
+    let slices = &mut [io::IoSliceMut::new(buf)];
+    rustix::io::preadv2(file, slices, offset, rustix::io::ReadWriteFlags::NOWAIT).is_ok_and(|n| n == length)
+}
+
 /// Reads until `buf` is full or the file ends. Returns the bytes read.
 pub(crate) fn read_up_to(file: &File, buf: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;

@@ -14,6 +14,7 @@ use proto::codec::DecodeError;
 use proto::units::BLOCK_BYTES;
 use proto::{BlockExtent, Frame};
 
+use crate::disk::read_nowait;
 use crate::index::{FrameId, FramePlace, FrameTable};
 use crate::journal::segment_path;
 
@@ -202,11 +203,8 @@ impl FrameStore {
 
     async fn bytes(&self, place: FramePlace) -> io::Result<Buf> {
         let (file, mut buf) = self.room(place)?;
-        let length = buf.len();
         // The newest frames are in the page cache.
-        let slices = &mut [io::IoSliceMut::new(&mut buf)];
-        let cached = rustix::io::preadv2(file.file(), slices, place.offset, rustix::io::ReadWriteFlags::NOWAIT);
-        if cached.is_ok_and(|n| n == length) { Ok(buf) } else { file.read_exact_at(place.offset, buf).await }
+        if read_nowait(file.file(), &mut buf, place.offset) { Ok(buf) } else { file.read_exact_at(place.offset, buf).await }
     }
 
     fn decode(&self, cache: &Cache, id: FrameId, place: FramePlace, bytes: &[u8]) -> Result<Arc<Decoded>, FrameError> {

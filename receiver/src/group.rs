@@ -12,8 +12,8 @@ mod tests;
 mod worker;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use parking_lot::{Mutex, RwLock};
@@ -22,6 +22,7 @@ use proto::units::blocks_of;
 use proto::{BlockExtent, EpochId, Fingerprint, FrameHeader, FrameKind, Generation, Name, Point, Seal, SessionToken};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::base::Sums;
 use crate::batch::Batch;
 use crate::core::{Arrived, Cause, StoredGroup};
 use crate::disk::Disk;
@@ -369,6 +370,8 @@ pub(crate) struct Shared {
     pub(crate) volumes: Vec<Volume>,
     pub(crate) state: RwLock<State>,
     pub(crate) frames: FrameStore,
+    /// The checksums of each volume's base, once it has any.
+    pub(crate) base_sums: Vec<OnceLock<Sums>>,
     pub(crate) bytes_received: AtomicU64,
     pub(crate) findings: Findings,
     /// The newest commit of a primary that takes no more writes.
@@ -521,6 +524,7 @@ impl Group {
             state.points.first().map(|p| p.point).into_iter().collect()
         });
         let kept = points.into_iter().map(|point| pins.pin(point)).collect();
+        let base_sums = block.volumes.iter().map(|volume| base_sums(&folder, volume)).collect();
         let shared = Arc::new(Shared {
             drills: crate::drill::Results::open(&folder.path),
             folder,
@@ -530,6 +534,7 @@ impl Group {
             pins,
             walks: RwLock::default(),
             owner: block.owner,
+            base_sums,
             volumes: block.volumes,
             state: RwLock::new(state),
             frames,
@@ -694,6 +699,17 @@ impl Group {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
     }
+}
+
+/// The checksums of a base. Without them it is read unchecked, until they are made of what it holds.
+fn base_sums(folder: &GroupFolder, volume: &Volume) -> OnceLock<Sums> {
+    let base = folder.base(&volume.name);
+    match Sums::open(&base, volume.size_bytes) {
+        Ok(Some(sums)) => return OnceLock::from(sums),
+        Ok(None) => tracing::warn!("{}: the base has no checksums; they are made of what it holds now", base.display()),
+        Err(error) => tracing::error!("{}: cannot open the checksums of the base: {error}", base.display()),
+    }
+    OnceLock::new()
 }
 
 impl Shared {

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod adopt;
+mod base;
 mod batch;
 pub mod check;
 mod clock;

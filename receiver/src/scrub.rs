@@ -15,6 +15,7 @@ use proto::scrub::ScrubRun;
 use proto::units::BLOCK_BYTES;
 use proto::{Point, Scrub, ScrubOutcome, Scrubbed};
 
+use crate::base::BaseDamage;
 use crate::frames::FrameError;
 use crate::view::View;
 
@@ -25,6 +26,8 @@ pub(crate) struct Findings {
     pub(crate) differing_bytes: AtomicU64,
     /// Frames that were found to be damaged, or not to be read.
     pub(crate) damaged_frames: AtomicU64,
+    /// Blocks of a base that were found to be damaged, by whoever read them.
+    pub(crate) damaged_base_blocks: AtomicU64,
     damage: Mutex<Damage>,
 }
 
@@ -37,13 +40,22 @@ struct Damage {
     last: Option<String>,
 }
 
-/// Damaged frames that are remembered. When full, all are forgotten, and said again when they are met again.
+/// Damaged frames and blocks that are remembered. When full, all are forgotten, and said again when they are met again.
 const TOLD_MAX: usize = 1024;
 
 impl Findings {
     /// Says what cannot be read, file and offset, in the log: once, however many reads meet it.
     pub(crate) fn note(&self, error: &FrameError) {
-        let line = error.to_string();
+        let segment = if let FrameError::Damaged { path, .. } = error { Some(path) } else { None };
+        self.tell(error.to_string(), segment, &self.damaged_frames);
+    }
+
+    /// The same of a block of a base.
+    pub(crate) fn note_base(&self, damage: &BaseDamage) {
+        self.tell(damage.to_string(), None, &self.damaged_base_blocks);
+    }
+
+    fn tell(&self, line: String, segment: Option<&PathBuf>, count: &AtomicU64) {
         let mut damage = self.damage.lock();
         if damage.told.contains(&line) {
             return;
@@ -54,11 +66,9 @@ impl Findings {
         }
         tracing::error!("{line}");
         damage.told.insert(line.clone());
-        if let FrameError::Damaged { path, .. } = error {
-            damage.segments.insert(path.clone());
-        }
+        damage.segments.extend(segment.cloned());
         damage.last = Some(line);
-        self.damaged_frames.fetch_add(1, Ordering::Relaxed);
+        count.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether a frame of the segment was found to be damaged.
@@ -74,8 +84,9 @@ impl Findings {
 
 /// Whether a read failed because the bytes are not what was committed, and not because of the disk.
 pub(crate) fn is_damage(error: &io::Error) -> bool {
-    let frame = error.get_ref().and_then(|e| e.downcast_ref::<FrameError>());
-    matches!(frame, Some(FrameError::Damaged { .. }))
+    error
+        .get_ref()
+        .is_some_and(|inner| matches!(inner.downcast_ref(), Some(FrameError::Damaged { .. })) || inner.is::<BaseDamage>())
 }
 
 /// The comparison of one message.

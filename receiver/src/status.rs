@@ -96,7 +96,9 @@ pub struct ScrubStatus {
     pub differing_bytes: u64,
     /// Frames of the journal that were met and found to be damaged or not to be read.
     pub damaged_frames: u64,
-    /// The last of them: file, offset and what does not fit.
+    /// Blocks of a base that were read by anybody and found to be damaged.
+    pub damaged_base_blocks: u64,
+    /// The last of both: file, offset and what does not fit.
     pub last_damage: Option<String>,
 }
 
@@ -221,6 +223,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
             compared_bytes: shared.findings.compared_bytes.load(Ordering::Relaxed),
             differing_bytes: shared.findings.differing_bytes.load(Ordering::Relaxed),
             damaged_frames: shared.findings.damaged_frames.load(Ordering::Relaxed),
+            damaged_base_blocks: shared.findings.damaged_base_blocks.load(Ordering::Relaxed),
             last_damage: shared.findings.last_damage(),
         },
         drills: shared.drills.summary().into(),

@@ -13,6 +13,7 @@ use proto::Name;
 use proto::fencing::GroupRole;
 use rustix::fs::{FlockOperation, flock};
 
+use crate::base::{SumsFile, sums_path};
 use crate::disk::Disk;
 use crate::superblock::{Superblock, SuperblockError, SuperblockFile, Volume};
 
@@ -208,10 +209,13 @@ impl Store {
         debug_assert!(block.role == GroupRole::Replica);
         let building = self.root.join(client.as_str()).join(format!("{UNFINISHED_PREFIX}{group}"));
         self.build(&building, block, &mut |path, volume| {
-            self.disk
-                .create_file(path)
-                .and_then(|file| file.set_len(volume.size_bytes).and_then(|()| file.sync_all()))
-                .map_err(at(path, "create the base"))
+            let create = || {
+                let file = self.disk.create_file(path)?;
+                file.set_len(volume.size_bytes)?;
+                file.sync_all()?;
+                SumsFile::create(&self.disk, &sums_path(path), volume.size_bytes)?.sync()
+            };
+            create().map_err(at(path, "create the base"))
         })?;
         self.name_group(&building, client, group)
     }
@@ -234,7 +238,8 @@ impl Store {
         Ok(())
     }
 
-    /// Builds all of a group in a folder that is not its name yet; `base` makes the base of each volume, durably, in their order.
+    /// Builds all of a group in a folder that is not its name yet; `base` makes the base of each volume and its checksums, durably, in
+    /// their order.
     pub(crate) fn build<E: From<StoreError>>(
         &self,
         building: &Path,

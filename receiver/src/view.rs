@@ -12,6 +12,8 @@ use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, SharedFile, Uncac
 use proto::units::BLOCK_BYTES;
 use rustix::fs::{SeekFrom, seek};
 
+use crate::base::Sums;
+use crate::disk::read_nowait;
 use crate::frames::{Decoded, FrameError, FreshFrames};
 use crate::group::{GroupError, Shared};
 use crate::index::{FrameId, Place};
@@ -152,12 +154,12 @@ impl View {
             let part = buf.get_mut(from..from + bytes as usize).unwrap_or_default();
             match place {
                 Place::Zero => part.fill(0),
-                Place::Base => std::os::unix::fs::FileExt::read_exact_at(self.base.file(), part, at)?,
+                Place::Base => self.read_base_now(at, part)?,
                 Place::Frame(frame) => {
                     let loaded = self.shared.frames.load_now(frame, self.fresh.as_ref()).map(Some);
                     let loaded = loaded.or_else(|error| self.folded_meanwhile(frame, error))?;
                     let Some(decoded) = loaded else {
-                        std::os::unix::fs::FileExt::read_exact_at(self.base.file(), part, at)?;
+                        self.read_base_now(at, part)?;
                         continue;
                     };
                     self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
@@ -182,7 +184,61 @@ impl View {
         Ok(Self { bulk, ..self })
     }
 
-    async fn read_base(&self, at: u64, buf: Buf) -> io::Result<Buf> {
+    fn sums(&self) -> Option<&Sums> {
+        self.shared.base_sums.get(self.volume)?.get()
+    }
+
+    /// Reads the base. Whole blocks are read and compared with their checksums, however little of them is wanted.
+    async fn read_base(&self, at: u64, mut buf: Buf) -> io::Result<Buf> {
+        let Some(sums) = self.sums() else { return self.read_unchecked(at, buf).await };
+        let whole = sums.around(at, buf.len() as u64);
+        if whole == (at..at + buf.len() as u64) {
+            let content = self.read_unchecked(at, buf).await?;
+            sums.check(at, &content).await.map_err(|error| self.base_failed(error))?;
+            return Ok(content);
+        }
+        let content = self.read_unchecked(whole.start, Buf::zeroed((whole.end - whole.start) as usize)).await?;
+        sums.check(whole.start, &content).await.map_err(|error| self.base_failed(error))?;
+        let skip = (at - whole.start) as usize;
+        let wanted = content.get(skip..skip + buf.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
+        buf.copy_from_slice(wanted);
+        Ok(buf)
+    }
+
+    /// As [`read_base`](Self::read_base), on this thread, which waits for the disk.
+    #[cfg(any(test, feature = "simulation"))]
+    fn read_base_now(&self, at: u64, part: &mut [u8]) -> io::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let Some(sums) = self.sums() else { return self.base.file().read_exact_at(part, at) };
+        let whole = sums.around(at, part.len() as u64);
+        let mut content = vec![0; (whole.end - whole.start) as usize];
+        self.base.file().read_exact_at(&mut content, whole.start)?;
+        sums.check_now(whole.start, &content).map_err(|error| self.base_failed(error))?;
+        let skip = (at - whole.start) as usize;
+        part.copy_from_slice(content.get(skip..skip + part.len()).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    /// Says which block does not fit, file and offset, in the log; the reader gets an I/O error.
+    fn base_failed(&self, error: io::Error) -> io::Error {
+        match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+            Some(damage) => self.shared.findings.note_base(damage),
+            None => tracing::error!("{}: cannot read the checksums of the base: {error}", self.base_path.display()),
+        }
+        error
+    }
+
+    /// Whole blocks of the base from memory, if they and their checksums are there, and fit.
+    fn try_base(&self, at: u64, part: &mut [u8]) -> Option<()> {
+        let sums = self.sums();
+        let is_whole = |sums: &Sums| sums.around(at, part.len() as u64) == (at..at + part.len() as u64);
+        if !sums.is_none_or(is_whole) || !read_nowait(self.base.file(), part, at) {
+            return None;
+        }
+        sums.is_none_or(|sums| sums.try_check(at, part) == Some(true)).then_some(())
+    }
+
+    async fn read_unchecked(&self, at: u64, buf: Buf) -> io::Result<Buf> {
         let read = match &self.bulk {
             Some(bulk) => bulk.read(at, buf).await,
             None => self.base.read_exact_at(at, buf).await,
@@ -235,7 +291,13 @@ impl View {
             Err(error) => return Err(error.into()),
         };
         if data > at {
-            return Ok((ExtentKind::Hole, data - at));
+            // A hole where something was written is to be read, and found to be damaged.
+            let set = self.sums().map(|sums| sums.next_set(at / BLOCK_BYTES..data.div_ceil(BLOCK_BYTES))).transpose()?.flatten();
+            return Ok(match set.map(|block| (block * BLOCK_BYTES, ((block + 1) * BLOCK_BYTES).min(end))) {
+                Some((start, stop)) if start <= at => (ExtentKind::Data, stop - at),
+                Some((start, _)) => (ExtentKind::Hole, start - at),
+                None => (ExtentKind::Hole, data - at),
+            });
         }
         let hole = seek(&self.base, SeekFrom::Hole(at))?.clamp(at + 1, end);
         Ok((ExtentKind::Data, hole - at))
@@ -293,9 +355,9 @@ impl BlockDevice for View {
             let part = buf.get_mut(from..from + bytes as usize)?;
             match place {
                 Place::Zero => part.fill(0),
-                Place::Base => return None,
-                Place::Frame(_) if self.fresh.is_some() => return None,
                 // What does not fit is found again, and said, by the read proper.
+                Place::Base | Place::Frame(_) if self.fresh.is_some() || self.bulk.is_some() => return None,
+                Place::Base => self.try_base(at, part)?,
                 Place::Frame(frame) => self.copy(&*self.shared.frames.cached(frame)?, at, part)?,
             }
         }

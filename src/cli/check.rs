@@ -43,6 +43,9 @@ fn print(report: &Report, paint: Paint) {
         let found = group.findings.len() as u64 + group.findings_left_out;
         let verdict = if found == 0 { paint.good("good") } else { paint.bad(&findings(found)) };
         println!("{}: {verdict}: {} points, {} frames, {} read", group.group, group.points, group.frames, bytes(group.bytes));
+        for disk in &group.unchecked {
+            println!("  the base of disk {disk} has no checksums yet and was not read: the node makes them when it runs");
+        }
         for finding in &group.findings {
             println!("  {}", human::sanitised(&finding.to_string()));
         }

@@ -283,8 +283,10 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     };
     out.pair("scrub", &format!("{} compared, {differing}", bytes(group.scrubbed_bytes)));
     if let Some(damage) = &group.last_damage {
-        let frames = human::count(usize::try_from(group.damaged_frames).unwrap_or(usize::MAX), "frame");
-        out.pair("damage", &paint.bad(&format!("{frames}, the last: {}", human::sanitised(damage))));
+        let count = |n: u64, of: &str| human::count(usize::try_from(n).unwrap_or(usize::MAX), of);
+        let counts = [(group.damaged_frames, "frame"), (group.damaged_base_blocks, "base block")];
+        let counts: Vec<_> = counts.iter().filter(|(n, _)| *n > 0).map(|(n, of)| count(*n, of)).collect();
+        out.pair("damage", &paint.bad(&format!("{}, the last: {}", counts.join(" and "), human::sanitised(damage))));
     }
     drills(out, group, paint);
     for volume in &group.volumes {
@@ -359,6 +361,16 @@ fn retention(out: &mut Lines, group: &CopyStatus, paint: Paint) {
     }
     if let Some(error) = &of.last_error {
         out.pair("retention", &paint.bad(&human::sanitised(error)));
+    }
+    if of.sums_total_bytes > 0 {
+        let (done, total) = (bytes(of.sums_done_bytes), bytes(of.sums_total_bytes));
+        out.pair(
+            "base",
+            &paint.warn(&format!("its checksums are being made, {done} of {total}; until then it is read unchecked")),
+        );
+    }
+    if let Some(error) = &of.sums_error {
+        out.pair("base", &paint.bad(&human::sanitised(error)));
     }
 }
 

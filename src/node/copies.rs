@@ -127,6 +127,7 @@ impl Copies {
             scrubbed_bytes: group.scrub.compared_bytes,
             differing_bytes: group.scrub.differing_bytes,
             damaged_frames: group.scrub.damaged_frames,
+            damaged_base_blocks: group.scrub.damaged_base_blocks,
             last_damage: group.scrub.last_damage,
             retention: group.retention,
             active: group.active.map(|a| ActiveStatus { point: a.point, export, flatten: a.flatten }),

@@ -88,6 +88,7 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ("twinsite_receiver_scrub_compared_bytes_total", "counter", "Bytes of the newest point compared with the primary's hashes"),
     ("twinsite_receiver_scrub_differing_bytes_total", "counter", "Bytes of them that differed or could not be read"),
     ("twinsite_receiver_damaged_frames_total", "counter", "Frames of the journal found to be damaged or not to be read"),
+    ("twinsite_receiver_damaged_base_blocks_total", "counter", "Blocks of the base that were read and found to be damaged"),
     ("twinsite_receiver_drills", "gauge", "Drills of the group that run, with points that are being read"),
     ("twinsite_receiver_drill_refused_writes", "gauge", "Writes to its running drills that had no space"),
     ("twinsite_receiver_last_drill_failed", "gauge", "1 if the last drill with a script did not pass; absent before the first"),
@@ -285,6 +286,7 @@ fn copy(samples: &mut Samples, group: &CopyStatus) {
     add("twinsite_receiver_scrub_compared_bytes_total", group.scrubbed_bytes as f64);
     add("twinsite_receiver_scrub_differing_bytes_total", group.differing_bytes as f64);
     add("twinsite_receiver_damaged_frames_total", group.damaged_frames as f64);
+    add("twinsite_receiver_damaged_base_blocks_total", group.damaged_base_blocks as f64);
     add("twinsite_receiver_drills", group.drills.len() as f64);
     add("twinsite_receiver_drill_refused_writes", group.drills.iter().map(|d| d.refused_writes).sum::<u64>() as f64);
     if let Some(last) = &group.last_drill {

@@ -43,6 +43,7 @@ fn scene() -> Scene {
     let folder = store.create_group(&"a".parse().unwrap(), &"db".parse().unwrap(), block).unwrap();
     let image: Vec<u8> = (0..SIZE).map(|i| (i / 7) as u8).collect();
     std::fs::write(folder.base(&"root".parse().unwrap()), &image).unwrap();
+    crate::base::write_sums(&folder.base(&"root".parse().unwrap()));
     let options = JournalOptions { segment_bytes_max: 1 << 20, disk: Default::default() };
     let group = Group::open(folder, Arc::new(Usage::default()), options).unwrap();
     group.shared.state.write().points.push(PointEntry {

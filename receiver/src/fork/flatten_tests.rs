@@ -29,6 +29,7 @@ fn holey() -> Scene {
         let (from, to) = ((block * BLOCK_BYTES) as usize, SIZE.min((block + 1) * BLOCK_BYTES) as usize);
         file.write_all_at(&scene.image[from..to], from as u64).unwrap();
     }
+    crate::base::write_sums(&base);
     scene
 }
 

@@ -1,7 +1,7 @@
 //! Folding: the oldest points of a journal go into the base, and the segments that only they needed go away.
 //!
 //! In this order: the superblock says up to which point F is folded, and points before F are not offered any more (`begin_fold`, on the
-//! group's thread); each block that the index of F has is written into the base once, and the base is synced (`write_base`, on the thread of
+//! group's thread); each block that the index of F has is written into the base once, with its checksum, and both files are synced (`write_base`, on the thread of
 //! whoever folds); the superblock says that the base is at F and which segment is the first (`end_fold`, on the group's thread); segments before it are
 //! removed and the index of the newest point loses what the base has (`clean_up`).
 //!
@@ -23,6 +23,7 @@ use tokio::sync::oneshot;
 use super::points::Walked;
 use super::worker::Worker;
 use super::{Command, Group, GroupError, PointEntry, Shared};
+use crate::base::{SumsFile, sums_of};
 use crate::disk::{DiskFile, read_up_to};
 use crate::frames::FrameError;
 use crate::index::{FrameId, Place};
@@ -294,9 +295,31 @@ fn content(bytes: &[u8], volume_blocks: u64, walked: &FrameHeader) -> Result<Vec
     frame.content()
 }
 
+/// The base of one volume. A base that an older node has made may have no checksums yet.
+struct BaseFile {
+    file: DiskFile,
+    path: PathBuf,
+    size: u64,
+    sums: Option<SumsFile>,
+}
+
+impl BaseFile {
+    /// Adds what was tried, and the file, to an error.
+    fn failed(&self, what: &'static str) -> impl FnOnce(std::io::Error) -> GroupError + use<> {
+        let path = self.path.clone();
+        move |source| GroupError::Base { path, what, source }
+    }
+
+    /// The same of its checksums.
+    fn sums_failed(sums: &SumsFile, what: &'static str) -> impl FnOnce(std::io::Error) -> GroupError + use<> {
+        let path = sums.path().to_owned();
+        move |source| GroupError::Base { path, what, source }
+    }
+}
+
 /// The base files, with blocks that wait to be written.
 struct Base {
-    files: Vec<(DiskFile, PathBuf, u64)>,
+    files: Vec<BaseFile>,
     /// Volume, block, place in `bytes`.
     waiting: Vec<(usize, u64, usize)>,
     bytes: Vec<u8>,
@@ -308,8 +331,10 @@ impl Base {
         let open = |volume: &crate::superblock::Volume| {
             let path = shared.folder.base(&volume.name);
             // What a fold that was stopped or whose sync failed has left in the page cache is not believed.
-            match shared.disk.open_settled(&path) {
-                Ok(file) => Ok((file, path, volume.size_bytes)),
+            let opened =
+                shared.disk.open_settled(&path).and_then(|file| Ok((file, SumsFile::open_settled(&shared.disk, &path)?)));
+            match opened {
+                Ok((file, sums)) => Ok(BaseFile { file, path, size: volume.size_bytes, sums }),
                 Err(source) => Err(GroupError::Base { path, what: "open", source }),
             }
         };
@@ -328,20 +353,26 @@ impl Base {
 
     fn flush(&mut self) -> Result<(), GroupError> {
         self.waiting.sort_unstable();
-        let mut run = Vec::new();
+        let (mut run, mut sums) = (Vec::new(), Vec::new());
         for neighbours in self.waiting.chunk_by(|a, b| a.0 == b.0 && a.1 + 1 == b.1) {
             let Some((volume, block, _)) = neighbours.first().copied() else { continue };
-            let Some((file, path, size)) = self.files.get(volume) else { continue };
+            let Some(base) = self.files.get(volume) else { continue };
             run.clear();
             for (_, _, at) in neighbours {
                 run.extend_from_slice(self.bytes.get(*at..at + BLOCK_BYTES as usize).unwrap_or_default());
             }
             // The last block of a volume may be less than a block.
             let offset = block * BLOCK_BYTES;
-            run.truncate(usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX).min(run.len()));
-            let written = file.append_at(&run, offset);
-            written.map_err(|source| GroupError::Base { path: path.clone(), what: "write", source })?;
+            run.truncate(usize::try_from(base.size.saturating_sub(offset)).unwrap_or(usize::MAX).min(run.len()));
+            base.file.append_at(&run, offset).map_err(base.failed("write"))?;
             self.done.written_bytes += run.len() as u64;
+            sums.extend(sums_of(block, &run).map(|(block, sum)| (volume, block, sum)));
+        }
+        for of_volume in sums.chunk_by(|a, b| a.0 == b.0) {
+            let Some(base) = of_volume.first().and_then(|(volume, ..)| self.files.get(*volume)) else { continue };
+            let Some(file) = &base.sums else { continue };
+            let of_blocks: Vec<_> = of_volume.iter().map(|(_, block, sum)| (*block, *sum)).collect();
+            file.put(&of_blocks).map_err(BaseFile::sums_failed(file, "write the checksums of"))?;
         }
         self.waiting.clear();
         self.bytes.clear();
@@ -350,28 +381,29 @@ impl Base {
 
     /// Makes holes where the point has zeroes and the base has something.
     fn punch(&mut self, index: &Pinned) -> Result<(), GroupError> {
-        for (volume, (file, path, size)) in self.files.iter().enumerate() {
+        for (volume, base) in self.files.iter().enumerate() {
             let Some(map) = index.index.volume(volume) else { continue };
-            let (mut at, end) = (0, proto::units::blocks_of(*size));
+            let (mut at, end) = (0, proto::units::blocks_of(base.size));
             while at < end {
                 let (place, run) = map.find(at, end - at);
-                let (from, to) = (at * BLOCK_BYTES, ((at + run) * BLOCK_BYTES).min(*size));
-                at += run.max(1);
+                let blocks = at..at + run.max(1);
+                let (from, to) = (at * BLOCK_BYTES, (blocks.end * BLOCK_BYTES).min(base.size));
+                at = blocks.end;
                 if place != Place::Zero {
                     continue;
                 }
-                let io = |what| {
-                    let path = path.clone();
-                    move |source| GroupError::Base { path, what, source }
-                };
-                let data = match seek(file.file(), SeekFrom::Data(from)) {
+                let data = match seek(base.file.file(), SeekFrom::Data(from)) {
                     Ok(data) => data,
-                    Err(rustix::io::Errno::NXIO) => break,
-                    Err(error) => return Err(io("look for data in")(error.into())),
+                    Err(rustix::io::Errno::NXIO) => u64::MAX,
+                    Err(error) => return Err(base.failed("look for data in")(error.into())),
                 };
                 if data < to {
-                    file.punch(from, to - from).map_err(io("make holes in"))?;
+                    base.file.punch(from, to - from).map_err(base.failed("make holes in"))?;
                     self.done.punched_bytes += to - from;
+                }
+                // Also where the base has a hole already: a fold that was stopped may have come as far as that.
+                if let Some(sums) = &base.sums {
+                    sums.clear(blocks).map_err(BaseFile::sums_failed(sums, "clear the checksums of"))?;
                 }
             }
         }
@@ -379,8 +411,11 @@ impl Base {
     }
 
     fn sync(&self) -> Result<(), GroupError> {
-        for (file, path, _) in &self.files {
-            file.sync_data().map_err(|source| GroupError::Base { path: path.clone(), what: "sync", source })?;
+        for base in &self.files {
+            base.file.sync_data().map_err(base.failed("sync"))?;
+            if let Some(sums) = &base.sums {
+                sums.sync().map_err(BaseFile::sums_failed(sums, "sync the checksums of"))?;
+            }
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! Looks at every group now and then, and has done what is [`due`](super::due). A fold that fails is told in the group's status and tried again
 //! later. Never in the way of what arrives: the group's thread only does the two changes of the superblock.
 
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 use super::{Due, RetentionStatus, SPACE_HIGH_PERCENT, SPACE_LOW_PERCENT, Situation, due};
+use crate::base;
 use crate::group::{Group, GroupError, Shared, Usage};
 use crate::journal::{list_segments, segment_path};
 use crate::node::Node;
@@ -115,6 +117,7 @@ pub(crate) fn tend(group: &Group, now_unix_us: u64, drive: &mut Drive<'_>) {
         shared.retention.lock().last_error = Some(damage.to_string());
         return;
     }
+    make_sums(shared, drive);
     let due = match look(shared, now_unix_us) {
         Ok(due) => due,
         Err(error) => return failed(shared, &error),
@@ -146,6 +149,51 @@ pub(crate) fn tend(group: &Group, now_unix_us: u64, drive: &mut Drive<'_>) {
     shared.fold_waiting.store(0, std::sync::atomic::Ordering::Relaxed);
     let mut status = shared.retention.lock();
     (status.folding_done_bytes, status.folding_total_bytes) = (0, 0);
+}
+
+/// Makes the checksums of bases that have none, which an older node has left. If they cannot be made the bases are read unchecked, and folded: it
+/// is said, and tried again at the next start.
+fn make_sums(shared: &Shared, drive: &Drive<'_>) {
+    if shared.base_sums.iter().all(|sums| sums.get().is_some()) || shared.retention.lock().sums_error.is_some() {
+        return;
+    }
+    if let Err((path, error)) = try_make_sums(shared, drive) {
+        let line = format!(
+            "{}: its checksums cannot be made, it is read unchecked until the node is started again: {error}",
+            path.display()
+        );
+        tracing::error!("{}/{}: {line}", shared.folder.client, shared.folder.group);
+        shared.retention.lock().sums_error = Some(line);
+    }
+    let mut status = shared.retention.lock();
+    (status.sums_done_bytes, status.sums_total_bytes) = (0, 0);
+}
+
+fn try_make_sums(shared: &Shared, drive: &Drive<'_>) -> Result<(), (PathBuf, std::io::Error)> {
+    let missing: Vec<_> = shared.volumes.iter().zip(&shared.base_sums).filter(|(_, sums)| sums.get().is_none()).collect();
+    for (volume, _) in &missing {
+        let path = shared.folder.base(&volume.name);
+        let bytes = base::data_bytes(&path, volume.size_bytes).map_err(|error| (path, error))?;
+        shared.retention.lock().sums_total_bytes += bytes;
+    }
+    for (volume, sums) in missing {
+        let (path, size) = (shared.folder.base(&volume.name), volume.size_bytes);
+        let mut goes_on = |bytes| {
+            shared.retention.lock().sums_done_bytes += bytes;
+            !(drive.is_stopped)()
+        };
+        let made = base::make(&shared.disk, &path, size, &mut goes_on).and_then(|made| match made {
+            true => base::Sums::open(&path, size),
+            false => Ok(None),
+        });
+        // Readers that are there use them from here on.
+        match made.map_err(|error| (path.clone(), error))? {
+            Some(made) => drop(sums.set(made)),
+            None => return Ok(()),
+        }
+        tracing::info!("{}: the base has checksums from now on", path.display());
+    }
+    Ok(())
 }
 
 fn failed(shared: &Shared, error: &dyn std::error::Error) {

@@ -43,6 +43,15 @@ pub struct RetentionStatus {
     pub held_by: Option<Point>,
     /// Why the last fold failed.
     pub last_error: Option<String>,
+    /// Bytes of bases without checksums, of which they are being made, that were looked at.
+    #[serde(default)]
+    pub sums_done_bytes: u64,
+    /// Bytes of data in those bases; 0: every base has checksums, or they cannot be made.
+    #[serde(default)]
+    pub sums_total_bytes: u64,
+    /// Why bases have no checksums.
+    #[serde(default)]
+    pub sums_error: Option<String>,
 }
 
 /// What is known of a group when it is looked at.

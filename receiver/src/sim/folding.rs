@@ -20,7 +20,7 @@ fn read(views: &[View]) -> Volumes {
 }
 
 /// Epochs, and what each of them shows; the last ones are small, so that segments end between them.
-fn scene(replica: &mut Replica, epochs: u64) -> Vec<Volumes> {
+pub(super) fn scene(replica: &mut Replica, epochs: u64) -> Vec<Volumes> {
     let mut primary = Primary::new(3);
     let (session, _) = greet(replica, &primary).unwrap();
     let mut images = vec![primary.now.clone()];

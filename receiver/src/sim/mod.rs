@@ -5,6 +5,8 @@
 //! clock that anything depends on: the same calls and choices give the same files, up to times of day in headers.
 //! Not part of the daemon: behind the feature `simulation`, which is off.
 
+#[cfg(test)]
+mod base;
 mod disk;
 #[cfg(test)]
 mod folding;

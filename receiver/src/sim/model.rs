@@ -437,6 +437,27 @@ pub(super) fn write_image(root: &Path, image: &Image) -> io::Result<()> {
     Ok(())
 }
 
+/// What is in `root`.
+#[cfg(test)]
+pub(super) fn read_image(root: &Path) -> io::Result<Image> {
+    let (mut image, mut folders) = (Image::new(), vec![root.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder)? {
+            let path = entry?.path();
+            let inside = path.strip_prefix(root).unwrap_or(&path).to_owned();
+            if path.is_dir() {
+                image.insert(inside, None);
+                folders.push(path);
+            } else {
+                let data = std::fs::read(&path)?;
+                let len = data.len() as u64;
+                image.insert(inside, Some(Content { data, len }));
+            }
+        }
+    }
+    Ok(image)
+}
+
 /// Makes the file at `path` hold exactly `content`.
 pub(super) fn write_content(path: &Path, content: &Content) -> io::Result<()> {
     let file = std::fs::File::create(path)?;

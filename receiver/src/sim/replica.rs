@@ -210,6 +210,11 @@ impl Replica {
         Ok(self.node.select(group)?.shared.name_point(point, name)?)
     }
 
+    #[cfg(test)]
+    pub(super) fn node(&self) -> &Node {
+        &self.node
+    }
+
     /// Estimated memory of the newest point's index.
     #[cfg(test)]
     pub(super) fn index_bytes(&self, group: &str) -> Result<u64, ReplicaError> {

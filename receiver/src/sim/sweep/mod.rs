@@ -174,6 +174,12 @@ fn sabotage_is_noticed() {
     sabotaged("the base is not synced before it is the beginning", &|_, c| {
         keep(c, matches!(c, Change::Sync(path) if path.parent().is_some_and(|p| p.ends_with("db/base"))))
     });
+    for kind in ["raw", "sums"] {
+        let is_kind = |path: &std::path::Path| path.extension().is_some_and(|e| e == kind);
+        sabotaged(&format!("the .{kind} of the bases are not synced"), &|_, c| {
+            keep(c, matches!(c, Change::Sync(path) if is_kind(path) && path.parent().is_some_and(|p| p.ends_with("db/base"))))
+        });
+    }
     let folders: BTreeSet<_> =
         trace.iter().filter_map(|c| if let Change::SyncFolder(path) = c { Some(path) } else { None }).collect();
     for folder in ["", "store", "store/a", "store/a/.new-db"] {
