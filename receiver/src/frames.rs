@@ -4,9 +4,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 
 use blockdev::{Buf, SharedFile};
 use parking_lot::{Mutex, RwLock};
@@ -17,6 +18,7 @@ use proto::{BlockExtent, Frame};
 use crate::disk::read_nowait;
 use crate::index::{FrameId, FramePlace, FrameTable};
 use crate::journal::segment_path;
+use crate::spill::Spill;
 
 /// Decoded bytes kept for one group. When full, the frame that was not used for longest goes.
 pub const FRAME_CACHE_BYTES: usize = 8 << 20;
@@ -56,40 +58,58 @@ pub enum FrameError {
     },
 }
 
-/// A frame's blocks, decoded.
+/// Which blocks a frame has, and where in its content.
 #[derive(Debug)]
-pub(crate) struct Decoded {
+pub(crate) struct Layout {
     volume: u16,
-    /// First block, and the position of its content in blocks.
+    /// First block, how many, and the position of the first one's content in blocks.
     extents: Vec<(u64, u32, u32)>,
-    content: Vec<u8>,
 }
 
-impl Decoded {
-    fn new(volume: u16, extents: &[BlockExtent], content: Vec<u8>) -> Self {
-        let mut at = 0;
-        let place = |e: &BlockExtent| {
-            let entry = (e.start.0, e.blocks, at);
-            at += e.blocks;
-            entry
-        };
-        Self { volume, extents: extents.iter().map(place).collect(), content }
-    }
-
-    /// The content from `block` on, as far as blocks follow each other; `None` if the frame does not hold it.
-    pub(crate) fn from(&self, volume: usize, block: u64) -> Option<&[u8]> {
+impl Layout {
+    /// The positions in the content, in blocks, of `block` and those that follow it in its extent; `None` if the frame does not hold it.
+    pub(crate) fn run(&self, volume: usize, block: u64) -> Option<Range<usize>> {
         if usize::from(self.volume) != volume {
             return None;
         }
         let i = self.extents.partition_point(|(start, ..)| *start <= block).checked_sub(1)?;
         let (start, blocks, at) = *self.extents.get(i)?;
         let skip = block - start;
-        if skip >= u64::from(blocks) {
-            return None;
-        }
-        let block_bytes = BLOCK_BYTES as usize;
-        let from = (at as usize + skip as usize) * block_bytes;
-        self.content.get(from..(at + blocks) as usize * block_bytes)
+        (skip < u64::from(blocks)).then(|| at as usize + skip as usize..(at + blocks) as usize)
+    }
+}
+
+/// A frame's blocks, decoded.
+#[derive(Debug)]
+pub(crate) struct Decoded {
+    layout: Arc<Layout>,
+    content: Vec<u8>,
+}
+
+impl Decoded {
+    pub(crate) fn new(volume: u16, extents: &[BlockExtent], content: Vec<u8>) -> Self {
+        let mut at = 0;
+        let place = |e: &BlockExtent| {
+            let entry = (e.start.0, e.blocks, at);
+            at += e.blocks;
+            entry
+        };
+        Self { layout: Arc::new(Layout { volume, extents: extents.iter().map(place).collect() }), content }
+    }
+
+    pub(crate) fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// All of it.
+    pub(crate) fn content(&self) -> &[u8] {
+        &self.content
+    }
+
+    /// The content from `block` on, as far as blocks follow each other; `None` if the frame does not hold it.
+    pub(crate) fn from(&self, volume: usize, block: u64) -> Option<&[u8]> {
+        let run = self.layout.run(volume, block)?;
+        self.content.get(run.start * BLOCK_BYTES as usize..run.end * BLOCK_BYTES as usize)
     }
 }
 
@@ -113,6 +133,8 @@ pub(crate) struct FrameStore {
     cache: Cache,
     /// Frames before this one were folded: the base has what they said last.
     folded: AtomicU32,
+    /// Decoded frames for the forks there are.
+    spill: Mutex<Weak<Spill>>,
 }
 
 type Cache = Mutex<Lru<u32, Arc<Decoded>>>;
@@ -126,6 +148,7 @@ impl FrameStore {
             files: Mutex::new(Lru::new(OPEN_SEGMENTS_MAX)),
             cache: Mutex::new(Lru::new(FRAME_CACHE_BYTES)),
             folded: AtomicU32::new(0),
+            spill: Mutex::default(),
         }
     }
 
@@ -137,6 +160,33 @@ impl FrameStore {
     /// Forgets decoded frames from `first` on, whose numbers are given again.
     pub(crate) fn forget_from(&self, first: u32) {
         self.cache.lock().retain(|frame| frame < first);
+        if let Some(spill) = self.spilled() {
+            spill.retain(|frame| frame < first);
+        }
+    }
+
+    /// Decoded frames in a file of the journal's folder, for a fork; it is there as long as a fork has it. `None` if the file system cannot do that.
+    pub(crate) fn spill(&self) -> Option<Arc<Spill>> {
+        let mut known = self.spill.lock();
+        if let Some(spill) = known.upgrade() {
+            return Some(spill);
+        }
+        match Spill::new(&self.folder) {
+            Ok(spill) => {
+                let spill = Arc::new(spill);
+                *known = Arc::downgrade(&spill);
+                Some(spill)
+            }
+            Err(error) => {
+                tracing::info!("{}: forks keep decoded frames in memory only: {error}", self.folder.display());
+                None
+            }
+        }
+    }
+
+    /// The same, if there is one.
+    pub(crate) fn spilled(&self) -> Option<Arc<Spill>> {
+        self.spill.lock().upgrade()
     }
 
     /// Whether the base has the blocks of this frame. Whoever holds an index from before the fold is sent there: its point is not before that of
@@ -150,6 +200,9 @@ impl FrameStore {
         self.folded.store(first, Ordering::Release);
         self.table.write().forget_before(first);
         self.cache.lock().retain(|frame| frame >= first);
+        if let Some(spill) = self.spilled() {
+            spill.retain(|frame| frame >= first);
+        }
         self.files.lock().retain(|number| number >= segment);
     }
 

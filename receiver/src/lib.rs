@@ -36,6 +36,7 @@ mod scrub;
 mod session;
 #[cfg(any(test, feature = "simulation"))]
 pub mod sim;
+mod spill;
 mod status;
 mod store;
 pub mod superblock;
@@ -52,6 +53,7 @@ pub use names::{NAMES_MAX, NameError};
 pub use node::SelectError;
 pub use receiver::{Activated, Receiver, ReceiverError};
 pub use retention::{Ladder, LadderError, RUNGS_MAX, RetentionStatus, Rung};
+pub use spill::SPILL_BYTES_MAX;
 pub use status::{ActiveStatus, DrillsStatus, GroupStatus, PeerStatus, PointInfo, QueueStatus, Role, VolumeStatus};
 pub use store::{GroupFolder, Store, StoreError};
 pub use view::View;

@@ -183,6 +183,10 @@ pub(crate) fn queues(group: &Group) -> Vec<QueueStatus> {
         queue("journal commands", group.queue_used(), crate::group::GROUP_QUEUE_MAX),
         queue("decoded frame bytes", group.shared.frames.cache_bytes(), crate::frames::FRAME_CACHE_BYTES),
     ];
+    if let Some(spill) = group.shared.frames.spilled() {
+        let used = usize::try_from(spill.bytes()).unwrap_or(usize::MAX);
+        queues.push(queue("kept frame bytes", used, crate::spill::SPILL_BYTES_MAX as usize));
+    }
     if group.shared.state.read().folding.is_some() {
         let waiting = group.shared.fold_waiting.load(Ordering::Relaxed);
         queues.push(queue("fold bytes", waiting, crate::group::fold::FOLD_BUFFER_BYTES));

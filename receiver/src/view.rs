@@ -19,6 +19,7 @@ use crate::group::{GroupError, Shared};
 use crate::index::{FrameId, Place};
 use crate::journal::JournalError;
 use crate::pins::Pinned;
+use crate::spill::Spill;
 use crate::superblock::Volume;
 
 /// One volume of a group at one point.
@@ -34,6 +35,8 @@ pub struct View {
     fresh: Option<FreshFrames>,
     /// Reads the base for whoever goes through all of it.
     bulk: Option<UncachedReader>,
+    /// Keeps decoded frames, for whoever reads small pieces all over.
+    spill: Option<Arc<Spill>>,
 }
 
 /// The view of one volume for a comparison with the primary: what is decoded in memory does not count.
@@ -56,7 +59,7 @@ fn view(shared: &Arc<Shared>, index: &Arc<Pinned>, volume: usize, spec: &Volume)
         source,
     })?;
     let (shared, index) = (Arc::clone(shared), Arc::clone(index));
-    Ok(View { shared, index, volume, size: spec.size_bytes, base, base_path, fresh: None, bulk: None })
+    Ok(View { shared, index, volume, size: spec.size_bytes, base, base_path, fresh: None, bulk: None, spill: None })
 }
 
 impl View {
@@ -76,8 +79,15 @@ impl View {
             base_path: self.base_path.clone(),
             fresh: Some(FreshFrames::default()),
             bulk: None,
+            spill: None,
         }
         .in_bulk()
+    }
+
+    /// The same view, for a fork.
+    pub(crate) fn for_fork(self) -> Self {
+        let spill = self.shared.frames.spill();
+        Self { spill, ..self }
     }
 
     /// The group.
@@ -132,13 +142,27 @@ impl View {
             match place {
                 Place::Zero => part.fill(0),
                 Place::Base => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
-                Place::Frame(frame) => match self.load(frame).await? {
-                    Some(decoded) => {
-                        self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
-                    }
-                    None => part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?),
-                },
+                Place::Frame(frame) => self.fill_from(frame, at, part).await?,
             }
+        }
+        Ok(())
+    }
+
+    /// Copies blocks of a frame: decoded in memory, decoded before and kept, or decoded now. A fork keeps what it decodes.
+    async fn fill_from(&self, frame: FrameId, at: u64, part: &mut [u8]) -> io::Result<()> {
+        if let Some(spill) = &self.spill
+            && self.shared.frames.cached(frame).is_none()
+            && spill.copy(frame.0, self.volume, at, part).await
+        {
+            return Ok(());
+        }
+        let Some(decoded) = self.load(frame).await? else {
+            part.copy_from_slice(&self.read_base(at, Buf::zeroed(part.len())).await?);
+            return Ok(());
+        };
+        self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
+        if let Some(spill) = &self.spill {
+            spill.offer(frame.0, &decoded, part.len());
         }
         Ok(())
     }
@@ -358,7 +382,10 @@ impl BlockDevice for View {
                 // What does not fit is found again, and said, by the read proper.
                 Place::Base | Place::Frame(_) if self.fresh.is_some() || self.bulk.is_some() => return None,
                 Place::Base => self.try_base(at, part)?,
-                Place::Frame(frame) => self.copy(&*self.shared.frames.cached(frame)?, at, part)?,
+                Place::Frame(frame) => match self.shared.frames.cached(frame) {
+                    Some(decoded) => self.copy(&decoded, at, part)?,
+                    None => self.spill.as_ref()?.try_copy(frame.0, self.volume, at, part).then_some(())?,
+                },
             }
         }
         Some(Ok(()))

@@ -188,6 +188,58 @@ async fn a_rotten_frame_is_an_error_and_never_data() {
     assert!(told.last().is_some_and(|p| p.bytes_total == bytes.len() as u64 && p.bytes_done > 0));
 }
 
+/// A fork that is read in small pieces all over, of more than is kept in memory: right at the first read and at the later ones, which decode
+/// nothing, also beside writes; what it kept is shown as a queue and goes with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fork_read_in_small_pieces_keeps_what_it_decoded() {
+    const FRAMES: u64 = 96;
+    let site = Site::new(&["a"]);
+    let io = IoThreads::new(1).unwrap();
+    let receiver = site.start().await;
+    let size = FRAMES * 32 * BLOCK as u64;
+    let mut primary = Primary::open(site.connect(&receiver, 0).await, hello("db", &[("root", size)])).await;
+    primary.commit((0..FRAMES).map(|n| data(n * 32, 32, 2)).collect()).await;
+    primary.commit(vec![data(7, 1, 4), data(40, 3, 6), zero(100, 2)]).await;
+    let kept = || {
+        let queues = receiver.status().remove(0).queues;
+        queues.into_iter().find(|queue| queue.name == "kept frame bytes").map(|queue| (queue.used, queue.limit))
+    };
+    assert_eq!(kept(), None);
+    let active = receiver.failover("db", None).await.unwrap();
+    let device = Arc::clone(&active.volumes[0].1);
+    let mut oracle = primary.disks[0].clone();
+    let mut tried_right = 0;
+    for pass in 0..3_u64 {
+        // Every block once, far from each other.
+        for n in 0..FRAMES * 32 {
+            let at = n * 1021 % (FRAMES * 32) * BLOCK as u64;
+            let length = if n % 7 == 0 { 512 } else { BLOCK };
+            let reader = Arc::clone(&device);
+            let (tried, read) = io
+                .call(move || async move {
+                    let mut buf = vec![0; length];
+                    let tried = reader.try_read(at, &mut buf).map(|done| done.map(|()| buf).unwrap());
+                    (tried, reader.read(at, Buf::zeroed(length)).await.unwrap().to_vec())
+                })
+                .await
+                .unwrap();
+            let wanted = &oracle[at as usize..at as usize + length];
+            assert!(read == wanted, "{length} bytes at {at} in pass {pass}");
+            assert!(tried.as_ref().is_none_or(|tried| tried == wanted), "{length} bytes at {at} in pass {pass}, at once");
+            tried_right += u64::from(pass > 0 && tried.is_some());
+        }
+        let (used, limit) = kept().expect("a fork keeps what it decodes");
+        assert!(used > 8 << 20 && used <= limit, "{used} of {limit}: more than is kept in memory");
+        let (at, writer) = ((pass + 50) * 32 * BLOCK as u64, Arc::clone(&device));
+        io.call(move || async move { writer.write(at, Buf::copy_of(&[9; 3 * BLOCK])).await.map(drop) }).await.unwrap().unwrap();
+        oracle[at as usize..at as usize + 3 * BLOCK].fill(9);
+    }
+    // Whole blocks, but for a page that is not in memory any more, need no waiting.
+    assert!(tried_right > FRAMES * 32, "{tried_right}");
+    drop((active, device));
+    receiver.shutdown().await;
+}
+
 /// The first read after a failover of a sparse 1 TiB disk, also after a restart, does not depend on its size.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failover_of_a_tebibyte_answers_within_a_second() {

@@ -20,6 +20,7 @@ pub use results::{
     layout,
 };
 pub(crate) use results::{RESULTS_FILE, Results, Summary, check};
+pub(crate) use space::has_room;
 pub use space::{FREE_BYTES_MAX, FREE_FRACTION, Space};
 
 use crate::disk::Disk;

@@ -17,6 +17,13 @@ pub const FREE_FRACTION: u64 = 20;
 const LOOK_EVERY_BLOCKS: u64 = 1024;
 const NEVER: u64 = u64::MAX;
 
+/// Whether the file system of a folder has more space than must be kept free.
+pub(crate) fn has_room(folder: &Path) -> io::Result<bool> {
+    let found = rustix::fs::statvfs(folder)?;
+    let keep = (found.f_blocks.saturating_mul(found.f_frsize) / FREE_FRACTION).min(FREE_BYTES_MAX);
+    Ok(found.f_bavail.saturating_mul(found.f_frsize) > keep)
+}
+
 /// What a drill takes.
 #[derive(Debug)]
 pub struct Space {
@@ -81,9 +88,7 @@ impl Space {
         if looked_at != NEVER && used.abs_diff(looked_at) < LOOK_EVERY_BLOCKS {
             return Ok(());
         }
-        let found = rustix::fs::statvfs(&self.folder)?;
-        let keep = (found.f_blocks.saturating_mul(found.f_frsize) / FREE_FRACTION).min(FREE_BYTES_MAX);
-        let enough = found.f_bavail.saturating_mul(found.f_frsize) > keep;
+        let enough = has_room(&self.folder)?;
         self.looked_at_blocks.store(if enough { used } else { NEVER }, Ordering::Relaxed);
         if enough { Ok(()) } else { Err(io::ErrorKind::StorageFull.into()) }
     }

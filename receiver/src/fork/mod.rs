@@ -91,7 +91,7 @@ pub(crate) fn open(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUs
 pub(crate) fn assemble(shared: &Arc<Shared>, generation: Generation, fork: &ForkInUse) -> Result<OpenFork, GroupError> {
     let is_flat = !pins(shared, fork);
     let views = if is_flat { Vec::new() } else { crate::view::views(shared, shared.index_at(fork.point)?)? };
-    let mut views = views.into_iter();
+    let mut views = views.into_iter().map(crate::view::View::for_fork);
     let mut volumes = Vec::new();
     for spec in &shared.volumes {
         let device = open_volume(shared, fork, spec, views.next())?;
