@@ -161,7 +161,7 @@ fn times(written: u64, of: u64) -> f64 {
 
 /// A small disk that is written over and over; then nothing but thinning, to one rung after the other. A rung is reached with a start, so what is written on each
 /// can be told apart.
-fn thinning(bench: &Bench, seconds: u64) -> Result<Vec<Thinned>> {
+fn thinning(bench: &Bench, seconds: u32) -> Result<Vec<Thinned>> {
     let file = bench.path("small.raw");
     disk::sparse(&file, SMALL_BYTES)?;
     let (mut receiver, primary) = node::pair_of_one(bench, "t", &file, "200ms")?;

@@ -239,7 +239,7 @@ fn forty_days_leave_what_each_rung_keeps() {
         if let Some((epoch, views)) = view.take() {
             assert_eq!(read(&views), images[&epoch], "the view of epoch {epoch}");
         }
-        if (next_start - begin) / DAY_US % 2 == 0 {
+        if ((next_start - begin) / DAY_US).is_multiple_of(2) {
             drop(replica);
             replica = again();
             (session, _) = greet(&mut replica, &primary).unwrap();
