@@ -143,6 +143,9 @@ pub struct CopyStatus {
     pub index_bytes: u64,
     /// The client's limit on all its groups.
     pub space_max_bytes: Option<u64>,
+    /// The group's own limit.
+    #[serde(default)]
+    pub group_space_max_bytes: Option<u64>,
     /// Address of the primary while connected.
     pub peer: Option<String>,
     /// Time since the last sign of life of the primary in ms; `None` if there was none since the node started, or it was stopped in order.

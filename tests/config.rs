@@ -48,7 +48,7 @@ fn a_full_file_is_valid() {
     let text = format!(
         "[node]\nname = \"alpha\"\nstate_dir = \"state\"\ncontrol = \"c.sock\"\nmetrics = \"127.0.0.1:9547\"\nio_threads = 2\nlog = \"debug\"\nstop_timeout = \"5s\"\n{}{}",
         receiver(&format!(
-            "[[receiver.client]]\nname = \"beta\"\nkey = \"{KEY_B}\"\ngroups = [\"web\"]\nspace_max = \"500GiB\"\n"
+            "[[receiver.client]]\nname = \"beta\"\nkey = \"{KEY_B}\"\ngroups = [\"web\"]\nspace_max = \"500GiB\"\n[[receiver.client.group]]\nname = \"web\"\nspace_max = \"50GiB\"\n"
         )),
         group(
             "interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"\ndurability = \"flush-sync\"\nmax_lag = \"5s\"\nscrub_interval = \"7d\"\nrate_limit = \"20 Mbit/s\"\n[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"06:00\"\nlimit = \"none\""
@@ -223,6 +223,25 @@ fn every_mistake_is_one_line() {
         (
             receiver(&format!("[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\ngroups = []\n")),
             "t.toml:7: groups = []: is empty: name at least one group, or remove the key to allow every group",
+        ),
+        (
+            receiver(&format!(
+                "[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\n[[receiver.client.group]]\nname = \"db\"\n"
+            )),
+            "[[receiver.client.group]] 'db' has no key 'space_max': add a line such as space_max = \"50GiB\"",
+        ),
+        (
+            receiver(&format!(
+                "[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\ngroups = [\"web\"]\n[[receiver.client.group]]\nname = \"db\"\nspace_max = \"1GiB\"\n"
+            )),
+            "t.toml:9: name = \"db\": is not in the client's groups: add it there, or leave groups out to allow any",
+        ),
+        (
+            receiver(&format!(
+                "[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\n{0}{0}",
+                "[[receiver.client.group]]\nname = \"db\"\nspace_max = \"1GiB\"\n"
+            )),
+            "t.toml:11: name = \"db\": is already used on line 8: name each group of a client once",
         ),
         (
             receiver(&format!(

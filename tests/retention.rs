@@ -1,7 +1,7 @@
-//! A client with little space: the real receiver folds while it receives, and is killed in the middle of it again and again.
+//! A client with little space, and one with a steep ladder: the real receiver folds and thins while it receives, and is killed in the middle of it again and again.
 //!
-//! Would catch: a client that is refused for good although old points could make room, a fold that a SIGKILL leaves half done, a base or a
-//! point that shows something else afterwards, a named point that is given up, a store that `check` does not understand after folds.
+//! Would catch: a client that is refused for good although old points could make room, a fold or a thinning that a SIGKILL leaves half done, a base or a
+//! point that shows something else afterwards, a named point that is given up, a store that `check` does not understand afterwards.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
@@ -120,5 +120,84 @@ fn a_receiver_that_is_killed_while_it_folds_keeps_what_it_promised() {
     let mut copy = Nbd::connect(&socket, "data").unwrap();
     for (at, piece) in (0..).step_by(MIB as usize).zip(images[&oldest].chunks(MIB as usize)) {
         assert!(copy.read(at, piece.len() as u32).unwrap() == piece, "point {oldest} differs in the MiB at {at}");
+    }
+}
+
+/// Each ends with a SIGKILL in the middle of thinning, or right after.
+const THIN_ROUNDS: u64 = 6;
+const HOT_BYTES: u64 = 2 * MIB;
+
+/// Whether a thinned segment is being built, or is built and has no name yet.
+fn is_thinning(site: &Site) -> bool {
+    let entries = std::fs::read_dir(site.store.join("primary").join(GROUP).join("journal")).unwrap();
+    entries.flatten().any(|entry| entry.path().extension().is_some_and(|e| e == "thin"))
+}
+
+#[test]
+fn a_receiver_that_is_killed_while_it_thins_keeps_what_it_promised() {
+    let mut site = Site::new();
+    let mut rng = SmallRng::seed_from_u64(seed());
+    let config = std::fs::read_to_string(site.receiver.config()).unwrap();
+    let at = config.find("[receiver]").unwrap();
+    let keys = "space_max = \"96MiB\"\nretention = [\"all for 1s\", \"3s for 1h\"]\n";
+    site.receiver
+        .configure(&format!("{}{keys}[[receiver.client.group]]\nname = \"{GROUP}\"\nspace_max = \"64MiB\"\n", &config[at..]));
+    site.receiver.start();
+    let image = site.image("db.raw", DISK_BYTES);
+    site.primary.configure(&site.group(GROUP, &image));
+    site.primary.start();
+    site.primary.committed_once(GROUP);
+    let mut images = BTreeMap::new();
+    let mut piece = 0;
+    // Small writes over the same place, in epochs of their own: most of what a segment holds is written over in it.
+    let mut write = |site: &Site, rng: &mut SmallRng| {
+        let mut nbd = Nbd::connect(&site.socket(GROUP), "data").unwrap();
+        piece += 1;
+        nbd.write(rng.random_range(0..8) * (HOT_BYTES / 8), &noise(piece, 256 << 10)).unwrap();
+        nbd.flush().unwrap();
+    };
+    for round in 0..THIN_ROUNDS {
+        let deadline = Instant::now() + FOLDED_WITHIN;
+        'thinning: loop {
+            assert!(Instant::now() < deadline, "nothing was thinned: {}", retention(&site));
+            write(&site, &mut rng);
+            for _ in 0..60 {
+                if is_thinning(&site) {
+                    break 'thinning;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        // Every other time when it has its name, and what it stands for is being removed.
+        while round % 2 == 1 && is_thinning(&site) {
+            assert!(Instant::now() < deadline, "a thinned segment that gets no name");
+        }
+        site.receiver.kill();
+        site.receiver.start();
+        assert!(!is_thinning(&site), "what was left of it is removed by the start");
+        eventually("all of it committed", FOLDED_WITHIN, || (site.primary.primary(GROUP)["dirty_bytes"] == 0).then_some(()));
+        site.primary.settled(GROUP);
+        let newest = site.receiver.points(GROUP).last().unwrap().0.clone();
+        site.receiver.cli(&["points", GROUP, "--name", &newest, &format!("round-{round}")]);
+        images.insert(newest, std::fs::read(&image).unwrap());
+    }
+    let status = eventually("points are left out once more", FOLDED_WITHIN, || {
+        write(&site, &mut rng);
+        let status = retention(&site);
+        (status["thinned_points"].as_u64().unwrap() > 0).then_some(status)
+    });
+    println!("{status}");
+    assert!(status["last_error"].is_null() && status["thinned_freed_bytes"].as_u64().unwrap() > 0, "{status}");
+    assert!(site.receiver.cli(&["status", GROUP]).contains("left out"), "people are told");
+    site.receiver.kill();
+    let store = site.store.to_str().unwrap().to_owned();
+    let checked = site.receiver.ask(&["check", &store]);
+    assert!(checked.status.success(), "{}", support::text(&checked));
+    site.receiver.start();
+    for (point, image) in &images {
+        let to = site.folder.path().join(format!("{point}.raw"));
+        site.receiver.cli(&["export", GROUP, "--point", point, "--to", to.to_str().unwrap()]);
+        assert!(std::fs::read(&to).unwrap() == *image, "point {point} shows something else");
+        std::fs::remove_file(to).unwrap();
     }
 }

@@ -148,6 +148,10 @@ pub(crate) struct Retention {
     pub(crate) folds: u64,
     pub(crate) folded_bytes: u64,
     pub(crate) freed_bytes: u64,
+    pub(crate) thins: u64,
+    pub(crate) thinned_points: u64,
+    pub(crate) thinned_freed_bytes: u64,
+    pub(crate) thinned_written_bytes: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -376,6 +380,13 @@ impl Receiver {
     pub(crate) fn limit_space(&mut self, bytes: u64) -> Result<()> {
         self.clients.truncate(self.clients.find("space_max").unwrap_or(self.clients.len()));
         self.clients.push_str(&format!("space_max = \"{bytes}B\"\n"));
+        self.configure()
+    }
+
+    /// Which points its last client keeps, from the next start on: a TOML list. After [`limit_space`](Self::limit_space), which forgets it.
+    pub(crate) fn keep(&mut self, ladder: &str) -> Result<()> {
+        self.clients.truncate(self.clients.find("retention").unwrap_or(self.clients.len()));
+        self.clients.push_str(&format!("retention = {ladder}\n"));
         self.configure()
     }
 

@@ -13,7 +13,9 @@ use proto::{DirtyMap, Name};
 use serde::{Deserialize, Serialize};
 
 use crate::base;
-use crate::journal::{self, Bad, Expected, Item, JournalError, Mark, Payloads, Walker, list_segments, segment_path};
+use crate::journal::{
+    self, Bad, Expected, Item, JournalError, Mark, Payloads, Walker, list_journal, list_segments, segment_path,
+};
 use crate::store::{GroupFolder, Store, StoreError};
 use crate::superblock::{FILE_NAME, Superblock, SuperblockFile, Volume};
 
@@ -248,7 +250,7 @@ impl GroupCheck<'_, '_> {
             base: block.base,
             volume_blocks: block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect::<Arc<[u64]>>(),
         };
-        self.report.segments = list_segments(journal)?.len() as u64;
+        self.report.segments = list_journal(journal, block.first_segment)?.live.len() as u64;
         let mut walker = Walker::new(journal, expected.clone(), None, (Payloads::Decode, 0))?;
         let (mut open, mut sealed, mut newest) = (Open::default(), None::<Mark>, block.base);
         let (mut damaged, mut stopped) = (false, None::<Bad>);
@@ -329,9 +331,9 @@ impl GroupCheck<'_, '_> {
             self.report.findings.truncate(found);
             self.report.findings_left_out = left_out;
         }
-        for number in list_segments(journal)?.into_iter().filter(|n| *n >= sealed.segment) {
-            let bytes = std::fs::metadata(segment_path(journal, number))?.len();
-            self.report.unsealed_bytes += bytes - if number == sealed.segment { sealed.bytes.min(bytes) } else { 0 };
+        for segment in list_journal(journal, sealed.segment)?.live {
+            let of_sealed = if segment.number == sealed.segment { sealed.bytes.min(segment.bytes) } else { 0 };
+            self.report.unsealed_bytes += segment.bytes - of_sealed;
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! What a receiver is told at start.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -34,6 +35,8 @@ pub struct ClientConfig {
     /// Bytes its journals may take; `None`: what the disk has. Before it is reached, points are given up earlier than
     /// the ladder says; when it is reached all the same, its sessions are closed.
     pub space_max_bytes: Option<u64>,
+    /// Bytes that the journals of single groups may take, in the same way; of groups that are there and of those to come.
+    pub group_space_max_bytes: BTreeMap<Name, u64>,
     /// Whether it may have its disks back. Who does not trust a primary any more (a break-in is a disaster too) says no before it can ask.
     pub handback: bool,
     /// Which points of its groups are kept.

@@ -217,13 +217,8 @@ impl FrameStore {
         if let Some(decoded) = cache.lock().get(frame.0) {
             return Ok(decoded);
         }
-        let place = self.table.read().get(frame);
-        let place = place.ok_or_else(|| FrameError::Unknown { path: self.folder.clone(), frame: frame.0 })?;
-        let bytes = self.bytes(place).await.map_err(|source| FrameError::Io {
-            path: segment_path(&self.folder, place.segment),
-            offset: place.offset,
-            source,
-        })?;
+        let (place, file) = self.place(frame)?;
+        let bytes = bytes(place, &file).await.map_err(|source| self.unread(place, source))?;
         self.decode(cache, frame, place, &bytes)
     }
 
@@ -234,30 +229,26 @@ impl FrameStore {
         if let Some(decoded) = cache.lock().get(frame.0) {
             return Ok(decoded);
         }
-        let place = self.table.read().get(frame);
-        let place = place.ok_or_else(|| FrameError::Unknown { path: self.folder.clone(), frame: frame.0 })?;
+        let (place, file) = self.place(frame)?;
         let read = || -> io::Result<Buf> {
-            let (file, mut buf) = self.room(place)?;
+            let mut buf = room(place, &file)?;
             std::os::unix::fs::FileExt::read_exact_at(file.file(), &mut buf, place.offset)?;
             Ok(buf)
         };
-        let path = segment_path(&self.folder, place.segment);
-        let bytes = read().map_err(|source| FrameError::Io { path, offset: place.offset, source })?;
+        let bytes = read().map_err(|source| self.unread(place, source))?;
         self.decode(cache, frame, place, &bytes)
     }
 
-    /// The file of a frame, and room for as much as the frame can have.
-    fn room(&self, place: FramePlace) -> io::Result<(SharedFile, Buf)> {
-        let file = self.file(place.segment)?;
-        let left = file.file().metadata()?.len().saturating_sub(place.offset);
-        let buf = Buf::zeroed(place.bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX)));
-        Ok((file, buf))
+    /// Where a frame is, and the file that it is in: together, because thinning gives it another place in another file under the same name.
+    fn place(&self, frame: FrameId) -> Result<(FramePlace, SharedFile), FrameError> {
+        let table = self.table.read();
+        let place = table.get(frame).ok_or_else(|| FrameError::Unknown { path: self.folder.clone(), frame: frame.0 })?;
+        let file = self.file(place.segment).map_err(|source| self.unread(place, source))?;
+        Ok((place, file))
     }
 
-    async fn bytes(&self, place: FramePlace) -> io::Result<Buf> {
-        let (file, mut buf) = self.room(place)?;
-        // The newest frames are in the page cache.
-        if read_nowait(file.file(), &mut buf, place.offset) { Ok(buf) } else { file.read_exact_at(place.offset, buf).await }
+    fn unread(&self, place: FramePlace, source: io::Error) -> FrameError {
+        FrameError::Io { path: segment_path(&self.folder, place.segment), offset: place.offset, source }
     }
 
     fn decode(&self, cache: &Cache, id: FrameId, place: FramePlace, bytes: &[u8]) -> Result<Arc<Decoded>, FrameError> {
@@ -291,6 +282,11 @@ impl FrameStore {
         self.files.lock().retain(|segment| segment < first);
     }
 
+    /// Closes files of these segments: others get their names. To be called while nobody can read the table.
+    pub(crate) fn close(&self, segments: &std::ops::RangeInclusive<u32>) {
+        self.files.lock().retain(|segment| !segments.contains(&segment));
+    }
+
     /// The error that `frame` does not hold what the index says it does.
     pub(crate) fn mismatch(&self, frame: FrameId) -> FrameError {
         let place = self.table.read().get(frame);
@@ -298,6 +294,18 @@ impl FrameStore {
         let source = DecodeError::Rule { what: "frame", rule: "holds the blocks that it held when it was committed" };
         FrameError::Damaged { path: segment_path(&self.folder, segment), offset, source }
     }
+}
+
+/// Room for as much as the frame can have.
+fn room(place: FramePlace, file: &SharedFile) -> io::Result<Buf> {
+    let left = file.file().metadata()?.len().saturating_sub(place.offset);
+    Ok(Buf::zeroed(place.bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX))))
+}
+
+async fn bytes(place: FramePlace, file: &SharedFile) -> io::Result<Buf> {
+    let mut buf = room(place, file)?;
+    // The newest frames are in the page cache.
+    if read_nowait(file.file(), &mut buf, place.offset) { Ok(buf) } else { file.read_exact_at(place.offset, buf).await }
 }
 
 /// A map with a bounded total cost; the entry not used for longest goes first.

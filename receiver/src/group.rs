@@ -9,8 +9,10 @@ mod points;
 pub(crate) mod stage;
 #[cfg(test)]
 mod tests;
+pub(crate) mod thin;
 mod worker;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -29,7 +31,7 @@ use crate::disk::Disk;
 use crate::fork::{FlattenStatus, Flattening, OpenFork};
 use crate::frames::FrameStore;
 use crate::index::{FrameId, FrameTable, Index};
-use crate::journal::{self, Expected, GroupId, JournalError, JournalOptions, Mark, Sink, Unsealed};
+use crate::journal::{self, Ended, Expected, GroupId, JournalError, JournalOptions, Mark, Sink, Unsealed};
 use crate::kept::KeptForks;
 use crate::liveness::Heard;
 use crate::names::{NameError, Names};
@@ -102,6 +104,16 @@ pub enum GroupError {
         /// The limit.
         max: u64,
     },
+    /// The group's space is used up.
+    #[error("group '{client}/{group}' has used its {max} bytes of space: raise its `space_max` in [[receiver.client.group]]")]
+    GroupSpace {
+        /// The client.
+        client: Name,
+        /// The group.
+        group: Name,
+        /// The limit.
+        max: u64,
+    },
     /// Role or generation changed meanwhile.
     #[error("group '{group}' changed hands meanwhile: see `twinsite status`, then try again")]
     Changed {
@@ -169,6 +181,8 @@ pub enum GroupError {
 pub(crate) struct Usage {
     pub(crate) used: AtomicU64,
     pub(crate) max: Option<u64>,
+    /// Limits of single groups.
+    pub(crate) group_max: BTreeMap<Name, u64>,
     /// Which of their points are kept.
     pub(crate) ladder: Ladder,
 }
@@ -359,6 +373,11 @@ enum Command {
         point: Point,
         reply: oneshot::Sender<Result<fold::Switched, GroupError>>,
     },
+    /// A segment that was built takes the place of those that it stands for.
+    EndThin {
+        thinned: Arc<thin::Thinned>,
+        reply: oneshot::Sender<Result<(), GroupError>>,
+    },
     Stop,
 }
 
@@ -367,8 +386,6 @@ enum Command {
 pub(crate) struct Beginning {
     pub(crate) base: Option<Point>,
     pub(crate) first_segment: u32,
-    /// Number of the first data frame that was not folded.
-    pub(crate) first_frame: u32,
 }
 
 /// What holds now, for readers.
@@ -396,7 +413,12 @@ pub(crate) struct Shared {
     pub(crate) group_id: GroupId,
     pub(crate) volume_blocks: Arc<[u64]>,
     pub(crate) pins: Arc<Pins>,
-    /// Held by whoever walks the journal; segments are given up only while nobody does.
+    /// The segments of the journal that have ended.
+    pub(crate) ended: Ended,
+    pub(crate) segment_bytes_max: u64,
+    /// Most bytes that the journal may take, if the group has a limit of its own.
+    pub(crate) space_max: Option<u64>,
+    /// Held by whoever walks the journal; segments are given up or replaced only while nobody does.
     walks: RwLock<()>,
     pub(crate) owner: Fingerprint,
     pub(crate) volumes: Vec<Volume>,
@@ -546,7 +568,7 @@ impl Group {
             fork: block.fork.clone(),
             index: committed,
             points,
-            beginning: Beginning { base: block.base, first_segment: block.first_segment, first_frame: 0 },
+            beginning: Beginning { base: block.base, first_segment: block.first_segment },
             folding: block.folding,
             peer: None,
             last_error: None,
@@ -560,6 +582,9 @@ impl Group {
         let base_sums = block.volumes.iter().map(|volume| base_sums(&folder, volume)).collect();
         let shared = Arc::new(Shared {
             drills: crate::drill::Results::open(&folder.path),
+            ended: journal.ended(),
+            segment_bytes_max: journal.segment_bytes_max(),
+            space_max: usage.group_max.get(&folder.group).copied(),
             folder,
             disk,
             group_id: block.group_id,

@@ -319,6 +319,12 @@ impl VolumeIndexMap {
         (in_region + next.saturating_sub(from)).min(max)
     }
 
+    /// Blocks that are in frames.
+    pub(crate) fn blocks_in_frames(&self) -> u64 {
+        let runs = self.regions.iter_from(0).flat_map(|(_, runs)| runs.iter());
+        runs.filter(|run| run.frame != FrameId::ZERO).map(|run| u64::from(run.len)).sum()
+    }
+
     /// Resident bytes, estimated: runs, and what a region costs in its page and in an allocation.
     fn memory_bytes(&self) -> u64 {
         self.runs * 8 + self.regions_used * 40
@@ -357,7 +363,7 @@ impl Index {
     }
 }
 
-/// Where each data frame of a journal is: 4 bytes a frame.
+/// Where each data frame of a journal is: 4 bytes a frame, 8 in what was thinned since the start.
 #[derive(Debug, Default)]
 pub(crate) struct FrameTable {
     segments: Vec<SegmentFrames>,
@@ -368,7 +374,35 @@ pub(crate) struct FrameTable {
 struct SegmentFrames {
     segment: u32,
     first: u32,
+    /// Rising.
     offsets: Vec<u32>,
+    /// The numbers of its frames, if they do not follow each other: some were thinned away.
+    numbers: Option<Vec<u32>>,
+}
+
+impl SegmentFrames {
+    /// The number after those of its frames.
+    fn end(&self) -> u32 {
+        match &self.numbers {
+            Some(numbers) => numbers.last().map_or(self.first, |last| last + 1),
+            None => self.first + self.offsets.len() as u32,
+        }
+    }
+
+    /// How many of its frames are before `frame`.
+    fn before(&self, frame: u32) -> usize {
+        match &self.numbers {
+            Some(numbers) => numbers.partition_point(|number| *number < frame),
+            None => (frame.saturating_sub(self.first) as usize).min(self.offsets.len()),
+        }
+    }
+
+    fn number(&self, at: usize) -> Option<u32> {
+        match &self.numbers {
+            Some(numbers) => numbers.get(at).copied(),
+            None => (at < self.offsets.len()).then(|| self.first + at as u32),
+        }
+    }
 }
 
 /// Where a frame starts and how far to read at most.
@@ -380,19 +414,39 @@ pub(crate) struct FramePlace {
 }
 
 impl FrameTable {
-    /// An empty table whose first frame gets the number `next`.
-    pub(crate) fn beginning_at(next: u32) -> Self {
-        Self { segments: Vec::new(), next }
-    }
-
     /// Forgets the frames before `first`: those that were folded.
     pub(crate) fn forget_before(&mut self, first: u32) {
-        let whole = self.segments.partition_point(|s| s.first + s.offsets.len() as u32 <= first);
+        let whole = self.segments.partition_point(|s| s.end() <= first);
         self.segments.drain(..whole);
         if let Some(segment) = self.segments.first_mut().filter(|s| s.first < first) {
-            segment.offsets.drain(..(first - segment.first) as usize);
+            let gone = segment.before(first);
+            segment.offsets.drain(..gone);
+            if let Some(numbers) = &mut segment.numbers {
+                numbers.drain(..gone);
+            }
             segment.first = first;
         }
+    }
+
+    /// The frames of these segments are now in the first of them: those that are left, by number, with their places.
+    pub(crate) fn replace(&mut self, segments: std::ops::RangeInclusive<u32>, left: &[(FrameId, u32)]) {
+        let from = self.segments.partition_point(|s| s.segment < *segments.start());
+        let to = self.segments.partition_point(|s| s.segment <= *segments.end());
+        let new = left.first().map(|(first, _)| SegmentFrames {
+            segment: *segments.start(),
+            first: first.0,
+            offsets: left.iter().map(|(_, offset)| *offset).collect(),
+            numbers: Some(left.iter().map(|(number, _)| number.0).collect()),
+        });
+        self.segments.splice(from..to, new);
+    }
+
+    /// The number of the data frame at this place.
+    pub(crate) fn find(&self, segment: u32, offset: u64) -> Option<FrameId> {
+        let i = self.segments.binary_search_by_key(&segment, |s| s.segment).ok()?;
+        let segment = self.segments.get(i)?;
+        let at = segment.offsets.binary_search(&u32::try_from(offset).ok()?).ok()?;
+        segment.number(at).map(FrameId)
     }
 
     /// Number the next data frame gets; `None` when the numbers are used up.
@@ -403,7 +457,7 @@ impl FrameTable {
     /// Adds the next data frame.
     pub(crate) fn push(&mut self, segment: u32, offset: u32) {
         if self.segments.last().is_none_or(|s| s.segment != segment) {
-            self.segments.push(SegmentFrames { segment, first: self.next, offsets: Vec::new() });
+            self.segments.push(SegmentFrames { segment, first: self.next, offsets: Vec::new(), numbers: None });
         }
         if let Some(last) = self.segments.last_mut() {
             last.offsets.push(offset);
@@ -415,7 +469,11 @@ impl FrameTable {
     pub(crate) fn truncate(&mut self, next: u32) {
         while let Some(last) = self.segments.last_mut() {
             if last.first < next {
-                last.offsets.truncate((next - last.first) as usize);
+                let left = last.before(next);
+                last.offsets.truncate(left);
+                if let Some(numbers) = &mut last.numbers {
+                    numbers.truncate(left);
+                }
                 break;
             }
             self.segments.pop();
@@ -426,7 +484,8 @@ impl FrameTable {
     pub(crate) fn get(&self, frame: FrameId) -> Option<FramePlace> {
         let i = self.segments.partition_point(|s| s.first <= frame.0).checked_sub(1)?;
         let segment = self.segments.get(i)?;
-        let at = (frame.0 - segment.first) as usize;
+        let at = segment.before(frame.0);
+        segment.number(at).filter(|number| *number == frame.0)?;
         let offset = *segment.offsets.get(at)?;
         let max = proto::frame::FRAME_BYTES_MAX;
         let bytes_max = segment.offsets.get(at + 1).map_or(max, |next| max.min((next - offset) as usize));
@@ -434,7 +493,8 @@ impl FrameTable {
     }
 
     pub(crate) fn memory_bytes(&self) -> u64 {
-        self.segments.iter().map(|s| s.offsets.capacity() as u64 * 4 + 40).sum()
+        let of = |s: &SegmentFrames| s.offsets.capacity() + s.numbers.as_ref().map_or(0, Vec::capacity);
+        self.segments.iter().map(|s| of(s) as u64 * 4 + 64).sum()
     }
 }
 

@@ -21,7 +21,7 @@ use crate::journal::{FIRST_SEGMENT, GroupId, JournalOptions};
 use crate::store::{GroupFolder, Store, StoreError};
 use crate::superblock::{Superblock, Volume};
 
-/// So many full segments fill a client's space.
+/// So many full segments fill a client's space, or a group's.
 const SEGMENTS_IN_SPACE: u64 = 32;
 /// And none is shorter for that than this.
 const SEGMENT_BYTES_MIN: u64 = 1 << 20;
@@ -98,7 +98,9 @@ impl Node {
     /// Opens every group; one that cannot be opened is kept as broken and said so.
     pub(crate) fn open(store: Store, clients: &[ClientConfig], limits: Limits, means: Means) -> Result<Self, StoreError> {
         let usage = |c: &ClientConfig| {
-            (c.name.clone(), Arc::new(Usage { used: AtomicU64::new(0), max: c.space_max_bytes, ladder: c.retention.clone() }))
+            let group_max = c.group_space_max_bytes.clone();
+            let usage = Usage { used: AtomicU64::new(0), max: c.space_max_bytes, group_max, ladder: c.retention.clone() };
+            (c.name.clone(), Arc::new(usage))
         };
         let mut usages: BTreeMap<_, _> = clients.iter().map(usage).collect();
         let mut groups = BTreeMap::new();
@@ -111,7 +113,8 @@ impl Node {
             crate::drill::sweep(store.disk(), &folder);
             let usage = Arc::clone(usages.entry(folder.client.clone()).or_default());
             let key = (folder.client.clone(), folder.group.clone());
-            let slot = match (means.open)(folder, Arc::clone(&usage), options(&limits, usage.max, store.disk())) {
+            let options = options(&limits, &usage, &key.1, store.disk());
+            let slot = match (means.open)(folder, usage, options) {
                 Ok(group) => Slot::Open(group),
                 Err(error) => {
                     tracing::error!("group {}/{} is not used: {error}", key.0, key.1);
@@ -212,8 +215,8 @@ impl Node {
         };
         let usage = self.usages.get(client).cloned().unwrap_or_default();
         let folder = self.store.create_group(client, group, block).map_err(|e| Arc::new(e) as Cause)?;
-        let group = (self.means.open)(folder, Arc::clone(&usage), options(&self.limits, usage.max, self.store.disk()))
-            .map_err(|e| Arc::new(e) as Cause)?;
+        let options = options(&self.limits, &usage, group, self.store.disk());
+        let group = (self.means.open)(folder, usage, options).map_err(|e| Arc::new(e) as Cause)?;
         groups.insert(key, Slot::Open(Arc::clone(&group)));
         Ok(Some(group))
     }
@@ -238,8 +241,8 @@ impl Node {
         }
         let folder = self.store.name_group(building, client, group)?;
         let usage = self.usages.get(client).cloned().unwrap_or_default();
-        let space_max = usage.max;
-        let opened = (self.means.open)(folder, usage, options(&self.limits, space_max, self.store.disk()));
+        let options = options(&self.limits, &usage, group, self.store.disk());
+        let opened = (self.means.open)(folder, usage, options);
         let group = opened.map_err(|e| AdoptError::Open(Arc::new(e)))?;
         groups.insert(key, Slot::Open(group));
         Ok(())
@@ -290,8 +293,9 @@ fn held(groups: &BTreeMap<Key, Slot>, client: &Name) -> Stored {
     Stored::Absent { groups: count, volume_bytes }
 }
 
-/// Space comes back by the segment, so a client with little of it has short ones.
-fn options(limits: &Limits, space_max: Option<u64>, disk: &Disk) -> JournalOptions {
+/// Space comes back by the segment, so whoever has little of it has short ones.
+fn options(limits: &Limits, usage: &Usage, group: &Name, disk: &Disk) -> JournalOptions {
+    let space_max = usage.group_max.get(group).copied().into_iter().chain(usage.max).min();
     let by_space = space_max.map_or(u64::MAX, |max| (max / SEGMENTS_IN_SPACE).max(SEGMENT_BYTES_MIN));
     JournalOptions { segment_bytes_max: limits.segment_bytes.min(SEGMENT_BYTES_MAX).min(by_space), disk: disk.clone() }
 }

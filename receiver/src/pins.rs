@@ -1,7 +1,8 @@
 //! Which points somebody looks at.
 //!
 //! A view pins its point while it lives, and so does whatever holds views: a drill, a fork, an export, a comparison. Always holds: nothing is
-//! folded past the oldest pin, because that overwrites what its view reads in the base. Pins hold folding back and nothing else.
+//! folded past the oldest pin, because that overwrites what its view reads in the base, and a pinned point is not thinned away. Pins hold these back and
+//! nothing else.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,6 +26,11 @@ impl Pins {
     /// The oldest pinned point.
     pub(crate) fn oldest(&self) -> Option<Point> {
         self.0.lock().first_key_value().map(|(point, _)| *point)
+    }
+
+    /// All pinned points, oldest first.
+    pub(crate) fn all(&self) -> Vec<Point> {
+        self.0.lock().keys().copied().collect()
     }
 }
 

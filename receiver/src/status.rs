@@ -52,6 +52,9 @@ pub struct GroupStatus {
     pub points: u64,
     /// Bytes of the journal.
     pub journal_bytes: u64,
+    /// Most bytes that it may take; `None`: the group has no limit of its own.
+    #[serde(default)]
+    pub space_max_bytes: Option<u64>,
     /// Bytes of frames received since the node was started.
     pub bytes_received: u64,
     /// Estimated resident bytes of index and frame table.
@@ -221,6 +224,7 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
         committed_age_s: committed.map(|p| now.saturating_sub(p.cut_unix_us) as f64 / 1e6),
         points: state.points.len() as u64,
         journal_bytes: state.journal_bytes,
+        space_max_bytes: shared.space_max,
         bytes_received: shared.bytes_received.load(Ordering::Relaxed),
         index_bytes: state.index.memory_bytes() + shared.frames.table.read().memory_bytes(),
         active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point, flatten: group.flattened() }),
@@ -254,6 +258,7 @@ pub(crate) fn broken(client: Name, group: Name, error: String) -> GroupStatus {
         committed_age_s: None,
         points: 0,
         journal_bytes: 0,
+        space_max_bytes: None,
         bytes_received: 0,
         index_bytes: 0,
         active: None,

@@ -131,10 +131,11 @@ Examples:
 The newest point has what was written last, also what you may want to be rid
 of: to run from an earlier one, twinsite failover db --point POINT.
 
-Older points are given up one after the other, as `retention` in the receiver's
-configuration says. A point with a name stays until the name is taken away, and
-so do all points after it. failover, drill, export and rollback take the name
-wherever they take a point.")]
+Older points are given up, and more and more of those between are left out, as
+`retention` in the receiver's configuration says. CHANGED and STORED count from
+the point before it in the list. A point with a name stays until the name is
+taken away; failover, drill, export and rollback take the name wherever they
+take a point.")]
     Points {
         /// GROUP, or CLIENT/GROUP
         group: String,

@@ -301,8 +301,10 @@ fn copy(out: &mut Lines, group: &CopyStatus, exports: &[ExportStatus], paint: Pa
     };
     out.pair("committed", &committed);
     out.pair("points", &group.points.to_string());
-    let limit = group.space_max_bytes.map_or_else(String::new, |max| format!(", limit {}", bytes(max)));
-    out.pair("stored", &format!("{}{limit}", bytes(group.stored_bytes)));
+    let limit = |of: &str, max: Option<u64>| max.map_or_else(String::new, |max| format!(", limit{of} {}", bytes(max)));
+    let whole = if group.group_space_max_bytes.is_some() { " of all groups" } else { "" };
+    let limits = limit("", group.group_space_max_bytes) + &limit(whole, group.space_max_bytes);
+    out.pair("stored", &format!("{}{limits}", bytes(group.stored_bytes)));
     out.pair("received", &format!("{} since the node started", bytes(group.received_bytes)));
     retention(out, group, paint);
     let differing = match group.differing_bytes {
@@ -394,14 +396,29 @@ fn retention(out: &mut Lines, group: &CopyStatus, paint: Paint) {
         Some(to) => format!(", folding up to {to} waits"),
         None => String::new(),
     };
+    let thinning = match of.thinning_total_bytes {
+        0 => String::new(),
+        total => format!(", thinning: {} of {}", bytes(of.thinning_done_bytes), bytes(total)),
+    };
     let fork = |point| group.forks.iter().find(|fork| fork.point == Some(point));
     let held = of.held_by.map_or_else(String::new, |point| match fork(point) {
         Some(fork) => format!(", held back by the kept fork {} of point {point}", fork.name),
         None => format!(", held back by a reader of point {point}"),
     });
-    out.pair("retention", &format!("{base}{now}{held}; {} given back since the node started", bytes(of.freed_bytes)));
-    if of.early_folds > 0 {
-        out.pair("space", &paint.warn("nearly used: points are given up earlier than the ladder says"));
+    let freed = bytes(of.freed_bytes + of.thinned_freed_bytes);
+    out.pair("retention", &format!("{base}{now}{thinning}{held}; {freed} given back since the node started"));
+    if of.thinned_points > 0 {
+        let points = human::count(usize::try_from(of.thinned_points).unwrap_or(usize::MAX), "point");
+        out.pair("thinned", &format!("{points} left out, {} given back by that", bytes(of.thinned_freed_bytes)));
+    }
+    let early = match (of.early_thins > 0, of.early_folds > 0) {
+        (false, false) => None,
+        (true, false) => Some("left out"),
+        (false, true) => Some("given up"),
+        (true, true) => Some("left out and given up"),
+    };
+    if let Some(what) = early {
+        out.pair("space", &paint.warn(&format!("nearly used: points are {what} earlier than the ladder says")));
     }
     if let Some(error) = &of.last_error {
         out.pair("retention", &paint.bad(&human::sanitised(error)));

@@ -72,6 +72,9 @@ pub enum Problem {
         /// The words.
         known: &'static [&'static str],
     },
+    /// A group that the client may not send.
+    #[error("is not in the client's groups: add it there, or leave groups out to allow any")]
+    NotInGroups,
     /// No name.
     #[error("is not a name: write 1 to 64 of a-z A-Z 0-9 . _ - starting with a letter or digit")]
     Name,

@@ -7,6 +7,7 @@ mod parse;
 mod reader;
 pub mod units;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -119,6 +120,8 @@ pub struct ClientConfig {
     pub groups: Option<Vec<Name>>,
     /// Most bytes its groups may take.
     pub space_max_bytes: Option<u64>,
+    /// Most bytes that single groups may take: `[[receiver.client.group]]`.
+    pub group_space_max_bytes: BTreeMap<Name, u64>,
     /// Whether it may have its disks back after a failover, or roll them back.
     pub handback: bool,
     /// Which points are kept: its own ladder, or that of the receiver.

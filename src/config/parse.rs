@@ -213,15 +213,41 @@ fn client<'d>(
     let space = reader.get(s, "space_max", text("\"500GiB\"", units::size));
     let handback = reader.get(s, "handback", flag);
     let own = retention(reader, s);
+    let title = section.title.clone();
+    let limits = reader.sections(&mut section, "group", "[[receiver.client.group]]");
+    let allowed = groups.as_ref().map(|found| found.value.as_slice());
+    let limits: Vec<_> = limits.into_iter().map(|of_group| client_group(reader, of_group, (&title, allowed), seen)).collect();
     reader.finish(section);
     Some(ClientConfig {
         name: name?.value,
         key: key?.value,
         groups: groups.map(|found| found.value),
         space_max_bytes: space.map(|found| found.value),
+        group_space_max_bytes: limits.into_iter().collect::<Option<_>>()?,
         handback: handback.is_none_or(|found| found.value),
         retention: own.unwrap_or_else(|| ladder.clone()),
     })
+}
+
+/// What holds for one group of a client, whether it is there yet or not.
+fn client_group<'d>(
+    reader: &mut Reader<'d>,
+    mut section: Section<'d>,
+    (client, allowed): (&str, Option<&[Name]>),
+    seen: &mut Seen,
+) -> Option<(Name, u64)> {
+    section.title = titled("[[receiver.client.group]]", &section);
+    let s = &mut section;
+    let name = reader.need(s, "name", "\"db\"", text("\"db\"", |t| Ok(t.parse::<Name>()?)));
+    if let Some(name) = &name {
+        seen.once(reader, format!("{client} group {}", name.value), name, "name each group of a client once");
+        if allowed.is_some_and(|allowed| !allowed.contains(&name.value)) {
+            reader.wrong(name, Problem::NotInGroups);
+        }
+    }
+    let space = reader.need(s, "space_max", "\"50GiB\"", text("\"50GiB\"", units::size));
+    reader.finish(section);
+    Some((name?.value, space?.value))
 }
 
 /// `copies` is the `[receiver]`, if there is one; the inner `None` stands for one with errors of its own.

@@ -73,6 +73,7 @@ impl Copies {
             key: c.key,
             groups: c.groups.clone(),
             space_max_bytes: c.space_max_bytes,
+            group_space_max_bytes: c.group_space_max_bytes.clone(),
             handback: c.handback,
             retention: c.retention.clone(),
         });
@@ -128,6 +129,7 @@ impl Copies {
             received_bytes: group.bytes_received,
             index_bytes: group.index_bytes,
             space_max_bytes: self.space_max_bytes.iter().find(|(n, _)| *n == name.client).map(|(_, max)| *max),
+            group_space_max_bytes: group.space_max_bytes,
             peer: group.peer.map(|p| p.address.to_string()),
             heard_age_ms: group.heard_age_s.map(|s| (s * 1000.0) as u64),
             primary_alive: group.primary_alive,

@@ -89,6 +89,15 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     ),
     ("twinsite_receiver_points", "gauge", "Points that can be activated"),
     ("twinsite_receiver_stored_bytes", "gauge", "Bytes the journal takes in the store"),
+    ("twinsite_receiver_space_limit_bytes", "gauge", "Bytes the journal may take; absent if the group has no limit of its own"),
+    ("twinsite_receiver_thinned_points_total", "counter", "Points left out between those that are kept"),
+    ("twinsite_receiver_freed_bytes_total", "counter", "Bytes of journal given back by folding and thinning"),
+    ("twinsite_receiver_rewritten_bytes_total", "counter", "Bytes written by folding into the base and by thinning"),
+    (
+        "twinsite_receiver_early_total",
+        "counter",
+        "Times that points were left out or given up earlier than the ladder says, for want of space",
+    ),
     ("twinsite_receiver_scrub_compared_bytes_total", "counter", "Bytes of the newest point compared with the primary's hashes"),
     ("twinsite_receiver_scrub_differing_bytes_total", "counter", "Bytes of them that differed or could not be read"),
     ("twinsite_receiver_damaged_frames_total", "counter", "Frames of the journal found to be damaged or not to be read"),
@@ -287,6 +296,14 @@ fn copy(samples: &mut Samples, group: &CopyStatus) {
     }
     add("twinsite_receiver_points", group.points as f64);
     add("twinsite_receiver_stored_bytes", group.stored_bytes as f64);
+    if let Some(limit) = group.group_space_max_bytes {
+        add("twinsite_receiver_space_limit_bytes", limit as f64);
+    }
+    let retention = &group.retention;
+    add("twinsite_receiver_thinned_points_total", retention.thinned_points as f64);
+    add("twinsite_receiver_freed_bytes_total", (retention.freed_bytes + retention.thinned_freed_bytes) as f64);
+    add("twinsite_receiver_rewritten_bytes_total", (retention.folded_bytes + retention.thinned_written_bytes) as f64);
+    add("twinsite_receiver_early_total", (retention.early_folds + retention.early_thins) as f64);
     add("twinsite_receiver_scrub_compared_bytes_total", group.scrubbed_bytes as f64);
     add("twinsite_receiver_scrub_differing_bytes_total", group.differing_bytes as f64);
     add("twinsite_receiver_damaged_frames_total", group.damaged_frames as f64);

@@ -44,7 +44,9 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let name = bench.fresh("n");
     let file = bench.path(&format!("{name}.raw"));
     disk::sparse(&file, DISK_BYTES)?;
-    let (receiver, primary) = node::pair_of_one(bench, &name, &file, "1s")?;
+    let (mut receiver, primary) = node::pair_of_one(bench, &name, &file, "1s")?;
+    // All points are to be there.
+    receiver.keep("[\"all for 365d\"]")?;
     let receiving = receiver.start(bench)?;
     let mut daemon = primary.start(bench)?;
     primary.settle(&mut daemon, SETTLE_MAX)?;

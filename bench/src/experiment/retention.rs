@@ -1,7 +1,7 @@
-//! What the receiver writes to its disk: for each byte that it receives, and for each block that it folds.
+//! What the receiver writes to its disk: for each byte that it receives, for each block that it folds, and for each byte that survives on a rung of its ladder.
 
 use std::os::unix::fs::MetadataExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde_json::json;
@@ -27,7 +27,11 @@ const LOAD: Load = Load {
 };
 const SETTLE_MAX: Duration = Duration::from_secs(300);
 const FOLD_MAX: Duration = Duration::from_secs(300);
-/// Most bytes that may be written for one that is received, and for one that is folded.
+/// A disk that the load has written over in less than two seconds.
+const SMALL_BYTES: u64 = 64 << 20;
+/// The keeper looks every 5 s, and thins several times in one look.
+const THINNED_AFTER: Duration = Duration::from_secs(15);
+/// Most bytes that may be written for one that is received, for one that is folded, and on a rung for one that survives.
 const BOUND: f64 = 1.1;
 
 pub(crate) fn run(bench: &Bench) -> Result<Report> {
@@ -66,16 +70,30 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let surviving = base.blocks() * 512;
     let by_folding = written as f64 / surviving as f64;
     receiving.stop()?;
+    let thinned = thinning(bench, seconds)?;
     let head = ["", "written MB", "for MB", "written for each"];
     let mut table = Table::new(format!("what the receiver writes, {seconds} s of {}", LOAD.title), &head);
     let mb = |bytes: u64| format!("{:.1}", bytes as f64 / 1e6);
     let row = |what: &str, written: u64, of: u64, each: f64| vec![what.to_owned(), mb(written), mb(of), format!("{each:.3}")];
     table.row(row("commit, of what is received", after.0 - before.0, received, at_commit));
     table.row(row("folding, of surviving blocks", written, surviving, by_folding));
-    let checks = vec![
+    for Thinned { rung, written, surviving, .. } in &thinned {
+        table.row(row(
+            &format!("thinning to one point in {rung}, of what survives"),
+            *written,
+            *surviving,
+            times(*written, *surviving),
+        ));
+    }
+    let mut checks = vec![
         Check::at_most("bytes written for each received at commit".to_owned(), at_commit, BOUND, "times"),
         Check::at_most(format!("bytes written for each that survives in the base of disk {DISK}"), by_folding, BOUND, "times"),
     ];
+    let of_rung = |t: &Thinned| {
+        let what = format!("bytes written for each that survives when thinned to one point in {}", t.rung);
+        Check::at_most(what, times(t.written, t.surviving), BOUND, "times")
+    };
+    checks.extend(thinned.iter().map(of_rung));
     let bar = |label: &str, value| Bar { label: label.to_owned(), value, ours: true };
     Ok(Report {
         name: "retention",
@@ -91,18 +109,98 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
                 "freed_bytes": folded.retention.freed_bytes,
                 "told_bytes": folded.retention.folded_bytes,
             },
+            "thin": thinned.iter().map(Thinned::json).collect::<Vec<_>>(),
         }),
         tables: vec![table],
         checks,
         chart: Chart {
             title: "Bytes that the receiver writes".to_owned(),
             panels: vec![Panel {
-                title: "At commit for each byte received, by folding for each byte that survives".to_owned(),
+                title: "At commit for each byte received, by folding and on each rung for each byte that survives".to_owned(),
                 axis: "times".to_owned(),
-                bars: vec![bar("commit", at_commit), bar("folding", by_folding)],
+                bars: [bar("commit", at_commit), bar("folding", by_folding)]
+                    .into_iter()
+                    .chain(thinned.iter().map(|t| bar(t.rung, times(t.written, t.surviving))))
+                    .collect(),
                 bound: Some(BOUND),
             }],
         },
         tools: needed,
     })
+}
+
+/// What thinning did on one rung.
+struct Thinned {
+    rung: &'static str,
+    /// By the process, to the disk.
+    written: u64,
+    /// Of what was looked through, what the journal still has.
+    surviving: u64,
+    read: u64,
+    points: u64,
+    told: u64,
+}
+
+impl Thinned {
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "rung": self.rung,
+            "written_bytes": self.written,
+            "surviving_bytes": self.surviving,
+            "times": times(self.written, self.surviving),
+            "read_bytes": self.read,
+            "points": self.points,
+            "told_bytes": self.told,
+        })
+    }
+}
+
+fn times(written: u64, of: u64) -> f64 {
+    written as f64 / of.max(1) as f64
+}
+
+/// A small disk that is written over and over; then nothing but thinning, to one rung after the other. A rung is reached with a start, so what is written on each
+/// can be told apart.
+fn thinning(bench: &Bench, seconds: u32) -> Result<Vec<Thinned>> {
+    let file = bench.path("small.raw");
+    disk::sparse(&file, SMALL_BYTES)?;
+    let (mut receiver, primary) = node::pair_of_one(bench, "t", &file, "200ms")?;
+    receiver.limit_space(SPACE_BYTES)?;
+    let receiving = receiver.start(bench)?;
+    let mut sending = primary.start(bench)?;
+    primary.settle(&mut sending, SETTLE_MAX)?;
+    fio::run(bench, &primary.socket(), &LOAD, Span { seconds: 2 * seconds, seed: 2 })?;
+    primary.settle(&mut sending, SETTLE_MAX)?;
+    sending.kill()?;
+    receiving.stop()?;
+    let mut all = Vec::new();
+    for (rung, ladder) in [("2 s", "[\"all for 1s\", \"2s for 365d\"]"), ("8 s", "[\"all for 1s\", \"8s for 365d\"]")] {
+        eprintln!("retention: thinning to one point in {rung}");
+        receiver.keep(ladder)?;
+        let mut receiving = receiver.start(bench)?;
+        let (idle, before) = (procfs::written(receiving.pid())?, receiver.copy()?);
+        let (mut thins, mut since) = (0, Instant::now());
+        let mut now = receiver.copy()?;
+        receiving.wait_until("has thinned", FOLD_MAX, || {
+            now = receiver.copy()?;
+            if now.retention.thins != thins {
+                (thins, since) = (now.retention.thins, Instant::now());
+            }
+            Ok(thins > 0 && since.elapsed() > THINNED_AFTER)
+        })?;
+        let written = procfs::written(receiving.pid())? - idle;
+        // It began before it was first asked, so what it says of itself counts from the start.
+        let read = now.retention.thinned_freed_bytes + now.retention.thinned_written_bytes;
+        let untouched = (before.stored_bytes + before.retention.thinned_freed_bytes).saturating_sub(read);
+        all.push(Thinned {
+            rung,
+            written,
+            surviving: now.stored_bytes.saturating_sub(untouched),
+            read,
+            points: now.retention.thinned_points,
+            told: now.retention.thinned_written_bytes,
+        });
+        receiving.stop()?;
+    }
+    Ok(all)
 }

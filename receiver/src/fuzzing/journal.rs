@@ -46,14 +46,34 @@ struct Shape {
     epochs: &'static [usize],
     /// Frames after the last seal.
     open: usize,
+    /// Each two epochs are a segment, the first two of which are thinned to one: every other point is left out. The second one is left over.
+    thinned: bool,
 }
 
-const SHAPES: [Shape; 5] = [
-    Shape { segment_bytes_max: 1 << 20, first_segment: 1, base: None, epochs: &[2, 0, 3, 1], open: 0 },
-    Shape { segment_bytes_max: 1 << 20, first_segment: 1, base: None, epochs: &[1, 4], open: 3 },
-    Shape { segment_bytes_max: 600, first_segment: 1, base: None, epochs: &[3, 2, 5], open: 0 },
-    Shape { segment_bytes_max: 4_500, first_segment: 7, base: Some(point(1, 41)), epochs: &[1, 2, 0, 4], open: 2 },
-    Shape { segment_bytes_max: 1 << 20, first_segment: 2, base: Some(point(1, 9)), epochs: &[], open: 1 },
+/// The number of the last shape.
+const THINNED: usize = 5;
+
+const SHAPES: [Shape; THINNED + 1] = [
+    Shape { segment_bytes_max: 1 << 20, first_segment: 1, base: None, epochs: &[2, 0, 3, 1], open: 0, thinned: false },
+    Shape { segment_bytes_max: 1 << 20, first_segment: 1, base: None, epochs: &[1, 4], open: 3, thinned: false },
+    Shape { segment_bytes_max: 600, first_segment: 1, base: None, epochs: &[3, 2, 5], open: 0, thinned: false },
+    Shape {
+        segment_bytes_max: 4_500,
+        first_segment: 7,
+        base: Some(point(1, 41)),
+        epochs: &[1, 2, 0, 4],
+        open: 2,
+        thinned: false,
+    },
+    Shape { segment_bytes_max: 1 << 20, first_segment: 2, base: Some(point(1, 9)), epochs: &[], open: 1, thinned: false },
+    Shape {
+        segment_bytes_max: 1 << 20,
+        first_segment: 3,
+        base: Some(point(1, 4)),
+        epochs: &[2, 1, 3, 2, 1, 2],
+        open: 2,
+        thinned: true,
+    },
 ];
 
 const fn point(generation: u64, epoch: u64) -> Point {
@@ -128,7 +148,11 @@ impl Sink for Found {
 /// Damage to a journal.
 pub fn journal(scratch: &Path, data: &[u8]) {
     let mut choices = Choices::new(data);
-    let shape = choices.below(SHAPES.len());
+    let shape = match usize::from(choices.u8()) {
+        // So that inputs from before it was there go on to mean what they meant.
+        byte if byte % 16 == 12 => THINNED,
+        byte => byte % THINNED,
+    };
     let original = original(shape, scratch);
     let known = choices.below(2 * original.epochs.len() + 1).checked_sub(original.epochs.len() + 1);
     let synced = known.and_then(|n| original.epochs.get(n)).map(|epoch| epoch.seal.point());
@@ -369,9 +393,22 @@ impl Shape {
         let (mut journal, _) = self.open(folder, None).unwrap();
         let mut next = self.base.map_or(EpochId(1), |p| p.epoch.next());
         journal.expect(next);
-        for count in self.epochs {
+        for (i, count) in self.epochs.iter().enumerate() {
+            if self.thinned && i.is_multiple_of(2) {
+                journal.end_segment();
+            }
             write_epoch(&mut journal, next, *count).unwrap();
             next = next.next();
+        }
+        if self.thinned {
+            drop(journal);
+            let (_, found) = self.open(folder, None).unwrap();
+            let thinned = thin(&load_image(folder), &found.epochs);
+            std::fs::write(segment_path(folder, self.first_segment), thinned).unwrap();
+            let left_over = std::fs::read(segment_path(folder, self.first_segment + 1)).unwrap();
+            (journal, _) = self.open(folder, None).unwrap();
+            journal.expect(next);
+            std::fs::write(segment_path(folder, self.first_segment + 1), left_over).unwrap();
         }
         let sealed = load_image(folder);
         for frame in frames(next, self.open) {
@@ -391,6 +428,28 @@ impl Shape {
         records.sort_by_key(|mark| (mark.segment, mark.bytes));
         Original { image, epochs: found.epochs, records }
     }
+}
+
+/// The first two segments of a journal as one, without the points of the first and third epoch.
+fn thin(image: &Image, epochs: &[Epoch]) -> Vec<u8> {
+    let (number, first) = image.first_key_value().unwrap();
+    let header = SegmentHeader::decode(&first[..SEGMENT_HEADER_BYTES]).unwrap();
+    let mut out = SegmentHeader { further: 1, thinned: 9, ..header }.encode().to_vec();
+    let mut tally = Tally::default();
+    for (i, epoch) in epochs[..4].iter().enumerate() {
+        for frame in &epoch.frames {
+            let bytes = &image[&frame.segment][frame.offset as usize..][..frame.header.frame_bytes()];
+            let (data, zero) = if frame.header.kind == FrameKind::Data { (1, 0) } else { (0, 2) };
+            tally.add(bytes.first_chunk().unwrap(), bytes.len(), data, zero);
+            out.extend_from_slice(bytes);
+        }
+        if i % 2 == 1 {
+            let seal = seal(epoch.seal.epoch, &std::mem::take(&mut tally));
+            let placed = encode_placed_seal(&GROUP_ID, *number, out.len() as u64, &seal);
+            out.extend_from_slice(&placed);
+        }
+    }
+    out
 }
 
 /// The same image at every run, so that an input means the same.

@@ -28,7 +28,7 @@ use crate::base::{SumsFile, sums_of};
 use crate::disk::{DiskFile, read_up_to};
 use crate::frames::FrameError;
 use crate::index::{FrameId, Place};
-use crate::journal::{JournalError, segment_path};
+use crate::journal::{JournalError, list_segments, segment_path};
 use crate::pins::Pinned;
 use crate::superblock::{BaseSeal, Superblock};
 
@@ -115,11 +115,10 @@ impl Worker {
         let Some(entry) = entry.filter(|e| e.point == point && (block.folding == Some(point) || is_silent())) else {
             return Err(self.kept(point, "that fold has not begun"));
         };
-        let io = |source| JournalError::Io { path: shared.folder.journal(), what: "look at", source };
-        let first_segment = self.journal.first_needed(entry.end).map_err(io)?;
-        let bytes = self.journal.bytes_before(first_segment).map_err(io)?;
+        let folder = shared.folder.journal();
+        let first_segment = self.journal.first_needed(entry.end);
+        let bytes = self.journal.bytes_before(first_segment);
         let (cut_unix_us, first_write_unix_us) = (entry.cut_unix_us, entry.first_write_unix_us);
-        let former_first = block.first_segment;
         let after = Superblock {
             base: Some(point),
             base_seal: BaseSeal { cut_unix_us, first_write_unix_us, session: entry.session },
@@ -132,12 +131,12 @@ impl Worker {
         let of_base = PointEntry::of_base(&after);
         self.superblock.write(after)?;
         reach(Step::FoldEnded);
-        self.journal.begin_at(first_segment, bytes);
+        self.journal.begin_at(first_segment);
         self.count();
         {
             let mut state = shared.state.write();
             state.index.base_is_written();
-            state.beginning = super::Beginning { base: Some(point), first_segment, first_frame: entry.next_frame };
+            state.beginning = super::Beginning { base: Some(point), first_segment };
             state.folding = None;
             state.journal_bytes = self.journal.bytes();
             if let (Some(first), Some(of_base)) = (state.points.first_mut(), of_base) {
@@ -145,8 +144,9 @@ impl Worker {
             }
         }
         shared.frames.fold_before(entry.next_frame, first_segment);
-        let folder = shared.folder.journal();
-        let segments = (former_first..first_segment).map(|number| segment_path(&folder, number)).collect();
+        let before = list_segments(&folder).map_err(|source| JournalError::Io { path: folder.clone(), what: "list", source })?;
+        let before = before.into_iter().filter(|number| *number < first_segment);
+        let segments = before.map(|number| segment_path(&folder, number)).collect();
         Ok(Switched { first_frame: entry.next_frame, segments, bytes })
     }
 }
@@ -254,7 +254,10 @@ fn is_silent() -> bool {
 }
 
 /// The runs of an extent that survive, as start and length in blocks.
-fn surviving<'a>(extent: BlockExtent, survives: &'a dyn Fn(u64, u64) -> (bool, u64)) -> impl Iterator<Item = (u64, u64)> + 'a {
+pub(super) fn surviving<'a>(
+    extent: BlockExtent,
+    survives: &'a dyn Fn(u64, u64) -> (bool, u64),
+) -> impl Iterator<Item = (u64, u64)> + 'a {
     let (mut at, end) = (extent.start.0, extent.end());
     std::iter::from_fn(move || {
         while at < end {

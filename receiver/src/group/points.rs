@@ -4,12 +4,14 @@
 
 use std::sync::Arc;
 
-use proto::{BlockExtent, FrameHeader, Name, Point};
+use proto::codec::DecodeError;
+use proto::{BlockExtent, FrameHeader, FrameKind, Name, Point};
 
 use super::stage::Stage;
-use super::{Beginning, GroupError, PointEntry, Shared, number_frame};
-use crate::index::{FrameId, FrameTable, Index};
-use crate::journal::{Expected, Item, JournalError, Payloads, Walker};
+use super::{Beginning, GroupError, PointEntry, Shared};
+use crate::frames::FrameError;
+use crate::index::{FrameId, Index};
+use crate::journal::{Expected, Item, JournalError, Payloads, Walker, segment_path};
 use crate::pins::Pinned;
 
 impl Shared {
@@ -65,7 +67,8 @@ impl Shared {
         Ok(Pinned { index, _pin: pin })
     }
 
-    /// Walks the journal up to a point, frame by frame with the numbers that they have in the table. The caller sees to it that no segment is given up meanwhile.
+    /// Walks the journal up to a point, frame by frame with the numbers that they have in the table. The caller sees to it that no segment is given up
+    /// or replaced meanwhile.
     pub(super) fn walk(
         &self,
         to: &PointEntry,
@@ -76,11 +79,10 @@ impl Shared {
         let list = |source| JournalError::Io { path: folder.clone(), what: "list", source };
         let payloads = (Payloads::Skip, 0);
         let mut walker = Walker::new(&folder, self.expected(beginning), Some(to.end), payloads).map_err(list)?;
-        let mut table = FrameTable::beginning_at(beginning.first_frame);
         loop {
             match walker.next() {
                 Ok(Some(Item::Frame { segment, offset, header, extents, .. })) => {
-                    let id = number_frame(&mut table, segment, offset, header.kind);
+                    let id = self.number_of(segment, offset, header.kind)?;
                     frame(Walked { segment, offset, id, header: &header, extents: &extents })?;
                 }
                 Ok(Some(Item::Seal { seal, .. })) if seal.point() == to.point => return Ok(()),
@@ -90,6 +92,19 @@ impl Shared {
                 Err(bad) => return Err(JournalError::DamagedSegment { bad: bad.into() }.into()),
             }
         }
+    }
+}
+
+impl Shared {
+    /// The number that a frame of the journal has.
+    pub(super) fn number_of(&self, segment: u32, offset: u64, kind: FrameKind) -> Result<FrameId, FrameError> {
+        if kind == FrameKind::Zero {
+            return Ok(FrameId::ZERO);
+        }
+        let rule = DecodeError::Rule { what: "frame", rule: "is where it was when the journal was opened" };
+        let path = || segment_path(&self.folder.journal(), segment);
+        let number = self.frames.table.read().find(segment, offset);
+        number.ok_or_else(|| FrameError::Damaged { path: path(), offset, source: rule })
     }
 }
 

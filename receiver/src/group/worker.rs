@@ -126,6 +126,9 @@ impl Worker {
             Command::EndFold { point, reply } => {
                 let _ = reply.send(self.end_fold(point));
             }
+            Command::EndThin { thinned, reply } => {
+                let _ = reply.send(self.end_thin(&thinned));
+            }
             Command::Stop => return ControlFlow::Break(()),
         }
         ControlFlow::Continue(())
@@ -275,6 +278,10 @@ impl Worker {
     }
 
     fn check_space(&self, bytes: u64) -> Result<(), GroupError> {
+        if let Some(max) = self.shared.space_max.filter(|max| self.journal.bytes().saturating_add(bytes) > *max) {
+            let (client, group) = (self.shared.folder.client.clone(), self.shared.folder.group.clone());
+            return Err(GroupError::GroupSpace { client, group, max });
+        }
         match self.usage.max {
             Some(max) if self.usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max => {
                 Err(GroupError::Space { client: self.shared.folder.client.clone(), max })

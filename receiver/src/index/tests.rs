@@ -197,3 +197,26 @@ fn the_base_is_one_run_over_untouched_regions() {
     assert_eq!(map.find(3, blocks - 3), (Place::Base, 4096 - 3));
     assert_eq!(map.find(4096, blocks - 4096), (Place::Base, 904));
 }
+
+/// Would catch a frame that is found in the wrong place, or not at all, once others were thinned away between.
+#[test]
+fn frames_keep_their_numbers_when_others_are_thinned_away() {
+    let mut table = FrameTable::default();
+    for (segment, offset) in [(1, 64), (1, 100), (2, 64), (2, 90), (3, 64), (5, 64)] {
+        table.push(segment, offset);
+    }
+    table.replace(2..=4, &[(FrameId(3), 70), (FrameId(4), 95)]);
+    let place = |table: &FrameTable, frame| table.get(FrameId(frame)).map(|p| (p.segment, p.offset));
+    let all: Vec<_> = (0..7).map(|frame| place(&table, frame)).collect();
+    assert_eq!(all, [Some((1, 64)), Some((1, 100)), None, Some((2, 70)), Some((2, 95)), Some((5, 64)), None]);
+    assert_eq!(table.get(FrameId(3)).unwrap().bytes_max, 25);
+    assert_eq!(table.find(2, 95), Some(FrameId(4)));
+    assert_eq!((table.find(5, 64), table.find(1, 100)), (Some(FrameId(5)), Some(FrameId(1))));
+    assert_eq!((table.find(2, 64), table.find(3, 64), table.find(9, 64)), (None, None, None));
+    table.forget_before(4);
+    assert_eq!((place(&table, 3), place(&table, 4), table.find(2, 70)), (None, Some((2, 95)), None));
+    table.replace(2..=2, &[]);
+    assert_eq!((place(&table, 4), place(&table, 5)), (None, Some((5, 64))));
+    table.truncate(5);
+    assert_eq!((table.next(), place(&table, 5)), (Some(FrameId(5)), None));
+}

@@ -13,18 +13,21 @@ mod walk;
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use proto::{EpochId, Point, Seal};
 
 use crate::disk::{Disk, DiskFile};
 
 pub(crate) use record::Payloads;
 pub(crate) use recover::{Sink, Unsealed, open, refusal};
+use segment::Listing;
 pub use segment::{
     FIRST_SEGMENT, GroupId, PLACED_SEAL_BYTES, SEGMENT_HEADER_BYTES, SEGMENT_MAGIC, SegmentHeader, layout, segment_path,
 };
-pub(crate) use segment::{encode_placed_seal, list_segments};
+pub(crate) use segment::{Segment, building_path, encode_placed_seal, list_journal, list_segments};
 pub(crate) use walk::{Bad, Expected, Item, Mark, Walker};
 
 /// A record that does not fit: file, offset, reason.
@@ -142,6 +145,9 @@ pub(crate) struct JournalOptions {
     pub(crate) disk: Disk,
 }
 
+/// The segments of a journal that have ended, in order: all but the one that is appended to.
+pub(crate) type Ended = Arc<Mutex<Vec<Segment>>>;
+
 /// The journal of a group, open for appending.
 #[derive(Debug)]
 pub(crate) struct Journal {
@@ -150,6 +156,7 @@ pub(crate) struct Journal {
     first_segment: u32,
     options: JournalOptions,
     tail: Option<Tail>,
+    ended: Ended,
     sealed: Option<Mark>,
     next_epoch: EpochId,
     poisoned: bool,
@@ -163,6 +170,9 @@ pub(crate) struct Journal {
 #[derive(Debug)]
 struct Tail {
     number: u32,
+    /// The last number that it stands for.
+    last: u32,
+    thinned: u8,
     file: DiskFile,
     bytes: u64,
     /// When it was begun, or opened again.
@@ -171,7 +181,16 @@ struct Tail {
 
 impl Tail {
     fn new(number: u32, file: DiskFile, bytes: u64) -> Self {
-        Self { number, file, bytes, since: Instant::now() }
+        Self { number, last: number, thinned: 0, file, bytes, since: Instant::now() }
+    }
+
+    /// The segment `of`, cut to `bytes`, open again.
+    fn again(of: Segment, file: DiskFile, bytes: u64) -> Self {
+        Self { last: of.last, thinned: of.thinned, ..Self::new(of.number, file, bytes) }
+    }
+
+    fn ended(&self) -> Segment {
+        Segment { number: self.number, last: self.last, bytes: self.bytes, thinned: self.thinned }
     }
 }
 
@@ -186,48 +205,77 @@ impl Journal {
         let io = |source| JournalError::Io { path: folder.to_owned(), what: "truncate", source };
         let end = kept.or(sealed);
         let tail = recover::truncate_to(&options.disk, folder, expected.first_segment, end).map_err(io)?;
+        let mut ended = list_journal(folder, expected.first_segment).and_then(Listing::whole).map_err(io)?.live;
         let (mut bytes, mut sealed_bytes) = (0, 0);
-        for number in list_segments(folder).map_err(io)?.into_iter().filter(|n| *n >= expected.first_segment) {
-            let of_segment = std::fs::metadata(segment_path(folder, number)).map_err(io)?.len();
-            bytes += of_segment;
+        for segment in &ended {
+            bytes += segment.bytes;
             sealed_bytes += match sealed {
-                Some(mark) if number < mark.segment => of_segment,
-                Some(mark) if number == mark.segment => mark.bytes,
+                Some(mark) if segment.number < mark.segment => segment.bytes,
+                Some(mark) if segment.number == mark.segment => mark.bytes,
                 _ => 0,
             };
         }
+        let tail = tail.and_then(|file| ended.pop().map(|last| Tail::again(last, file, last.bytes)));
         Ok(Self {
             folder: folder.to_owned(),
             group_id: expected.group_id,
             first_segment: expected.first_segment,
             options,
-            tail: tail.zip(end).map(|(file, mark)| Tail::new(mark.segment, file, mark.bytes)),
+            ending: tail.as_ref().is_some_and(|tail| tail.thinned > 0),
+            tail,
+            ended: Arc::new(Mutex::new(ended)),
             sealed,
             next_epoch: EpochId(0),
             poisoned: false,
-            ending: false,
             bytes,
             sealed_bytes,
         })
     }
 
+    /// The segments that have ended.
+    pub(crate) fn ended(&self) -> Ended {
+        Arc::clone(&self.ended)
+    }
+
     /// The first segment that is needed when the base has everything up to `end`, the end of a seal; the tail is always needed.
-    pub(crate) fn first_needed(&self, end: Mark) -> io::Result<u32> {
-        let is_tail = self.tail.as_ref().is_none_or(|tail| tail.number <= end.segment);
-        let bytes = if is_tail { u64::MAX } else { std::fs::metadata(segment_path(&self.folder, end.segment))?.len() };
-        Ok(if bytes == end.bytes { end.segment + 1 } else { end.segment })
+    pub(crate) fn first_needed(&self, end: Mark) -> u32 {
+        let ended = self.ended.lock();
+        let done = ended.iter().find(|segment| segment.number == end.segment && segment.bytes == end.bytes);
+        done.map_or(end.segment, |segment| segment.last + 1)
     }
 
     /// Bytes of the segments before `first`.
-    pub(crate) fn bytes_before(&self, first: u32) -> io::Result<u64> {
-        (self.first_segment..first).map(|n| Ok(std::fs::metadata(segment_path(&self.folder, n))?.len())).sum()
+    pub(crate) fn bytes_before(&self, first: u32) -> u64 {
+        self.ended.lock().iter().filter(|segment| segment.number < first).map(|segment| segment.bytes).sum()
     }
 
-    /// The journal begins with segment `first` from now on; those before it had so many bytes, and are no longer its own.
-    pub(crate) fn begin_at(&mut self, first: u32, bytes_before: u64) {
+    /// The journal begins with segment `first` from now on; those before it are no longer its own.
+    pub(crate) fn begin_at(&mut self, first: u32) {
+        let bytes_before = self.bytes_before(first);
         self.first_segment = first;
+        self.ended.lock().retain(|segment| segment.number >= first);
         self.bytes = self.bytes.saturating_sub(bytes_before);
         self.sealed_bytes = self.sealed_bytes.saturating_sub(bytes_before);
+    }
+
+    /// Whether `new` can stand for segments of `bytes`: they have ended, before the segment of the newest seal, and are what they were.
+    pub(crate) fn can_replace(&self, new: &Segment, bytes: u64) -> bool {
+        let ended = self.ended.lock();
+        let replaced = || ended.iter().filter(|segment| (new.number..=new.last).contains(&segment.number));
+        replaced().next().is_some_and(|segment| segment.number == new.number)
+            && replaced().next_back().is_some_and(|segment| segment.last == new.last)
+            && replaced().map(|segment| segment.bytes).sum::<u64>() == bytes
+            && self.sealed.is_some_and(|sealed| new.last < sealed.segment)
+    }
+
+    /// `new` stands for segments that have ended. It has its name by now.
+    pub(crate) fn replace(&mut self, new: Segment) {
+        let mut ended = self.ended.lock();
+        let from = ended.partition_point(|segment| segment.number < new.number);
+        let to = ended.partition_point(|segment| segment.number <= new.last);
+        let before: u64 = ended.splice(from..to, [new]).map(|segment| segment.bytes).sum();
+        self.bytes = self.bytes.saturating_sub(before) + new.bytes;
+        self.sealed_bytes = self.sealed_bytes.saturating_sub(before) + new.bytes;
     }
 
     /// Tells which epoch arrives next; stands in the header of a new segment.
@@ -309,10 +357,14 @@ impl Journal {
                 return Ok(());
             }
         }
-        self.tail = None;
+        let was = self.tail.take().map(|tail| tail.ended());
         match recover::truncate_to(&self.options.disk, &self.folder, self.first_segment, self.sealed) {
             Ok(tail) => {
-                self.tail = tail.zip(self.sealed).map(|(file, m)| Tail::new(m.segment, file, m.bytes));
+                let mut ended = self.ended.lock();
+                let sealed = self.sealed;
+                let again = ended.iter().copied().chain(was).find(|segment| sealed.is_some_and(|m| m.segment == segment.number));
+                ended.retain(|segment| sealed.is_some_and(|m| segment.number < m.segment));
+                self.tail = tail.zip(sealed).zip(again).map(|((file, m), again)| Tail::again(again, file, m.bytes));
                 self.bytes = self.sealed_bytes;
                 Ok(())
             }
@@ -328,7 +380,7 @@ impl Journal {
         match &self.tail {
             None => self.begin_segment(),
             Some(tail)
-                if (self.ending || tail.bytes + bytes > self.options.segment_bytes_max || self.is_old(tail))
+                if (self.ending || tail.bytes + bytes > self.options.segment_bytes_max || self.is_done(tail))
                     && tail.bytes > SEGMENT_HEADER_BYTES as u64 =>
             {
                 // Synced before any seal that covers it is written: recovery relies on it.
@@ -339,13 +391,16 @@ impl Journal {
         }
     }
 
-    /// Whether an epoch ends here and the tail was begun long ago: what a quiet group gives up must be in segments that have ended, too.
-    fn is_old(&self, tail: &Tail) -> bool {
-        self.sealed == Some(Mark { segment: tail.number, bytes: tail.bytes }) && tail.since.elapsed() >= SEGMENT_AGE_MAX
+    /// Whether an epoch ends here, and the tail is nearly full: what begins and ends with an epoch can be thinned by itself. Or was begun long
+    /// ago: what a quiet group gives up must be in segments that have ended, too.
+    fn is_done(&self, tail: &Tail) -> bool {
+        let full = self.options.segment_bytes_max / 8 * 7;
+        self.sealed == Some(Mark { segment: tail.number, bytes: tail.bytes })
+            && (tail.bytes >= full || tail.since.elapsed() >= SEGMENT_AGE_MAX)
     }
 
     fn begin_segment(&mut self) -> Result<(), JournalError> {
-        let (number, previous_bytes) = self.tail.as_ref().map_or((self.first_segment, 0), |t| (t.number + 1, t.bytes));
+        let (number, previous_bytes) = self.tail.as_ref().map_or((self.first_segment, 0), |t| (t.last + 1, t.bytes));
         let path = segment_path(&self.folder, number);
         let header = SegmentHeader {
             number,
@@ -353,6 +408,8 @@ impl Journal {
             first_epoch: self.next_epoch,
             previous_bytes,
             created_unix_us: crate::clock::unix_us(),
+            further: 0,
+            thinned: 0,
         };
         let disk = &self.options.disk;
         let create = || -> io::Result<DiskFile> {
@@ -369,7 +426,9 @@ impl Journal {
             JournalError::Io { path: path.clone(), what: "begin a segment of", source }
         })?;
         self.bytes += SEGMENT_HEADER_BYTES as u64;
-        self.tail = Some(Tail::new(number, file, SEGMENT_HEADER_BYTES as u64));
+        self.ended
+            .lock()
+            .extend(self.tail.replace(Tail::new(number, file, SEGMENT_HEADER_BYTES as u64)).map(|tail| tail.ended()));
         self.ending = false;
         Ok(())
     }
@@ -387,7 +446,7 @@ impl Journal {
         })
     }
 
-    fn check(&self) -> Result<(), JournalError> {
+    pub(crate) fn check(&self) -> Result<(), JournalError> {
         if self.poisoned { Err(Self::poisoned(&self.folder)) } else { Ok(()) }
     }
 

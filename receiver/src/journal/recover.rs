@@ -11,6 +11,8 @@
 //! | a segment that is missing, or whose header is whole and does not fit | damage | refused |
 //! | the last seal, more after it, a payload of its epoch bad | damage | refused; in earlier segments when it is read |
 //!
+//! A segment that was thinned got its name after all of it was synced, so whatever is bad in one is damage, too.
+//!
 //! Frames of the last epoch in earlier segments were synced before its seal was written, so they are never torn. That holds for
 //! the segment that is the last one when those after it are removed, too: its payloads are looked at before they are.
 //!
@@ -25,7 +27,7 @@ use proto::seal::Tally;
 use proto::{BlockExtent, FrameHeader, Point, Seal};
 
 use super::record::{Payloads, Record, SegmentReader};
-use super::segment::{PLACED_SEAL_BYTES, decode_placed_seal, list_segments, segment_path};
+use super::segment::{Listing, PLACED_SEAL_BYTES, decode_placed_seal, list_journal, list_segments, segment_path};
 use super::walk::{Bad, Expected, Item, Mark, Walker};
 use super::{Journal, JournalError, JournalOptions};
 use crate::disk::{Disk, DiskFile};
@@ -159,7 +161,11 @@ impl Recovery<'_> {
                 }
                 Ok(Some(Item::Seal { seal, end })) => {
                     self.settle()?;
-                    self.held = Some(Held { seal, end, torn: self.bad_payload.take() });
+                    let held = Held { seal, end, torn: self.bad_payload.take() };
+                    self.held = Some(held);
+                    if walker.is_in_thinned() {
+                        self.settle()?;
+                    }
                     (self.open, self.unsealed) = (false, None);
                 }
                 Ok(None) => return Ok(None),
@@ -181,8 +187,8 @@ pub(crate) fn open(
     // Removals that a killed process did not live to sync, before any other is made: see `truncate_to`.
     options.disk.sync_folder(folder).map_err(io("sync"))?;
     // What is found is answered with, so it must be on the disk; earlier segments were synced before this one was begun.
-    if let Some(last) = list_segments(folder).map_err(io("list"))?.last() {
-        options.disk.open_settled(&segment_path(folder, *last)).map_err(io("sync"))?;
+    if let Some(last) = list_journal(folder, expected.first_segment).map_err(io("list"))?.live.last() {
+        options.disk.open_settled(&segment_path(folder, last.number)).map_err(io("sync"))?;
     }
     let Examined { sealed, kept, cut } = examine(folder, expected, synced, sink)?;
     if let Some(cut) = cut {
@@ -191,6 +197,10 @@ pub(crate) fn open(
     // What a fold had no time to remove; a journal that is refused is left as it is.
     for number in list_segments(folder).map_err(io("list"))?.into_iter().filter(|n| *n < expected.first_segment) {
         options.disk.remove_file(&segment_path(folder, number)).map_err(io("remove a folded segment of"))?;
+    }
+    // What thinning had no time to remove, or to bring to its end: the name of what it made is durable by now.
+    for path in list_journal(folder, expected.first_segment).and_then(Listing::whole).map_err(io("list"))?.dead {
+        options.disk.remove_file(&path).map_err(io("remove what was thinned of"))?;
     }
     Journal::resume(folder, expected, (sealed, kept), options)
 }
@@ -210,7 +220,7 @@ pub(crate) fn refusal(folder: &Path, expected: &Expected, synced: Option<Point>)
 fn examine(folder: &Path, expected: &Expected, synced: Option<Point>, sink: &mut dyn Sink) -> Result<Examined, JournalError> {
     let io = |what| move |source| JournalError::Io { path: folder.to_owned(), what, source };
     // Payloads are looked at in the last segment only, where a torn commit can be.
-    let last = list_segments(folder).map_err(io("list"))?.last().copied().unwrap_or(0);
+    let last = list_journal(folder, expected.first_segment).map_err(io("list"))?.live.last().map_or(0, |segment| segment.number);
     let mut walker = Walker::new(folder, expected.clone(), None, (Payloads::Checksum, last)).map_err(io("list"))?;
     let mut recovery = Recovery {
         sink,
@@ -228,7 +238,7 @@ fn examine(folder: &Path, expected: &Expected, synced: Option<Point>, sink: &mut
         // What cannot be read is not what cannot be true: an I/O error drops nothing, whatever is after it.
         Some(bad) if bad.is_io() => return Err(JournalError::Unreadable { bad: bad.into() }),
         // Nothing is dropped in a segment that was synced when the next one was begun, nor in one that is not ours.
-        Some(bad) if bad.foreign || bad.segment < last => {
+        Some(bad) if bad.foreign || bad.segment < last || walker.is_in_thinned() => {
             return Err(JournalError::DamagedSegment { bad: bad.into() });
         }
         Some(bad) if is_seal_with_more(&bad, expected).map_err(io("read"))? => {

@@ -1,5 +1,6 @@
 //! The files of a journal: names, the segment header, the placed seal.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use proto::codec::{DecodeError, Reader, check_crc};
@@ -26,7 +27,8 @@ pub mod layout {
         (32, 8, "first_epoch"),
         (40, 8, "previous_bytes"),
         (48, 8, "created_unix_us"),
-        (56, 4, "reserved"),
+        (56, 3, "further"),
+        (59, 1, "thinned"),
         (60, 4, "header_crc32"),
     ];
     /// `(offset, bytes, field)` of a seal in the journal.
@@ -51,7 +53,7 @@ pub type GroupId = [u8; 16];
 /// The header of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentHeader {
-    /// Its number; segments follow each other without a gap.
+    /// Its number; segments follow each other without a gap, up to the numbers that a thinned one stands for.
     pub number: u32,
     /// The group it belongs to.
     pub group_id: GroupId,
@@ -61,9 +63,19 @@ pub struct SegmentHeader {
     pub previous_bytes: u64,
     /// When it was created, microseconds since 1970 on this machine's clock; for people.
     pub created_unix_us: u64,
+    /// So many numbers after its own are in it too: files of these numbers are left over from before it was thinned. Below 2^24.
+    pub further: u32,
+    /// 0: as it was received. Else it was thinned, and this grows with the interval of which one point was kept.
+    pub thinned: u8,
 }
 
 impl SegmentHeader {
+    /// The last number that the segment stands for.
+    #[must_use]
+    pub fn last(&self) -> u32 {
+        self.number.saturating_add(self.further)
+    }
+
     /// Encodes the header.
     #[must_use]
     pub fn encode(&self) -> [u8; SEGMENT_HEADER_BYTES] {
@@ -75,7 +87,8 @@ impl SegmentHeader {
         out.extend_from_slice(&self.first_epoch.0.to_le_bytes());
         out.extend_from_slice(&self.previous_bytes.to_le_bytes());
         out.extend_from_slice(&self.created_unix_us.to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
+        let [a, b, c, _] = self.further.to_le_bytes();
+        out.extend_from_slice(&[a, b, c, self.thinned]);
         let crc = crc32fast::hash(&out);
         out.extend_from_slice(&crc.to_le_bytes());
         let mut fixed = [0; SEGMENT_HEADER_BYTES];
@@ -98,13 +111,19 @@ impl SegmentHeader {
             first_epoch: EpochId(r.u64()?),
             previous_bytes: r.u64()?,
             created_unix_us: r.u64()?,
+            further: 0,
+            thinned: 0,
         };
-        r.bytes(4)?;
+        let [a, b, c, thinned] = r.array()?;
+        let header = Self { further: u32::from_le_bytes([a, b, c, 0]), thinned, ..header };
         let stored = r.u32()?;
         r.expect_end()?;
         check_crc(what, stored, bytes.get(..SEGMENT_HEADER_BYTES - 4).unwrap_or_default())?;
         if version != 1 {
             return Err(DecodeError::Unknown { what: "segment version", value: version.into() });
+        }
+        if header.further > 0 && (header.thinned == 0 || header.number.checked_add(header.further).is_none()) {
+            return Err(DecodeError::Rule { what, rule: "only a thinned segment stands for others" });
         }
         Ok(header)
     }
@@ -168,6 +187,86 @@ pub(crate) fn list_segments(folder: &Path) -> std::io::Result<Vec<u32>> {
     Ok(numbers)
 }
 
+/// The file in which a thinned segment is built.
+pub(crate) fn building_path(folder: &Path, number: u32) -> PathBuf {
+    folder.join(format!("{number:010}.{BUILDING}"))
+}
+
+const BUILDING: &str = "thin";
+
+/// A segment that the journal consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Segment {
+    pub(crate) number: u32,
+    /// The last number that it stands for.
+    pub(crate) last: u32,
+    pub(crate) bytes: u64,
+    /// As in its header, or what it was looked at for and left as it is.
+    pub(crate) thinned: u8,
+}
+
+/// What is in a journal's folder.
+#[derive(Debug, Default)]
+pub(crate) struct Listing {
+    /// In order.
+    pub(crate) live: Vec<Segment>,
+    /// Left over: segments that a thinned one stands for, and what was being built.
+    pub(crate) dead: Vec<PathBuf>,
+    /// Why a header could not be read. Its segment is listed as one that stands for itself.
+    unread: Option<std::io::Error>,
+}
+
+impl Listing {
+    /// The listing, if every header was read.
+    pub(crate) fn whole(self) -> std::io::Result<Self> {
+        match self.unread {
+            Some(error) => Err(error),
+            None => Ok(self),
+        }
+    }
+}
+
+/// Lists a journal from segment `first` on. A segment whose header is not whole stands for itself: whoever reads it, says so.
+pub(crate) fn list_journal(folder: &Path, first: u32) -> std::io::Result<Listing> {
+    let mut listing = Listing::default();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == BUILDING) {
+            listing.dead.push(path);
+        }
+    }
+    for number in list_segments(folder)?.into_iter().filter(|n| *n >= first) {
+        let path = segment_path(folder, number);
+        if listing.live.last().is_some_and(|before: &Segment| number <= before.last) {
+            listing.dead.push(path);
+            continue;
+        }
+        let read = || -> std::io::Result<(Option<SegmentHeader>, u64)> {
+            let file = File::open(&path)?;
+            Ok((read_header(&file)?.filter(|header| header.number == number), file.metadata()?.len()))
+        };
+        let (header, bytes) = match read() {
+            Ok(found) => found,
+            // Cut off with an epoch that was given up.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => {
+                listing.unread.get_or_insert(error);
+                (None, 0)
+            }
+        };
+        let (last, thinned) = header.map_or((number, 0), |header| (header.last(), header.thinned));
+        listing.live.push(Segment { number, last, bytes, thinned });
+    }
+    Ok(listing)
+}
+
+/// The header of a segment's file, if it is whole.
+pub(super) fn read_header(file: &File) -> std::io::Result<Option<SegmentHeader>> {
+    let mut head = [0; SEGMENT_HEADER_BYTES];
+    let n = crate::disk::read_up_to(file, &mut head, 0)?;
+    Ok(SegmentHeader::decode(head.get(..n).unwrap_or_default()).ok())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,13 +275,20 @@ mod tests {
     /// Golden bytes of version 1: a change here is a change of the format.
     #[test]
     fn golden_header_and_flipped_bits() {
-        let header =
-            SegmentHeader { number: 3, group_id: [9; 16], first_epoch: EpochId(5), previous_bytes: 1000, created_unix_us: 1 };
+        let header = SegmentHeader {
+            number: 3,
+            group_id: [9; 16],
+            first_epoch: EpochId(5),
+            previous_bytes: 1000,
+            created_unix_us: 1,
+            further: 0x0003_0201,
+            thinned: 9,
+        };
         let bytes = header.encode();
         let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(
-            hex.get(..112).unwrap(),
-            "54574a53454730310100000003000000090909090909090909090909090909090500000000000000e8030000000000000100000000000000"
+            hex.get(..120).unwrap(),
+            "54574a53454730310100000003000000090909090909090909090909090909090500000000000000e803000000000000010000000000000001020309"
         );
         assert_eq!(SegmentHeader::decode(&bytes).unwrap(), header);
         for bit in 0..bytes.len() * 8 {
@@ -190,6 +296,12 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             assert!(SegmentHeader::decode(&bad).is_err(), "bit {bit}");
         }
+        for (further, thinned, fits) in [(0, 0, true), (0, 1, true), (1, 1, true), (1, 0, false)] {
+            let bytes = SegmentHeader { further, thinned, ..header }.encode();
+            assert_eq!(SegmentHeader::decode(&bytes).is_ok(), fits, "{further} {thinned}");
+        }
+        let beyond = SegmentHeader { number: u32::MAX, further: 1, ..header };
+        assert!(SegmentHeader::decode(&beyond.encode()).is_err());
     }
 
     /// Would catch a seal that is believed in another place or another group's journal.

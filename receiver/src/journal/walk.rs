@@ -10,7 +10,9 @@ use proto::seal::Tally;
 use proto::{BlockExtent, EpochId, FrameHeader, FrameKind, Generation, Point, Seal};
 
 use super::record::{Payloads, Record, RecordError, SegmentReader};
-use super::segment::{FIRST_SEGMENT, GroupId, SEGMENT_HEADER_BYTES, SegmentHeader, list_segments, segment_path};
+use super::segment::{
+    FIRST_SEGMENT, GroupId, SEGMENT_HEADER_BYTES, SegmentHeader, list_journal, list_segments, read_header, segment_path,
+};
 
 /// A place in the journal: the first `bytes` of segment `segment`, and all of those before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,25 +88,37 @@ enum Step {
     EndOfSegment,
 }
 
-/// What holds within the epoch being read.
+/// What holds within the epoch being read; in a thinned segment, within the epochs that became one.
 #[derive(Debug)]
 struct EpochState {
+    /// The first epoch after the last seal.
     next: EpochId,
+    /// That of the last frame.
+    at: EpochId,
     generation: Generation,
     pass: u16,
     tally: Tally,
 }
 
 impl EpochState {
-    fn frame(&mut self, header: &FrameHeader, head: &[u8; 40], extents: &[BlockExtent]) -> Result<(), DecodeError> {
+    fn frame(
+        &mut self,
+        header: &FrameHeader,
+        head: &[u8; 40],
+        extents: &[BlockExtent],
+        is_thinned: bool,
+    ) -> Result<(), DecodeError> {
         let rule = |rule| DecodeError::Rule { what: "journal", rule };
-        if header.epoch != self.next {
+        if header.epoch != self.next && !is_thinned {
             return Err(rule("frames are of the epoch after the last seal"));
         }
-        if header.pass < self.pass {
+        if header.epoch < self.at {
+            return Err(rule("epochs follow each other"));
+        }
+        if header.pass < self.pass && header.epoch == self.at {
             return Err(rule("passes of an epoch follow each other"));
         }
-        self.pass = header.pass;
+        (self.at, self.pass) = (header.epoch, header.pass);
         let blocks: u64 = extents.iter().map(|e| u64::from(e.blocks)).sum();
         let (data, zero) = match header.kind {
             FrameKind::Data => (blocks, 0),
@@ -114,9 +128,10 @@ impl EpochState {
         Ok(())
     }
 
-    fn seal(&mut self, seal: &Seal) -> Result<(), DecodeError> {
+    fn seal(&mut self, seal: &Seal, is_thinned: bool) -> Result<(), DecodeError> {
         let rule = |rule| DecodeError::Rule { what: "seal in the journal", rule };
-        if seal.epoch != self.next || seal.generation < self.generation {
+        let follows = if is_thinned { seal.epoch >= self.at } else { seal.epoch == self.next };
+        if !follows || seal.generation < self.generation {
             return Err(rule("seals follow each other"));
         }
         if !self.tally.matches(seal) {
@@ -127,8 +142,17 @@ impl EpochState {
     }
 
     fn after(point: Point) -> Self {
-        Self { next: point.epoch.next(), generation: point.generation, pass: 0, tally: Tally::default() }
+        let next = point.epoch.next();
+        Self { next, at: next, generation: point.generation, pass: 0, tally: Tally::default() }
     }
+}
+
+/// The segment before the open one.
+#[derive(Clone, Copy, Debug)]
+struct Closed {
+    last: u32,
+    /// `None`: it was thinned, and the next one knows how long it was before.
+    bytes: Option<u64>,
 }
 
 /// A walk in progress.
@@ -139,7 +163,11 @@ pub(crate) struct Walker {
     segments: VecDeque<u32>,
     end: Option<Mark>,
     reader: Option<SegmentReader>,
-    last_closed: Option<Mark>,
+    /// The last number that the open segment stands for, and whether it was thinned.
+    open: (u32, bool),
+    /// Files of numbers that it stands for.
+    dead: Vec<u32>,
+    last_closed: Option<Closed>,
     state: EpochState,
     payloads: (Payloads, u32),
     /// Within the first segment, before the seal of the base's point: records of epochs that were folded, whose beginning may be gone.
@@ -160,6 +188,8 @@ impl Walker {
             segments,
             end,
             reader: None,
+            open: (0, false),
+            dead: Vec::new(),
             last_closed: None,
             state,
             payloads,
@@ -172,15 +202,22 @@ impl Walker {
         loop {
             let Some(mut reader) = self.reader.take() else {
                 let Some(number) = self.segments.front().copied() else { return Ok(None) };
-                let (reader, folded) = self.open(number)?;
+                let (reader, header, folded) = self.open(number)?;
                 (self.reader, self.folded) = (Some(reader), folded);
-                self.segments.pop_front();
+                self.open = (header.last(), header.thinned > 0);
+                // What is left over of before it was thinned goes with it.
+                let dead = self.segments.partition_point(|next| *next <= header.last());
+                self.dead = self.segments.drain(..dead).skip_while(|own| *own <= number).collect();
                 continue;
             };
             let (segment, offset) = (reader.number(), reader.offset());
             let step = self.step(&mut reader);
             match step {
-                Ok(Step::EndOfSegment) => self.last_closed = Some(Mark { segment, bytes: reader.bytes() }),
+                Ok(Step::EndOfSegment) => {
+                    self.bury()?;
+                    let (last, is_thinned) = std::mem::take(&mut self.open);
+                    self.last_closed = Some(Closed { last, bytes: (!is_thinned).then_some(reader.bytes()) });
+                }
                 Ok(Step::Folded) => self.reader = Some(reader),
                 Ok(Step::Item(item)) => {
                     self.reader = Some(reader);
@@ -200,6 +237,11 @@ impl Walker {
         self.state.next
     }
 
+    /// Whether the walk is in a segment that was thinned: that was synced as a whole before it got its name.
+    pub(crate) fn is_in_thinned(&self) -> bool {
+        self.open.1
+    }
+
     /// The frames since the last seal.
     pub(crate) fn tally(&self) -> &Tally {
         &self.state.tally
@@ -208,7 +250,11 @@ impl Walker {
     fn step(&mut self, reader: &mut SegmentReader) -> Result<Step, RecordError> {
         let (segment, offset) = (reader.number(), reader.offset());
         let payloads = if segment >= self.payloads.1 { self.payloads.0 } else { Payloads::Skip };
+        let is_thinned = self.is_in_thinned();
         Ok(match reader.next(payloads)? {
+            None if is_thinned && self.state.tally.frames > 0 => {
+                return Err(DecodeError::Rule { what: "journal", rule: "a thinned segment ends with a seal" }.into());
+            }
             None => Step::EndOfSegment,
             Some(Record::Frame { header, .. }) if self.folded && self.expected.is_folded(header.epoch) => Step::Folded,
             Some(Record::Seal(seal)) if self.folded && self.expected.is_folded(seal.epoch) => {
@@ -216,24 +262,24 @@ impl Walker {
                 Step::Folded
             }
             Some(Record::Frame { header, head, extents, payload }) => {
-                self.state.frame(&header, &head, &extents)?;
+                self.state.frame(&header, &head, &extents, is_thinned)?;
                 Step::Item(Item::Frame { segment, offset, header, extents, payload })
             }
             Some(Record::Seal(seal)) => {
-                self.state.seal(&seal)?;
+                self.state.seal(&seal, is_thinned)?;
                 Step::Item(Item::Seal { seal, end: Mark { segment, bytes: reader.offset() } })
             }
         })
     }
 
-    /// The reader of a segment, and whether it begins with what was folded.
-    fn open(&self, number: u32) -> Result<(SegmentReader, bool), Bad> {
+    /// The reader of a segment, its header, and whether it begins with what was folded.
+    fn open(&self, number: u32) -> Result<(SegmentReader, SegmentHeader, bool), Bad> {
         let bad = |offset, error| self.bad(number, offset, error);
         let foreign = |number, rule| {
             let error = RecordError::Bad(DecodeError::Rule { what: "segment header", rule });
             Bad { foreign: true, ..self.bad(number, 0, error) }
         };
-        let due = self.last_closed.map_or(self.expected.first_segment, |m| m.segment + 1);
+        let due = self.last_closed.map_or(self.expected.first_segment, |closed| closed.last + 1);
         if number != due {
             return Err(foreign(due, "segments are numbered without a gap; this one is missing"));
         }
@@ -250,13 +296,33 @@ impl Walker {
             return Err(foreign(number, "begins with the epoch after the last seal"));
         }
         // What came before the first kept segment is gone with it.
-        let previous = self.last_closed.map(|m| m.bytes).or((number == FIRST_SEGMENT).then_some(0));
+        let first = (number == FIRST_SEGMENT).then_some(0);
+        let previous = self.last_closed.map_or(first, |closed| closed.bytes);
         if previous.is_some_and(|p| p != header.previous_bytes) {
             return Err(foreign(number, "the segment before it is as long as it was when this one was begun"));
         }
         let bytes = self.end.filter(|e| e.segment == number).map_or(bytes, |e| e.bytes.min(bytes));
         let blocks = Arc::clone(&self.expected.volume_blocks);
-        Ok((SegmentReader::new(file, bytes, number, self.expected.group_id, blocks), folded))
+        Ok((SegmentReader::new(file, bytes, number, self.expected.group_id, blocks), header, folded))
+    }
+
+    /// Looks whether the files that the segment which was just read stands for may be left out: it has what they begin with.
+    fn bury(&mut self) -> Result<(), Bad> {
+        for number in std::mem::take(&mut self.dead) {
+            let header = match File::open(segment_path(&self.folder, number)) {
+                Ok(file) => read_header(&file).map_err(|error| self.bad(number, 0, error.into()))?,
+                // Removed meanwhile.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+                Err(error) => return Err(self.bad(number, 0, error.into())),
+            };
+            let is_ours = |h: &SegmentHeader| h.number == number && h.group_id == self.expected.group_id;
+            if header.is_some_and(|h| !is_ours(&h) || h.first_epoch >= self.state.next) {
+                let rule = "the segment before it has all of it, as it says";
+                let error = RecordError::Bad(DecodeError::Rule { what: "segment header", rule });
+                return Err(Bad { foreign: true, ..self.bad(number, 0, error) });
+            }
+        }
+        Ok(())
     }
 
     fn bad(&self, segment: u32, offset: u64, error: RecordError) -> Bad {
@@ -266,9 +332,9 @@ impl Walker {
     /// The place and content of the first seal of this journal after a bad record, in whatever segment: its existence
     /// means that the bad record is damage and not a torn end.
     pub(crate) fn find_later_seal(&self, bad: &Bad) -> std::io::Result<Option<LaterSeal>> {
-        let numbers = list_segments(&self.folder)?;
-        let last = numbers.last().copied();
-        for number in numbers.into_iter().filter(|n| *n >= bad.segment) {
+        let live = list_journal(&self.folder, bad.segment)?.live;
+        let last = live.last().map(|segment| segment.number);
+        for number in live.into_iter().map(|segment| segment.number) {
             let file = match File::open(segment_path(&self.folder, number)) {
                 Ok(file) => file,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
@@ -294,11 +360,13 @@ impl Walker {
         let Mark { segment: number, bytes: end } = later.end();
         let file = File::open(segment_path(&self.folder, number))?;
         let bytes = file.metadata()?.len();
+        self.open = read_header(&file)?.map_or((number, false), |header| (header.last(), header.thinned > 0));
         let blocks = Arc::clone(&self.expected.volume_blocks);
         let mut reader = SegmentReader::new(file, bytes, number, self.expected.group_id, blocks);
         reader.seek(end);
         self.reader = Some(reader);
-        self.segments = list_segments(&self.folder)?.into_iter().filter(|n| *n > number).collect();
+        let last = self.open.0;
+        self.segments = list_segments(&self.folder)?.into_iter().filter(|n| *n > last).collect();
         self.state = EpochState::after(later.seal.point());
         self.folded = self.expected.base.is_some_and(|base| later.seal.point() < base);
         Ok(())

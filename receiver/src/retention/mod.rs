@@ -1,10 +1,12 @@
-//! What is given up, and when: the ladder decides which points, the space limit may ask for more, and what somebody needs stays.
+//! What is given up, and when: the ladder decides which points, the space limits may ask for more, and what somebody needs stays. Points before the oldest one
+//! that stays are folded into the base; points between those that stay are thinned away (`thin`).
 //!
 //! Decides only; the keeper has it done. Always holds: the newest point, named points, pinned points and that of the fork in use stay, whatever is
 //! asked for.
 
 pub(crate) mod keeper;
 mod ladder;
+pub(crate) mod thin;
 
 use std::collections::BTreeSet;
 
@@ -12,6 +14,7 @@ use proto::Point;
 use serde::{Deserialize, Serialize};
 
 use crate::group::PointEntry;
+use crate::journal::Segment;
 
 pub use ladder::{Ladder, LadderError, RUNGS_MAX, Rung};
 
@@ -37,11 +40,32 @@ pub struct RetentionStatus {
     pub folded_bytes: u64,
     /// Bytes of journal given back since the node was started.
     pub freed_bytes: u64,
-    /// Points were given up before their time since the node was started, because the client's space was nearly used.
+    /// Points were given up before their time since the node was started, because the client's space or the group's was nearly used.
     pub early_folds: u64,
+    /// Bytes of the segments that are being thinned that were looked through; 0 while none are.
+    #[serde(default)]
+    pub thinning_done_bytes: u64,
+    /// Bytes of them.
+    #[serde(default)]
+    pub thinning_total_bytes: u64,
+    /// Times that segments were thinned since the node was started.
+    #[serde(default)]
+    pub thins: u64,
+    /// How many of these were earlier than the ladder says, for want of space.
+    #[serde(default)]
+    pub early_thins: u64,
+    /// Points that were left out since the node was started.
+    #[serde(default)]
+    pub thinned_points: u64,
+    /// Bytes of journal given back by that.
+    #[serde(default)]
+    pub thinned_freed_bytes: u64,
+    /// Bytes written for that: what survived.
+    #[serde(default)]
+    pub thinned_written_bytes: u64,
     /// The oldest point that somebody looks at, if it holds folding back.
     pub held_by: Option<Point>,
-    /// Why the last fold failed.
+    /// Why the last fold, or thinning, failed.
     pub last_error: Option<String>,
     /// Bytes of bases without checksums, of which they are being made, that were looked at.
     #[serde(default)]
@@ -64,8 +88,8 @@ pub(crate) struct Situation<'a> {
     /// The oldest point that is pinned, or that of the fork in use.
     pub(crate) pinned: Option<Point>,
     pub(crate) named: &'a BTreeSet<Point>,
-    /// Number and bytes of each segment, from the first one on.
-    pub(crate) segments: &'a [(u32, u64)],
+    /// The segments that have ended, in order.
+    pub(crate) ended: &'a [Segment],
     /// What the space limit wants this group to give up.
     pub(crate) to_free: u64,
     pub(crate) now_unix_us: u64,
@@ -86,7 +110,7 @@ pub(crate) fn due(ladder: &Ladder, of: &Situation<'_>) -> (Option<Due>, Option<P
     let kept = ladder.kept(&cuts, of.now_unix_us);
     let oldest_kept = of.points.iter().zip(&kept).find(|(p, kept)| **kept || of.named.contains(&p.point));
     let by_ladder = oldest_kept.map_or(newest.point, |(p, _)| p.point);
-    let by_space = older.iter().find(|p| of.to_free > 0 && freed_by(p, of.segments) >= of.to_free).or(older.last());
+    let by_space = older.iter().find(|p| of.to_free > 0 && freed_by(p, of.ended) >= of.to_free).or(older.last());
     let early = by_space.map(|p| p.point).filter(|p| of.to_free > 0 && *p > by_ladder);
     let wanted = early.unwrap_or(by_ladder);
     // What nobody may give up: folding stops at the first of them.
@@ -99,20 +123,16 @@ pub(crate) fn due(ladder: &Ladder, of: &Situation<'_>) -> (Option<Due>, Option<P
     // a second time while its successors arrive.
     let age_us = of.now_unix_us.min(newest.cut_unix_us).saturating_sub(to.cut_unix_us);
     let is_settled = early.is_some() || ladder.rungs().first().is_some_and(|rung| u128::from(age_us) > rung.reach.as_micros());
-    let due = of.folding.is_some() || (is_settled && of.base < Some(to.point) && freed_by(to, of.segments) > 0);
+    let due = of.folding.is_some() || (is_settled && of.base < Some(to.point) && freed_by(to, of.ended) > 0);
     (due.then_some(Due { to: to.point, early: early.is_some() }), held_by)
 }
 
 /// Bytes of the segments that nobody needs when everything up to `point` is in the base.
-fn freed_by(point: &PointEntry, segments: &[(u32, u64)]) -> u64 {
-    let mut freed = 0;
-    for (i, (number, bytes)) in segments.iter().enumerate() {
-        let is_last = i + 1 == segments.len();
-        if *number < point.end.segment || (*number == point.end.segment && *bytes == point.end.bytes && !is_last) {
-            freed += bytes;
-        }
-    }
-    freed
+fn freed_by(point: &PointEntry, ended: &[Segment]) -> u64 {
+    let is_before = |segment: &&Segment| {
+        segment.number < point.end.segment || (segment.number == point.end.segment && segment.bytes == point.end.bytes)
+    };
+    ended.iter().filter(is_before).map(|segment| segment.bytes).sum()
 }
 
 #[cfg(test)]
@@ -156,7 +176,8 @@ mod tests {
 
     fn decide(given: &Given) -> (Option<(u64, bool)>, Option<u64>) {
         let points = points(given.count);
-        let segments: Vec<(u32, u64)> = (1..=given.count as u32).map(|n| (n, 100)).collect();
+        let ended: Vec<Segment> =
+            (1..given.count as u32).map(|number| Segment { number, last: number, bytes: 100, thinned: 0 }).collect();
         let named = given.named.iter().copied().map(point).collect();
         let situation = Situation {
             points: &points,
@@ -164,7 +185,7 @@ mod tests {
             folding: given.folding.map(point),
             pinned: given.pinned.map(point),
             named: &named,
-            segments: &segments,
+            ended: &ended,
             to_free: given.to_free,
             now_unix_us: u64::MAX,
         };

@@ -148,7 +148,7 @@ fn forty_days_of_points_are_those_of_the_oracle() {
         if !hour.is_multiple_of(5 * DAY) {
             continue;
         }
-        (folds, freed) = (folds + status.folds, freed + status.freed_bytes);
+        (folds, freed) = (folds + status.folds, freed + status.freed_bytes + status.thinned_freed_bytes);
         let points: Vec<u64> = replica.points(GROUP).unwrap().iter().map(|p| p.epoch.0).collect();
         let kept = crate::Ladder::default().kept(&(1..=hour).map(|h| begin + h * HOUR_US).collect::<Vec<_>>(), u64::MAX);
         for (epoch, _) in (1..=hour).zip(&kept).filter(|(_, kept)| **kept) {

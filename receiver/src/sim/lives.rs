@@ -1,9 +1,10 @@
-//! Random lives of a store: epochs, folds, resets, lost connections, full disks, failing syncs, kills and power losses in any order, one
+//! Random lives of a store: epochs, folds, thinning, resets, lost connections, full disks, failing syncs, kills and power losses in any order, one
 //! after the other on the same disk. What the sweep does once at every change, this does again and again on what came of it.
 //!
 //! A failure names the seed that replays it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use proto::{EpochId, Point};
 use rand::rngs::SmallRng;
@@ -37,6 +38,8 @@ struct Counts {
     refused: usize,
     folds: usize,
     failed_folds: usize,
+    thins: usize,
+    failed_thins: usize,
 }
 
 impl Life {
@@ -134,8 +137,9 @@ impl Life {
 
     fn step(&mut self) -> Result<(), String> {
         self.rise()?;
-        match self.rng.random_range(0..23) {
-            20.. => self.fold(),
+        match self.rng.random_range(0..27) {
+            23.. => self.thin(),
+            20..23 => self.fold(),
             0..9 => self.epoch(),
             9..11 => self.unsealed(),
             11 => self.fall(),
@@ -204,6 +208,33 @@ impl Life {
         self.up = Some((replica, session));
     }
 
+    /// Thins as far as it can be. What fails goes on living, or falls.
+    fn thin(&mut self) {
+        let Some((mut replica, session)) = self.up.take() else { return };
+        // Longer and longer intervals: what was thinned is thinned again.
+        let every = Duration::from_micros(3 << (10 * self.rng.random_range(0..3)));
+        while let Some(plan) = replica.plan(GROUP, every).unwrap() {
+            let dropped: Vec<_> = plan.drop.iter().filter_map(|point| self.required.remove_entry(point)).collect();
+            match replica.thin(GROUP, &plan, |_| ()) {
+                Ok(()) => self.counts.thins += 1,
+                // Before the new segment has its name nothing has happened; after it the points are gone as soon as that is on the disk.
+                Err(_) => {
+                    self.counts.failed_thins += 1;
+                    let listed = replica.points(GROUP).unwrap();
+                    let gone = dropped.first().is_none_or(|(point, _)| !listed.contains(point));
+                    if self.disk.is_dead() || gone || self.rng.random_bool(0.5) {
+                        self.given_up.extend(dropped);
+                        return self.fall();
+                    }
+                    self.required.extend(dropped);
+                    self.disk.set_room(None);
+                    break;
+                }
+            }
+        }
+        self.up = Some((replica, session));
+    }
+
     fn unsealed(&mut self) {
         let passes = self.passes();
         let before = self.primary.now.clone();
@@ -239,8 +270,11 @@ fn random_lives_keep_every_answered_point() {
         all.refused += life.counts.refused;
         all.folds += life.counts.folds;
         all.failed_folds += life.counts.failed_folds;
+        all.thins += life.counts.thins;
+        all.failed_thins += life.counts.failed_thins;
     }
     eprintln!("{LIVES} lives: {all:?}");
     assert!(all.commits > 1000 && all.kills > 100 && all.power_losses > 100, "{all:?}");
     assert!(all.folds > 100 && all.failed_folds > 50, "{all:?}");
+    assert!(all.thins > 100 && all.failed_thins > 20, "{all:?}");
 }

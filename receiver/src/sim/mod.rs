@@ -21,6 +21,8 @@ mod session;
 mod sweep;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod thinning;
 
 pub use disk::SimDisk;
 pub use replica::{Output, Replica, ReplicaError, SessionNo, StreamNo};

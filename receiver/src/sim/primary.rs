@@ -33,15 +33,24 @@ pub(super) fn open(root: &Path, disk: Disk) -> Result<Replica, ReplicaError> {
 
 /// As [`open`], with so much space for the client.
 pub(super) fn open_within(root: &Path, disk: Disk, space_max_bytes: Option<u64>) -> Result<Replica, ReplicaError> {
-    let client = ClientConfig {
+    open_with(root, disk, client(space_max_bytes), 14_000)
+}
+
+/// As [`open`], with a client and segments of other sizes.
+pub(super) fn open_with(root: &Path, disk: Disk, client: ClientConfig, segment_bytes: u64) -> Result<Replica, ReplicaError> {
+    Replica::open(&root.join("store"), disk, vec![client], Limits { segment_bytes, ..Limits::default() })
+}
+
+pub(super) fn client(space_max_bytes: Option<u64>) -> ClientConfig {
+    ClientConfig {
         name: "a".parse().unwrap(),
         key: key(),
         groups: None,
         space_max_bytes,
+        group_space_max_bytes: Default::default(),
         handback: true,
         retention: Default::default(),
-    };
-    Replica::open(&root.join("store"), disk, vec![client], Limits { segment_bytes: 14_000, ..Limits::default() })
+    }
 }
 
 /// One epoch as bytes.

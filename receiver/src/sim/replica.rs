@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+#[cfg(test)]
+use std::sync::Arc;
 
 use proto::fencing::GroupRole;
 use proto::{Fingerprint, Generation, Name, Point, SessionToken};
@@ -16,6 +18,8 @@ use crate::disk::Disk;
 use crate::group::{Group, GroupError};
 use crate::journal::GroupId;
 use crate::node::{Means, Node, SelectError, Slot};
+#[cfg(test)]
+use crate::retention::thin::{self, Plan};
 use crate::status::QueueStatus;
 use crate::store::{Store, StoreError};
 use crate::view::View;
@@ -191,6 +195,46 @@ impl Replica {
         let switched = drive(&group, group.end_fold(point))?;
         group.shared.clean_up(switched, &at_base)?;
         Ok(())
+    }
+
+    /// What can be thinned if one point of each interval `every` of the primary's clock is to be left.
+    #[cfg(test)]
+    pub(super) fn plan(&self, group: &str, every: std::time::Duration) -> Result<Option<Plan>, ReplicaError> {
+        let shared = Arc::clone(&self.node.select(group)?.shared);
+        let rung = crate::Rung { every: Some(every), reach: std::time::Duration::from_secs(1 << 40) };
+        let state = shared.state.read();
+        let stay = shared.points_that_stay(state.fork.as_ref().map(|fork| fork.point));
+        let ended = shared.ended.lock().clone();
+        let situation = thin::Situation {
+            points: &state.points,
+            stay: &stay,
+            ended: &ended,
+            segment_bytes_max: shared.segment_bytes_max,
+            now_unix_us: u64::MAX,
+            patient: false,
+        };
+        let ladder = crate::Ladder::new(vec![rung]).ok();
+        Ok(ladder.filter(|_| state.folding.is_none()).and_then(|ladder| thin::plan(&ladder, &situation, 0)))
+    }
+
+    /// Thins. `between` is called when the new segment is built and has not its name yet.
+    ///
+    /// # Errors
+    /// [`ReplicaError`]. After an error it can be planned again.
+    #[cfg(test)]
+    pub(super) fn thin(&mut self, group: &str, plan: &Plan, between: impl FnOnce(&Self)) -> Result<(), ReplicaError> {
+        let open = self.node.select(group)?;
+        // Whether it is worth it is not asked: there is little in a test.
+        let built = open.shared.write_thinned_anyway(plan, &mut |_, _| Ok(()))?;
+        between(self);
+        let built = Arc::new(built);
+        if let Err(error) = drive(&open, open.end_thin(&built)) {
+            if matches!(error, GroupError::Kept { .. }) {
+                open.shared.forget_thinned(&built)?;
+            }
+            return Err(error.into());
+        }
+        Ok(open.shared.remove_thinned(&built)?)
     }
 
     /// Has the keeper look at a group at this time of day, and do what is due.

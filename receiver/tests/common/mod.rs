@@ -58,6 +58,7 @@ impl Site {
                     key,
                     groups: None,
                     space_max_bytes: None,
+                    group_space_max_bytes: Default::default(),
                     handback: true,
                     retention: Default::default(),
                 },

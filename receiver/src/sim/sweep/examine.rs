@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
+use std::time::Duration;
 
 use proto::Point;
 use proto::fencing::GroupRole;
@@ -119,6 +120,9 @@ fn go_on(root: &Path, mut replica: Replica, found: &Found) -> Result<(), String>
             return Err(format!("before folding again {found:?}, after it {after:?}"));
         }
     }
+    // What can be thinned is thinned, and what is left shows what it showed.
+    let thinned = thin_on(root, &mut replica, found)?;
+    let found = &thinned;
     let standing = match found {
         Found::Group(found) => {
             primary.generation = found.standing.0;
@@ -148,4 +152,19 @@ fn go_on(root: &Path, mut replica: Replica, found: &Found) -> Result<(), String>
         return Err("the next epoch is not there as it was sent".to_owned());
     }
     Ok(())
+}
+
+/// Leaves out every point that can be. What is found from then on.
+fn thin_on(root: &Path, replica: &mut Replica, found: &Found) -> Result<Found, String> {
+    let Found::Group(group) = found else { return Ok(Found::Nothing) };
+    let mut group = group.clone();
+    while let Some(plan) = replica.plan(GROUP, Duration::from_secs(1 << 30)).map_err(|e| e.to_string())? {
+        replica.thin(GROUP, &plan, |_| ()).map_err(|e| format!("thinning: {e}"))?;
+        group.points.retain(|point, _| !plan.drop.contains(point));
+        let after = look(root, replica)?;
+        if after != Found::Group(group.clone()) {
+            return Err(format!("thinned to {group:?}, and there is {after:?}"));
+        }
+    }
+    Ok(Found::Group(group))
 }

@@ -22,7 +22,7 @@ use super::model::{Change, Model};
 use examine::{Examiner, Found};
 use plans::Effort;
 pub(super) use workload::folder;
-use workload::{Expect, Run};
+use workload::{Expect, Life, Run};
 
 /// What was swept.
 #[derive(Debug, Default)]
@@ -76,36 +76,61 @@ fn as_it_was(_: usize, change: &Change) -> Option<Change> {
     Some(change.clone())
 }
 
-/// Power loss at every change of a life: creation, epochs, abandoned epochs, rollovers, stops, kills, promotion.
-#[test]
-fn power_loss_at_every_change() {
-    let run = Run::whole();
+fn power_loss(life: Life, (points_min, images_min): (usize, usize)) {
+    let run = Run::whole(life);
     let trace = run.disk.trace();
     let mut examiner = Examiner::new(true);
     let counts = sweep((&trace, &run.expects), 0, Effort::Full, &mut examiner, &as_it_was).unwrap();
     eprintln!(
-        "crash points: {}; images: {} ({} of them sampled); different ones opened: {}; of those, crashed again in recovery: {}",
+        "{life:?}: crash points: {}; images: {} ({} of them sampled); different ones opened: {}; of those, crashed again in recovery: {}",
         counts.points, counts.images, counts.sampled, examiner.opened, examiner.crashed_again
     );
-    assert!(counts.points > 120 && counts.images > 5_000, "the workload shrank: {counts:?}");
+    assert!(counts.points > points_min && counts.images > images_min, "the workload shrank: {counts:?}");
 }
 
-/// A process that is killed leaves writes that are not durable and that the next one reads as if they were. Would catch a
-/// restart that answers with a point or a generation that a later power loss takes back.
-#[test]
-fn power_loss_after_a_kill_at_every_change() {
-    let total = Run::whole().disk.changes();
+fn power_loss_after_a_kill(life: Life) {
+    let total = Run::whole(life).disk.changes();
     let mut examiner = Examiner::new(false);
     let (mut all, mut kills) = (Counts::default(), 0);
     for kill in 1..total {
-        let Some(run) = Run::killed_after(kill) else { continue };
+        let Some(run) = Run::killed_after(life, kill) else { continue };
         kills += 1;
         let counts = sweep((&run.disk.trace(), &run.expects), kill as usize, Effort::Quick, &mut examiner, &as_it_was)
             .unwrap_or_else(|error| panic!("killed after {kill}: {error}"));
         all.points += counts.points;
         all.images += counts.images;
     }
-    eprintln!("kills: {kills}; crash points: {}; images: {}; different ones opened: {}", all.points, all.images, examiner.opened);
+    eprintln!(
+        "{life:?}: kills: {kills}; crash points: {}; images: {}; different ones opened: {}",
+        all.points, all.images, examiner.opened
+    );
+    assert!(kills as u64 + 10 > total, "{kills} of {total}");
+}
+
+/// Power loss at every change of a life: creation, epochs, abandoned epochs, rollovers, stops, kills, promotion.
+#[test]
+fn power_loss_at_every_change() {
+    power_loss(Life::Folding, (120, 5_000));
+}
+
+/// The same for thinning. Would catch old segments that are removed before the new one is on the disk under its name, a new one that is not all
+/// there, and a start that takes what is left of the old ones for the journal.
+#[test]
+fn power_loss_at_every_change_of_thinning() {
+    power_loss(Life::Thinning, (120, 3_000));
+}
+
+/// A process that is killed leaves writes that are not durable and that the next one reads as if they were. Would catch a
+/// restart that answers with a point or a generation that a later power loss takes back.
+#[test]
+fn power_loss_after_a_kill_at_every_change() {
+    power_loss_after_a_kill(Life::Folding);
+}
+
+/// Would catch a restart that removes old segments before the new one, which a killed process has named, is durable.
+#[test]
+fn power_loss_after_a_kill_at_every_change_of_thinning() {
+    power_loss_after_a_kill(Life::Thinning);
 }
 
 /// A life whose trace is distorted must fail.
@@ -116,11 +141,11 @@ fn sabotaged(run: &Run, examiner: &mut Examiner, what: &str, distort: Distort<'_
 }
 
 /// A life with a kill after a change of this kind, whose restart is robbed of some syncs, must fail.
-fn sabotaged_restart(what: &str, kill_after: &dyn Fn(&Change) -> bool, dropped: &dyn Fn(&Change) -> bool) {
-    let whole = Run::whole().disk.trace();
+fn sabotaged_restart(life: Life, what: &str, kill_after: &dyn Fn(&Change) -> bool, dropped: &dyn Fn(&Change) -> bool) {
+    let whole = Run::whole(life).disk.trace();
     let kills = whole.iter().enumerate().filter(|(_, c)| kill_after(c)).map(|(i, _)| i + 1);
     let noticed = kills.filter_map(|kill| {
-        let run = Run::killed_after(kill as u64)?;
+        let run = Run::killed_after(life, kill as u64)?;
         let start = kill..run.restarted as usize;
         let distort = |i: usize, c: &Change| (!(start.contains(&i) && dropped(c))).then(|| c.clone());
         sweep((&run.disk.trace(), &run.expects), kill, Effort::Quick, &mut Examiner::new(false), &distort).err()
@@ -140,7 +165,7 @@ fn is_seal(change: Option<&Change>) -> bool {
 /// The sweep has to see each of these.
 #[test]
 fn sabotage_is_noticed() {
-    let run = Run::whole();
+    let run = Run::whole(Life::Folding);
     let trace = run.disk.trace();
     let keep = |change: &Change, dropped: bool| (!dropped).then(|| change.clone());
     // What an image shows does not depend on who is sabotaged.
@@ -194,9 +219,35 @@ fn sabotage_is_noticed() {
 #[test]
 fn sabotage_of_a_fold_is_noticed() {
     crate::sim::sabotage(Some(crate::sim::Sabotage::SilentFold));
-    let run = Run::whole();
+    let run = Run::whole(Life::Folding);
     sabotaged(&run, &mut Examiner::new(false), "a fold begins without a word", &as_it_was);
     crate::sim::sabotage(None);
+}
+
+fn is_thinned(path: &std::path::Path) -> bool {
+    path.extension().is_some_and(|e| e == "thin")
+}
+
+/// Each sync of thinning is needed.
+#[test]
+fn sabotage_of_thinning_is_noticed() {
+    let run = Run::whole(Life::Thinning);
+    let trace = run.disk.trace();
+    let mut examiner = Examiner::new(false);
+    let renamed = |change: Option<&Change>| matches!(change, Some(Change::Rename { from, .. }) if is_thinned(from));
+    sabotaged(&run, &mut examiner, "a thinned segment is not synced before it has its name", &|_, c| {
+        (!matches!(c, Change::Sync(path) if is_thinned(path))).then(|| c.clone())
+    });
+    sabotaged(&run, &mut examiner, "old segments are removed before the new one has its name on the disk", &|i, c| {
+        let after_name = i > 0 && renamed(trace.get(i - 1));
+        (!(matches!(c, Change::SyncFolder(_)) && after_name)).then(|| c.clone())
+    });
+    sabotaged_restart(
+        Life::Thinning,
+        "a start removes old segments before the new one has its name on the disk",
+        &|c| renamed(Some(c)),
+        &|c| matches!(c, Change::SyncFolder(path) if path.ends_with("journal")),
+    );
 }
 
 /// What a start does before it answers is needed, each of it.
@@ -204,14 +255,15 @@ fn sabotage_of_a_fold_is_noticed() {
 fn sabotage_of_a_restart_is_noticed() {
     let named = |c: &Change, end: &str| matches!(c, Change::Sync(p) | Change::SyncFolder(p) if p.ends_with(end));
     sabotaged_restart(
+        Life::Folding,
         "a start does not sync the last segment",
         &|c| is_seal(Some(c)),
         &|c| matches!(c, Change::Sync(path) if is_segment(path)),
     );
     let superblock = |c: &Change| matches!(c, Change::Write { file, .. } if file.ends_with("db/superblock"));
-    sabotaged_restart("a start does not sync the superblock", &superblock, &|c| named(c, "superblock"));
+    sabotaged_restart(Life::Folding, "a start does not sync the superblock", &superblock, &|c| named(c, "superblock"));
     let renamed = |c: &Change| matches!(c, Change::Rename { .. });
-    sabotaged_restart("a start does not sync a client's folder", &renamed, &|c| named(c, "store/a"));
+    sabotaged_restart(Life::Folding, "a start does not sync a client's folder", &renamed, &|c| named(c, "store/a"));
     let removed = |c: &Change| matches!(c, Change::Remove(path) if is_segment(path));
-    sabotaged_restart("a start does not sync the journal's folder", &removed, &|c| named(c, "journal"));
+    sabotaged_restart(Life::Folding, "a start does not sync the journal's folder", &removed, &|c| named(c, "journal"));
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
 
 use proto::fencing::GroupRole;
 use proto::{EpochId, Generation, Point};
@@ -29,7 +30,7 @@ pub(super) struct Expect {
     required: BTreeMap<Point, u64>,
     /// The point whose seal may have been written.
     possible: Option<(Point, u64)>,
-    /// Points that a fold may have given up: gone, or as they were.
+    /// Points that a fold may have given up, or thinning left out: gone, or as they were.
     given_up: BTreeMap<Point, u64>,
     standings: Vec<Standing>,
     /// The fork was handed out.
@@ -73,6 +74,15 @@ impl Expect {
 #[derive(Debug)]
 struct Dead;
 
+/// What is swept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    /// Creation, epochs, resets, folds, a promotion.
+    Folding,
+    /// Small epochs, thinned once and again, with folds in between.
+    Thinning,
+}
+
 /// A life in progress.
 pub(super) struct Run {
     pub(super) disk: SimDisk,
@@ -100,18 +110,25 @@ impl Run {
         Self { disk, expects, restarted: 0, expect, replica: None, primary: Primary::new(7), dir }
     }
 
-    /// The whole life.
-    pub(super) fn whole() -> Self {
+    /// A whole life.
+    pub(super) fn whole(life: Life) -> Self {
         let mut run = Self::new();
-        run.live().unwrap();
+        run.lives(life).unwrap();
         run
     }
 
-    /// The life up to a kill after so many changes, the restart, and a little of the life after it. `None` if it was over.
-    pub(super) fn killed_after(changes: u64) -> Option<Self> {
+    fn lives(&mut self, life: Life) -> Result<(), Dead> {
+        match life {
+            Life::Folding => self.live(),
+            Life::Thinning => self.live_thinned(),
+        }
+    }
+
+    /// A life up to a kill after so many changes, the restart, and a little of the life after it. `None` if it was over.
+    pub(super) fn killed_after(life: Life, changes: u64) -> Option<Self> {
         let mut run = Self::new();
         run.disk.die_after(changes);
-        run.live().err()?;
+        run.lives(life).err()?;
         run.replica = None;
         run.disk.restart();
         let replica = open(run.dir.path(), run.disk.disk()).unwrap();
@@ -133,6 +150,9 @@ impl Run {
         run.mark();
         if let Ok(Some(point)) = run.replica().folding(GROUP) {
             run.fold(point.epoch.0).unwrap();
+        }
+        if life == Life::Thinning && run.expect.created {
+            run.thin(Duration::from_secs(1 << 20)).unwrap();
         }
         if run.expect.standings[0].1 == GroupRole::Replica {
             let session = run.greet().unwrap();
@@ -259,6 +279,26 @@ impl Run {
         Ok(())
     }
 
+    /// Leaves one point of each interval, as far as segments can be rewritten. Returns how many points are gone.
+    fn thin(&mut self, every: Duration) -> Result<usize, Dead> {
+        let mut gone = 0;
+        while let Some(plan) = self.replica().plan(GROUP, every).unwrap() {
+            for point in &plan.drop {
+                self.expect.given_up.extend(self.expect.required.remove_entry(point));
+            }
+            self.mark();
+            let thinned = self.replica().thin(GROUP, &plan, |_| ());
+            self.alive()?;
+            thinned.unwrap();
+            gone += plan.drop.len();
+            self.expect.given_up.clear();
+            let found = super::examine::look(self.dir.path(), self.replica.as_ref().unwrap()).unwrap();
+            self.expect.permits(&found).unwrap();
+            self.mark();
+        }
+        Ok(gone)
+    }
+
     fn stop(&mut self) -> Result<(), Dead> {
         self.replica.take().unwrap().stop();
         self.alive()
@@ -325,6 +365,42 @@ impl Run {
         assert!(past_the_fork.unwrap_err().to_string().contains("the active fork needs an earlier one"));
         self.fold(6)?;
         self.stop()?;
+        self.open()
+    }
+
+    fn epochs(&mut self, session: SessionNo, passes: &[usize]) -> Result<(), Dead> {
+        passes.iter().try_for_each(|frames| self.epoch(session, &[*frames]))
+    }
+
+    /// Small epochs, so that segments end between them; thinned, a start, thinned again with what is new, while an epoch arrives, folded in
+    /// between, and at the end a promotion.
+    fn live_thinned(&mut self) -> Result<(), Dead> {
+        self.open()?;
+        let session = self.greet()?;
+        self.epochs(session, &[1, 2, 1, 1, 2, 1, 2, 1, 1, 2])?;
+        let few = self.thin(Duration::from_micros(3))?;
+        self.epochs(session, &[1, 1, 2, 1])?;
+        let older = *self.expect.required.keys().nth(1).unwrap();
+        self.fold(older.epoch.0)?;
+        self.stop()?;
+        self.open()?;
+        let session = self.greet()?;
+        self.epochs(session, &[1, 2, 1])?;
+        let more = self.thin(Duration::from_secs(1))?;
+        self.epochs(session, &[1, 1, 2, 1, 1, 2, 1])?;
+        let before = self.primary.now.clone();
+        let killed = self.primary.epoch(&[3, 3]);
+        self.primary.now = before;
+        send_passes(self.replica(), session, &killed, 4096);
+        self.alive()?;
+        let most = self.thin(Duration::from_secs(1 << 20))?;
+        assert!(few > 1 && more > 1 && most > 0, "{few}, {more}, {most} points were left out");
+        self.open()?;
+        let session = self.greet()?;
+        self.epochs(session, &[2, 2])?;
+        let older = *self.expect.required.keys().nth(1).unwrap();
+        self.fold(older.epoch.0)?;
+        self.activate(None)?;
         self.open()
     }
 }

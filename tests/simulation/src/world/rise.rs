@@ -22,6 +22,7 @@ impl World {
             key,
             groups: None,
             space_max_bytes: None,
+            group_space_max_bytes: Default::default(),
             handback: true,
             retention: receiver::Ladder::default(),
         })
