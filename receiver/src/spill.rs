@@ -10,9 +10,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use blockdev::{BlockDevice, Buf, FileDevice, OpenOptions};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use proto::frame::FRAME_CONTENT_BYTES_MAX;
 use proto::units::BLOCK_BYTES;
 use rand::Rng;
@@ -29,6 +30,10 @@ const SLOTS_MAX: usize = (SPILL_BYTES_MAX / SLOT_BYTES) as usize;
 const LOOK_EVERY_FRAMES: u32 = 32;
 /// Numbers of frames for which it is remembered that they were decoded, up to the remainder.
 const SEEN_FRAMES: u32 = 65_536;
+/// Frames kept in a second while the group receives, 8 MiB: each is a write of 128 KiB, and the epochs that arrive have the disk first.
+const FRAMES_A_SECOND: u32 = 64;
+/// A group receives for so long after the last byte: longer than most intervals of epochs.
+const RECEIVES_FOR: Duration = Duration::from_secs(3);
 
 /// The file.
 #[derive(Debug)]
@@ -43,6 +48,35 @@ pub(crate) struct Spill {
     offered: AtomicU32,
     /// There was no space at the last look.
     is_short: AtomicBool,
+    pace: Mutex<Pace>,
+}
+
+/// How many frames are kept while the group receives.
+#[derive(Debug, Default)]
+struct Pace {
+    /// What it had received at the last look, and when that was found to have grown.
+    received: Option<u64>,
+    grown: Option<Instant>,
+    /// A second that began then, and the frames kept in it.
+    second: Option<Instant>,
+    frames: u32,
+}
+
+impl Pace {
+    /// Whether a frame may be kept now, by a group that has received so many bytes.
+    fn admits(&mut self, received: u64, now: Instant) -> bool {
+        if self.received.replace(received).is_some_and(|before| before != received) {
+            self.grown = Some(now);
+        }
+        if self.grown.is_none_or(|grown| now.duration_since(grown) > RECEIVES_FOR) {
+            return true;
+        }
+        if self.second.is_none_or(|second| now.duration_since(second) >= Duration::from_secs(1)) {
+            (self.second, self.frames) = (Some(now), 0);
+        }
+        self.frames += 1;
+        self.frames <= FRAMES_A_SECOND
+    }
 }
 
 #[derive(Debug, Default)]
@@ -132,6 +166,7 @@ impl Spill {
             seen,
             offered: AtomicU32::new(0),
             is_short: AtomicBool::new(false),
+            pace: Mutex::default(),
         })
     }
 
@@ -202,11 +237,12 @@ impl Spill {
     }
 
     /// Takes a frame that was decoded for `wanted` bytes of it: at once if most of it was decoded for nothing, else if it was decoded before. Who
-    /// reads all of a disk once does not pay for what he will not read again.
-    pub(crate) fn offer(&self, frame: u32, decoded: &Decoded, wanted: usize) {
+    /// reads all of a disk once does not pay for what he will not read again. `received` is what the group has received so far: while that grows, few
+    /// are kept.
+    pub(crate) fn offer(&self, frame: u32, decoded: &Decoded, wanted: usize, received: u64) {
         let (word, bit) = (frame % SEEN_FRAMES / u32::BITS, 1 << (frame % u32::BITS));
         let seen = self.seen.get(word as usize).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit != 0);
-        if seen || wanted * 2 <= decoded.content().len() {
+        if (seen || wanted * 2 <= decoded.content().len()) && self.pace.lock().admits(received, Instant::now()) {
             self.keep(frame, decoded);
         }
     }
@@ -309,7 +345,7 @@ mod tests {
         let (_folder, spill) = spill(8);
         let io = IoThreads::new(1).unwrap();
         for number in 0..3 {
-            spill.offer(number, &frame(number), 4096);
+            spill.offer(number, &frame(number), 4096, 0);
         }
         assert_eq!(spill.bytes(), 3 * 25 * BLOCK_BYTES);
         for number in 0..3 {
@@ -326,15 +362,30 @@ mod tests {
         assert_eq!(spill.bytes(), 2 * 25 * BLOCK_BYTES);
     }
 
+    /// Would catch drills that take the disk from the epochs that arrive, and a fork that stays slow although nothing arrives.
+    #[test]
+    fn few_frames_are_kept_while_the_group_receives() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        let mut kept = |ms: u64, received: u64| {
+            let now = begin + Duration::from_millis(ms);
+            (0..1000).filter(|_| pace.admits(received, now)).count()
+        };
+        assert_eq!(kept(0, 500), 1000, "nothing was received since it is there");
+        assert_eq!(kept(100, 500), 1000);
+        assert_eq!([kept(200, 600), kept(1100, 700), kept(1250, 700)], [64, 0, 64]);
+        assert_eq!(kept(4200, 700), 1000, "nothing for three seconds");
+        assert_eq!(kept(4300, 701), 64);
+    }
+
     /// Who reads the whole of a frame once does not have it kept, and the second time he has.
     #[test]
     fn what_is_read_once_as_a_whole_is_not_kept() {
         let (_folder, spill) = spill(8);
-        spill.offer(7, &frame(7), 20 * 4096);
+        spill.offer(7, &frame(7), 20 * 4096, 0);
         assert_eq!(spill.bytes(), 0);
-        spill.offer(7, &frame(7), 20 * 4096);
+        spill.offer(7, &frame(7), 20 * 4096, 0);
         assert_eq!(spill.bytes(), 25 * BLOCK_BYTES);
-        spill.offer(7, &frame(7), 4096);
+        spill.offer(7, &frame(7), 4096, 0);
         assert_eq!(spill.bytes(), 25 * BLOCK_BYTES, "once");
     }
 
@@ -343,13 +394,13 @@ mod tests {
     fn what_is_not_what_was_decoded_is_forgotten() {
         let (_folder, spill) = spill(8);
         let io = IoThreads::new(1).unwrap();
-        spill.offer(3, &frame(3), 4096);
+        spill.offer(3, &frame(3), 4096, 0);
         let mut block = content(3, 12);
         block[2000] ^= 1;
         rustix::io::pwrite(&spill.file, &block, 2 * BLOCK_BYTES).unwrap();
         assert_eq!(read(&io, &spill, 3, 12 * BLOCK_BYTES, 4096), None);
         assert_eq!(spill.bytes(), 0);
-        spill.offer(3, &frame(3), 4096);
+        spill.offer(3, &frame(3), 4096, 0);
         assert_eq!(read(&io, &spill, 3, 12 * BLOCK_BYTES, 4096), Some(wanted(3, 12 * BLOCK_BYTES, 4096)));
     }
 
@@ -372,7 +423,7 @@ mod tests {
                                     assert!(found == wanted(number, at, 8192), "frame {number} in turn {turn}");
                                     hits += 1;
                                 }
-                                None => spill.offer(number, &frame(number), 4096),
+                                None => spill.offer(number, &frame(number), 4096, 0),
                             }
                             if turn % 100 == 0 {
                                 spill.retain(|frame| frame % 3 != turn % 3);

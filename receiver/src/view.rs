@@ -162,7 +162,8 @@ impl View {
         };
         self.copy(&decoded, at, part).ok_or_else(|| self.failed(self.shared.frames.mismatch(frame)))?;
         if let Some(spill) = &self.spill {
-            spill.offer(frame.0, &decoded, part.len());
+            let received = self.shared.bytes_received.load(std::sync::atomic::Ordering::Relaxed);
+            spill.offer(frame.0, &decoded, part.len(), received);
         }
         Ok(())
     }
