@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use blockdev::{BlockDevice, IoThreads, apply_frame, read_blocks};
+use blockdev::{BlockDevice, FrameReader, IoThreads, read_blocks};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
 use proto::control::{PassHeader, PassKind, VERSION_MAX, VERSION_MIN, VolumeHello};
-use proto::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
+use proto::frame::FRAME_HEADER_BYTES;
 use proto::handback::{Ask, HANDBACK_PASSES_MAX, Ready, WANT_EXTENTS_MAX, Want};
 use proto::pack::{FRAME_BLOCKS, Packed, Packer};
 use proto::seal::Tally;
@@ -343,7 +343,9 @@ impl Handback {
         // From here on the disks are in between, and a node that starts must know so.
         self.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept }))?;
         if !kept {
-            if own.iter().any(|map| !map.is_empty()) {
+            // Before a rollback all was committed. What differs all the same is what a power loss took from these disks; the receiver has it.
+            let has_own = matches!(target, HandbackTarget::Failback) && own.iter().any(|map| !map.is_empty());
+            if has_own {
                 self.step("sending what was written here, to be kept");
                 let name = self.send_own(&mut talk, &own, ready.newest).await?;
                 self.state.lock().0.kept = Some(name);
@@ -420,51 +422,44 @@ impl Handback {
         Ok((PassHeader::decode(&header)?, stream))
     }
 
-    /// Writes what comes to the disks; returns when all of it is written.
+    /// Writes what comes to the disks; returns when nothing of it is being written any more.
     async fn apply(&self, stream: &mut RecvStream) -> Result<(), Broken> {
-        let lost = |error: quinn::ReadExactError| Broken::Lost(error.to_string());
         let mut writing = FuturesUnordered::new();
-        let mut head = [0; FRAME_HEADER_BYTES];
-        loop {
-            match stream.read_exact(&mut head).await {
-                Ok(()) => {}
-                Err(quinn::ReadExactError::FinishedEarly(0)) => break,
-                Err(error) => return Err(lost(error)),
-            }
-            let header = FrameHeader::decode(&head)?;
-            let volume = usize::from(header.volume.0);
-            let volumes = self.taps.len();
-            let tap = self.taps.get(volume).cloned().ok_or(Broken::Volume { volume: header.volume.0, volumes })?;
-            let mut body = vec![0; header.body_bytes()];
-            stream.read_exact(&mut body).await.map_err(lost)?;
-            let blocks = blocks_of(tap.size());
-            let frame = Frame::decode_body(header, &body, blocks)?;
-            let bytes = frame.extents.iter().map(|e| u64::from(e.blocks) * BLOCK_BYTES).sum::<u64>();
-            let length = header.frame_bytes() as u64;
+        let mut reader = FrameReader::new(self.taps.iter().map(|tap| blocks_of(tap.size())));
+        let mut ended = loop {
+            let frame = match reader.next(stream).await {
+                Ok(Some(frame)) => frame,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error.into()),
+            };
+            let (volume, volumes) = (frame.header().volume.0, self.taps.len());
+            let Some(tap) = self.taps.get(frame.volume()).cloned() else { break Err(Broken::Volume { volume, volumes }) };
             if writing.len() >= WRITES_AT_ONCE
-                && let Some(done) = writing.next().await
+                && let Some(Err(error)) = writing.next().await.map(|done| self.count(done))
             {
-                self.count(done?);
+                break Err(error);
             }
             let written = self.capture.call(move || async move {
-                let frame = Frame::decode_body(header, &body, blocks).map_err(std::io::Error::other)?;
-                apply_frame(&*tap, &frame).await?;
-                Ok::<_, std::io::Error>((bytes, length))
+                frame.apply(&*tap).await?;
+                Ok::<_, std::io::Error>((frame.block_bytes(), frame.frame_bytes()))
             });
             writing.push(async move { written.await.flatten() });
-        }
+        };
+        // Also of a conversation that broke: the next one must not be overtaken by a write of this one.
         while let Some(done) = writing.next().await {
-            self.count(done?);
+            ended = self.count(done).and(ended);
         }
-        Ok(())
+        ended
     }
 
-    fn count(&self, (bytes, length): (u64, u64)) {
+    fn count(&self, written: std::io::Result<(u64, u64)>) -> Result<(), Broken> {
+        let (bytes, length) = written?;
         let status = &mut self.state.lock().0;
         status.done_bytes += bytes;
         status.received_bytes += length;
         // What the active copy wrote meanwhile comes on top.
         status.total_bytes = status.total_bytes.max(status.done_bytes);
+        Ok(())
     }
 
     async fn flush(&self) -> Result<(), Broken> {

@@ -6,13 +6,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use proto::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
+use blockdev::{FrameReader, FrameStreamError};
+use proto::Name;
 use proto::seal::Tally;
-use proto::units::blocks_of;
-use proto::{FrameKind, Name};
 use quinn::RecvStream;
 
 use super::{Handback, HandbackError};
+use crate::core::SessionError;
 use crate::fork::{ForkError, KEPT_PREFIX, OpenFork};
 use crate::group::GroupError;
 use crate::pins::Pin;
@@ -122,27 +122,15 @@ impl Handback {
 
     async fn take(&self, stream: &mut RecvStream, fork: &OpenFork, counted: &mut u64) -> Result<Tally, HandbackError> {
         let io = self.node.hasher().map_err(self.io())?.io().clone();
-        let lost = |error: quinn::ReadExactError| HandbackError::Lost(one_line(&error));
         let (mut tally, usage) = (Tally::default(), Arc::clone(&self.group.shared.usage));
-        let mut head = [0; FRAME_HEADER_BYTES];
-        loop {
-            match stream.read_exact(&mut head).await {
-                Ok(()) => {}
-                Err(quinn::ReadExactError::FinishedEarly(0)) => break,
-                Err(error) => return Err(lost(error)),
-            }
-            let header = FrameHeader::decode(&head)?;
-            let volume = usize::from(header.volume.0);
+        let mut reader = FrameReader::new(self.group.shared.volume_blocks.iter().copied());
+        while let Some(frame) = reader.next(stream).await? {
+            let (volume, volumes) = (frame.volume(), fork.volumes.len());
             let device = fork.volumes.get(volume).map(|(_, device)| Arc::clone(device));
-            let device = device.ok_or(SessionErrorVolume(header.volume.0, fork.volumes.len()))?;
-            let blocks = self.group.shared.volumes.get(volume).map_or(0, |v| blocks_of(v.size_bytes));
-            let mut body = vec![0; header.body_bytes()];
-            stream.read_exact(&mut body).await.map_err(lost)?;
-            let frame = Frame::decode_body(header, &body, blocks)?;
-            let in_it = frame.extents.iter().map(|e| u64::from(e.blocks)).sum();
-            let (data, zero) = if header.kind == FrameKind::Data { (in_it, 0) } else { (0, in_it) };
-            tally.add(&head, header.frame_bytes(), data, zero);
-            let bytes = u64::from(header.content_bytes);
+            let device = device.ok_or(FrameStreamError::Volume { volume: frame.header().volume.0, volumes })?;
+            let (data, zero) = frame.blocks();
+            tally.add(frame.head(), frame.header().frame_bytes(), data, zero);
+            let bytes = u64::from(frame.header().content_bytes);
             if let Some(max) = usage.max
                 && usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max
             {
@@ -150,10 +138,7 @@ impl Handback {
             }
             usage.used.fetch_add(bytes, Ordering::Relaxed);
             *counted += bytes;
-            let applied = io.call(move || async move {
-                let frame = Frame::decode_body(header, &body, blocks).map_err(std::io::Error::other)?;
-                blockdev::apply_frame(&*device, &frame).await
-            });
+            let applied = io.call(move || async move { frame.apply(&*device).await });
             applied.await.flatten().map_err(self.io())?;
         }
         for (_, device) in &fork.volumes {
@@ -165,12 +150,13 @@ impl Handback {
     }
 }
 
-/// A frame of a volume that the group does not have: number, volumes.
-struct SessionErrorVolume(u16, usize);
-
-impl From<SessionErrorVolume> for HandbackError {
-    fn from(SessionErrorVolume(volume, volumes): SessionErrorVolume) -> Self {
-        crate::core::SessionError::FrameVolume { volume, volumes }.into()
+impl From<FrameStreamError> for HandbackError {
+    fn from(error: FrameStreamError) -> Self {
+        match error {
+            FrameStreamError::Decode(error) => error.into(),
+            FrameStreamError::Volume { volume, volumes } => SessionError::FrameVolume { volume, volumes }.into(),
+            FrameStreamError::Read(error) => Self::Lost(one_line(&error)),
+        }
     }
 }
 

@@ -335,7 +335,7 @@ impl Handback {
                     let hashes = hashes.map_err(HandbackError::Storage)?;
                     self.line.tell(&Message::Hashes(hashes)).await?;
                 }
-                stream = connection.accept_uni(), if kept.is_empty() => {
+                stream = connection.accept_uni(), if kept.is_empty() && self.fork.is_some() => {
                     let stream = stream.map_err(|error| HandbackError::Lost(one_line(&error)))?;
                     kept.push_back(self.keep(stream).await?);
                 }
@@ -346,7 +346,8 @@ impl Handback {
                         }
                         hashing.push_back(self.hash(query)?);
                     }
-                    Ok(Message::Diverged { frames, digest }) => {
+                    // Before a rollback all is committed: there is nothing that only the primary has.
+                    Ok(Message::Diverged { frames, digest }) if self.fork.is_some() => {
                         // The stream may be behind the message that speaks of it.
                         let done = match kept.pop_front() {
                             Some(done) => done,

@@ -1,5 +1,6 @@
 //! The conversation with the receiver, as messages, and why it ends.
 
+use blockdev::FrameStreamError;
 use proto::{CloseCode, DecodeError, Message};
 use quinn::{Connection, Endpoint, SendStream};
 use tokio::sync::mpsc;
@@ -36,6 +37,16 @@ pub(super) enum Broken {
     Lost(String),
     #[error("the receiver did not answer within {} s", READY_DEADLINE.as_secs())]
     Silent,
+}
+
+impl From<FrameStreamError> for Broken {
+    fn from(error: FrameStreamError) -> Self {
+        match error {
+            FrameStreamError::Decode(error) => error.into(),
+            FrameStreamError::Volume { volume, volumes } => Self::Volume { volume, volumes },
+            FrameStreamError::Read(error) => Self::Lost(error.to_string()),
+        }
+    }
 }
 
 impl From<quinn::WriteError> for Broken {
