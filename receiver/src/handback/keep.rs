@@ -6,15 +6,15 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockdev::{FrameReader, FrameStreamError};
+use blockdev::{ArrivedFrame, FrameReader, FrameStreamError};
 use proto::Name;
 use proto::seal::Tally;
 use quinn::RecvStream;
 
-use super::{Handback, HandbackError};
+use super::{ANSWER_DEADLINE, Handback, HandbackError};
 use crate::core::SessionError;
-use crate::fork::{ForkError, KEPT_PREFIX, OpenFork};
-use crate::group::GroupError;
+use crate::fork::{ForkDevice, ForkError, KEPT_PREFIX, OpenFork};
+use crate::group::{GroupError, Usage};
 use crate::pins::Pin;
 use crate::session::one_line;
 use crate::store::at;
@@ -37,15 +37,23 @@ pub(super) struct Kept {
 impl Handback {
     /// Takes the primary's own blocks from a stream.
     pub(super) async fn keep(&mut self, mut stream: RecvStream) -> Result<Kept, HandbackError> {
-        let (arriving, fork) = self.new_fork().await?;
+        let (name, fork) = self.new_fork().await?;
         // The fork's own views pin it until then.
         let pin = self.group.shared.pins.pin(self.ready.newest);
-        let mut counted = 0;
-        let tally = self.take(&mut stream, &fork, &mut counted).await.inspect_err(|_| {
+        let mut arriving = Arriving {
+            fork,
+            client: self.client.config.name.clone(),
+            usage: Arc::clone(&self.group.shared.usage),
+            tally: Tally::default(),
+            counted: 0,
+            blocks_left: self.group.shared.volume_blocks.iter().sum(),
+        };
+        if let Err(error) = self.take(&mut stream, &mut arriving).await {
             // What did not arrive whole is removed by the next try.
-            self.group.shared.usage.used.fetch_sub(counted, Ordering::Relaxed);
-        })?;
-        Ok(Kept { arriving, tally, pin })
+            arriving.usage.used.fetch_sub(arriving.counted, Ordering::Relaxed);
+            return Err(error);
+        }
+        Ok(Kept { arriving: name, tally: arriving.tally, pin })
     }
 
     /// Gives what arrived its name, if it is what was sent.
@@ -120,33 +128,61 @@ impl Handback {
         tokio::task::spawn_blocking(work).await.map_err(|_| closed())?
     }
 
-    async fn take(&self, stream: &mut RecvStream, fork: &OpenFork, counted: &mut u64) -> Result<Tally, HandbackError> {
+    async fn take(&self, stream: &mut RecvStream, arriving: &mut Arriving) -> Result<(), HandbackError> {
         let io = self.node.hasher().map_err(self.io())?.io().clone();
-        let (mut tally, usage) = (Tally::default(), Arc::clone(&self.group.shared.usage));
+        let mut stop = self.line.stop.clone();
         let mut reader = FrameReader::new(self.group.shared.volume_blocks.iter().copied());
-        while let Some(frame) = reader.next(stream).await? {
-            let (volume, volumes) = (frame.volume(), fork.volumes.len());
-            let device = fork.volumes.get(volume).map(|(_, device)| Arc::clone(device));
-            let device = device.ok_or(FrameStreamError::Volume { volume: frame.header().volume.0, volumes })?;
-            let (data, zero) = frame.blocks();
-            tally.add(frame.head(), frame.header().frame_bytes(), data, zero);
-            let bytes = u64::from(frame.header().content_bytes);
-            if let Some(max) = usage.max
-                && usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max
-            {
-                return Err(HandbackError::Space { client: self.client.config.name.clone(), bytes });
-            }
-            usage.used.fetch_add(bytes, Ordering::Relaxed);
-            *counted += bytes;
+        loop {
+            let frame = tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop) => return Err(HandbackError::Stopping),
+                frame = reader.next(stream) => frame?,
+                () = tokio::time::sleep(ANSWER_DEADLINE) => return Err(HandbackError::Silent),
+            };
+            let Some(frame) = frame else { break };
+            let device = arriving.admit(&frame)?;
             let applied = io.call(move || async move { frame.apply(&*device).await });
             applied.await.flatten().map_err(self.io())?;
         }
-        for (_, device) in &fork.volumes {
+        for (_, device) in &arriving.fork.volumes {
             let device = Arc::clone(device);
             let flushed = io.call(move || async move { blockdev::BlockDevice::flush(&*device).await });
             flushed.await.flatten().map_err(self.io())?;
         }
-        Ok(tally)
+        Ok(())
+    }
+}
+
+/// A fork whose blocks arrive, each once.
+struct Arriving {
+    fork: OpenFork,
+    client: Name,
+    usage: Arc<Usage>,
+    tally: Tally,
+    /// Bytes of it that are in `usage`.
+    counted: u64,
+    blocks_left: u64,
+}
+
+impl Arriving {
+    /// Counts a frame. Returns the device of its volume.
+    fn admit(&mut self, frame: &ArrivedFrame) -> Result<Arc<ForkDevice>, HandbackError> {
+        let (volume, volumes) = (frame.volume(), self.fork.volumes.len());
+        let device = self.fork.volumes.get(volume).map(|(_, device)| Arc::clone(device));
+        let device = device.ok_or(FrameStreamError::Volume { volume: frame.header().volume.0, volumes })?;
+        let (data, zero) = frame.blocks();
+        // Else a primary could keep this going for ever.
+        self.blocks_left = self.blocks_left.checked_sub(data + zero).ok_or(HandbackError::Endless)?;
+        let bytes = u64::from(frame.header().content_bytes);
+        if let Some(max) = self.usage.max
+            && self.usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max
+        {
+            return Err(HandbackError::Space { client: self.client.clone(), bytes });
+        }
+        self.tally.add(frame.head(), frame.header().frame_bytes(), data, zero);
+        self.usage.used.fetch_add(bytes, Ordering::Relaxed);
+        self.counted += bytes;
+        Ok(device)
     }
 }
 

@@ -56,6 +56,8 @@ pub(crate) enum HandbackError {
     Unexpected { message: &'static str, state: &'static str },
     #[error("the primary's own blocks did not arrive as it sent them: try again")]
     Diverged,
+    #[error("the primary sent more blocks of its own than its disks have")]
+    Endless,
     #[error("client '{client}' has no space left for what its primary wrote of its own ({bytes} bytes): raise `space_max`")]
     Space { client: Name, bytes: u64 },
     #[error("group '{group}' keeps {count} forks of its primary's own writes already: delete some first")]
@@ -85,7 +87,7 @@ impl HandbackError {
             Self::NotActive { .. } | Self::Active { .. } | Self::Forbidden { .. } => CloseCode::Mismatch,
             Self::Group(_) | Self::Io { .. } | Self::Storage(_) => CloseCode::Storage,
             Self::Space { .. } | Self::Forks { .. } => CloseCode::Limit,
-            Self::Unexpected { .. } | Self::Diverged | Self::Queries | Self::Decode(_) => CloseCode::Misbehaved,
+            Self::Unexpected { .. } | Self::Diverged | Self::Endless | Self::Queries | Self::Decode(_) => CloseCode::Misbehaved,
             Self::Lost(_) | Self::Silent | Self::Slow | Self::Stopping => CloseCode::Stopping,
             Self::Superseded => CloseCode::Superseded,
         }
