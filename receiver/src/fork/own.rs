@@ -8,7 +8,7 @@
 //! Hence the *touched* regions: a region's bit is durable before the first change to a block of it that is resident and not written, and
 //! goes when the written bits of the region are durable. What is still touched when a fork is opened counts as written, region by region.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use proto::DirtyMap;
@@ -67,6 +67,10 @@ pub(super) enum Copies {
     All,
 }
 
+/// Who follows the changes of a fork.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Follower(u64);
+
 #[derive(Debug)]
 pub(super) struct Own {
     size_bytes: u64,
@@ -74,8 +78,9 @@ pub(super) struct Own {
     pub(super) copies: Copies,
     /// Regions as blocks of a volume of their own, durable.
     pub(super) touched: DirtyMap,
-    /// Blocks changed since somebody began to follow; nobody does if there are none.
-    pub(super) changed: Option<DirtyMap>,
+    /// For each who follows, the blocks changed since it last took them.
+    pub(super) changed: BTreeMap<Follower, DirtyMap>,
+    followers: u64,
 }
 
 /// Size of a volume that has a block for each region of one of `size_bytes`: what the map of touched regions is of.
@@ -86,7 +91,7 @@ pub(super) fn regions_bytes(size_bytes: u64) -> u64 {
 impl Own {
     pub(super) fn new(size_bytes: u64, written: DirtyMap) -> Self {
         let touched = DirtyMap::new(regions_bytes(size_bytes));
-        Self { size_bytes, written: Marked::new(written), copies: Copies::None, touched, changed: None }
+        Self { size_bytes, written: Marked::new(written), copies: Copies::None, touched, changed: BTreeMap::new(), followers: 0 }
     }
 
     /// As [`new`](Self::new), with what flattening left; `None`: all is copied.
@@ -185,14 +190,25 @@ impl Own {
         None
     }
 
+    /// Somebody wants to know which blocks change from here on. Several may, each for itself: one whose primary is gone may not have noticed yet.
+    pub(super) fn follow(&mut self) -> Follower {
+        self.followers += 1;
+        let follower = Follower(self.followers);
+        self.changed.insert(follower, DirtyMap::new(self.size_bytes));
+        follower
+    }
+
+    /// Blocks that were changed, or may have been.
+    pub(super) fn note_changed(&mut self, blocks: &Range<u64>) {
+        self.changed.values_mut().for_each(|changed| changed.mark(blocks.start, blocks.end - blocks.start));
+    }
+
     /// Blocks that a guest changed.
     pub(super) fn mark_written(&mut self, blocks: Range<u64>) {
         if let Copies::Some { resident, .. } = &mut self.copies {
             resident.mark(blocks.start, blocks.end - blocks.start);
         }
-        if let Some(changed) = &mut self.changed {
-            changed.mark(blocks.start, blocks.end - blocks.start);
-        }
+        self.note_changed(&blocks);
         self.written.mark(blocks);
     }
 

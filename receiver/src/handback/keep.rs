@@ -6,15 +6,17 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockdev::{ArrivedFrame, FrameReader, FrameStreamError};
-use proto::Name;
+use blockdev::{ArrivedFrame, BlockDevice, FrameReader, FrameStreamError, IoThreads};
 use proto::seal::Tally;
+use proto::{Generation, Name, Point};
 use quinn::RecvStream;
+use tokio::sync::watch;
 
-use super::{ANSWER_DEADLINE, Handback, HandbackError};
+use super::HandbackError;
+use super::core::ANSWER_DEADLINE;
 use crate::core::SessionError;
 use crate::fork::{ForkDevice, ForkError, KEPT_PREFIX, OpenFork};
-use crate::group::{GroupError, Usage};
+use crate::group::{GroupError, Shared, Usage};
 use crate::pins::Pin;
 use crate::session::one_line;
 use crate::store::at;
@@ -26,112 +28,100 @@ pub(crate) const KEPT_FORKS_MAX: usize = 16;
 /// Names of those that are still arriving.
 const ARRIVING_PREFIX: &str = "arriving-";
 
-/// A fork whose blocks have arrived, durably.
-pub(super) struct Kept {
-    arriving: Name,
+/// Bytes of a client's space that are given back when this is dropped: what did not arrive whole, or was never named, is removed by the next try.
+struct Counted {
+    usage: Arc<Usage>,
+    bytes: u64,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.usage.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A fork whose blocks arrive, each once.
+pub(crate) struct Arriving {
+    name: Name,
+    fork: OpenFork,
+    client: Name,
+    counted: Counted,
     tally: Tally,
+    blocks_left: u64,
     /// The point under it stays.
     pin: Pin,
 }
 
-impl Handback {
-    /// Takes the primary's own blocks from a stream.
-    pub(super) async fn keep(&mut self, mut stream: RecvStream) -> Result<Kept, HandbackError> {
-        let (name, fork) = self.new_fork().await?;
-        // The fork's own views pin it until then.
-        let pin = self.group.shared.pins.pin(self.ready.newest);
-        let mut arriving = Arriving {
-            fork,
-            client: self.client.config.name.clone(),
-            usage: Arc::clone(&self.group.shared.usage),
+/// A fork whose blocks have arrived, durably.
+pub(crate) struct Kept {
+    arriving: Name,
+    tally: Tally,
+    counted: Counted,
+    pin: Pin,
+}
+
+impl Arriving {
+    /// Makes the fork of `point`, for what a primary of `generation` wrote. Changes files.
+    pub(crate) fn begin(shared: &Arc<Shared>, generation: Generation, point: Point) -> Result<Self, HandbackError> {
+        let name = parsed(&format!("{ARRIVING_PREFIX}{generation}"), &shared.folder.group)?;
+        let folder = shared.folder.fork(&name);
+        if folder.exists() {
+            shared.disk.remove_folder(&folder).map_err(at(&folder, "remove what did not arrive")).map_err(ForkError::from)?;
+        }
+        let fork = ForkInUse { name: name.clone(), point };
+        crate::fork::create(&shared.disk, shared, &fork)?;
+        let fork = crate::fork::assemble(shared, generation, &fork)?;
+        Ok(Self {
+            name,
+            client: shared.folder.client.clone(),
+            counted: Counted { usage: Arc::clone(&shared.usage), bytes: 0 },
             tally: Tally::default(),
-            counted: 0,
-            blocks_left: self.group.shared.volume_blocks.iter().sum(),
-        };
-        if let Err(error) = self.take(&mut stream, &mut arriving).await {
-            // What did not arrive whole is removed by the next try.
-            arriving.usage.used.fetch_sub(arriving.counted, Ordering::Relaxed);
-            return Err(error);
+            blocks_left: shared.volume_blocks.iter().sum(),
+            // The fork's own views pin it until then.
+            pin: shared.pins.pin(point),
+            fork,
+        })
+    }
+
+    /// Counts a frame. Returns the device of its volume.
+    pub(crate) fn admit(&mut self, frame: &ArrivedFrame) -> Result<Arc<ForkDevice>, HandbackError> {
+        let (volume, volumes) = (frame.volume(), self.fork.volumes.len());
+        let device = self.fork.volumes.get(volume).map(|(_, device)| Arc::clone(device));
+        let device = device.ok_or(FrameStreamError::Volume { volume: frame.header().volume.0, volumes })?;
+        let (data, zero) = frame.blocks();
+        // Else a primary could keep this going for ever.
+        self.blocks_left = self.blocks_left.checked_sub(data + zero).ok_or(HandbackError::Endless)?;
+        let (bytes, usage) = (u64::from(frame.header().content_bytes), &self.counted.usage);
+        if let Some(max) = usage.max
+            && usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max
+        {
+            return Err(HandbackError::Space { client: self.client.clone(), bytes });
         }
-        Ok(Kept { arriving: name, tally: arriving.tally, pin })
+        usage.used.fetch_add(bytes, Ordering::Relaxed);
+        self.counted.bytes += bytes;
+        self.tally.add(frame.head(), frame.header().frame_bytes(), data, zero);
+        Ok(device)
     }
 
-    /// Gives what arrived its name, if it is what was sent.
-    pub(super) async fn name(&mut self, kept: Kept, frames: u64, digest: [u8; 32]) -> Result<Name, HandbackError> {
-        if (kept.tally.frames, kept.tally.digest()) != (frames, digest) {
-            return Err(HandbackError::Diverged);
-        }
-        let (shared, generation) = (Arc::clone(&self.group.shared), self.ask.generation);
-        let named = self.blocking(move || {
-            let group = || shared.folder.group.clone();
-            for number in 1..=KEPT_FORKS_MAX {
-                let tail = if number == 1 { String::new() } else { format!("-{number}") };
-                let name = parsed(&format!("{KEPT_PREFIX}{generation}{tail}"), &group())?;
-                let (from, to) = (shared.folder.fork(&kept.arriving), shared.folder.fork(&name));
-                if to.exists() {
-                    continue;
-                }
-                let parent = shared.folder.path.join("forks");
-                shared.disk.rename(&from, &to).map_err(at(&to, "name the fork's folder")).map_err(ForkError::from)?;
-                shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
-                shared.kept.lock().push(kept.pin);
-                return Ok(name);
-            }
-            Err(HandbackError::Forks { group: group(), count: KEPT_FORKS_MAX })
-        });
-        let name = named.await?;
-        tracing::warn!(
-            "{}/{}: what its primary wrote of its own is kept as fork {name}",
-            self.client.config.name,
-            self.ask.group
-        );
-        Ok(name)
+    /// Its devices, to be flushed at the end.
+    pub(crate) fn devices(&self) -> Vec<Arc<ForkDevice>> {
+        self.fork.volumes.iter().map(|(_, device)| Arc::clone(device)).collect()
     }
 
-    async fn new_fork(&self) -> Result<(Name, OpenFork), HandbackError> {
-        let (shared, generation, point) = (Arc::clone(&self.group.shared), self.ask.generation, self.ready.newest);
-        let made = self.blocking(move || {
-            let name = parsed(&format!("{ARRIVING_PREFIX}{generation}"), &shared.folder.group)?;
-            let folder = shared.folder.fork(&name);
-            if folder.exists() {
-                shared.disk.remove_folder(&folder).map_err(at(&folder, "remove what did not arrive")).map_err(ForkError::from)?;
-            }
-            let fork = ForkInUse { name: name.clone(), point };
-            crate::fork::create(&shared.disk, &shared, &fork)?;
-            Ok((name, crate::fork::assemble(&shared, generation, &fork)?))
-        });
-        made.await
+    /// All of it has arrived and is durable.
+    pub(crate) fn arrived(self) -> Kept {
+        Kept { arriving: self.name, tally: self.tally, counted: self.counted, pin: self.pin }
     }
 
-    /// Removes the fork that was given back: all of it is in the point that both sites hold.
-    pub(super) async fn forget(&self, fork: &Name) {
-        let (shared, fork) = (Arc::clone(&self.group.shared), fork.clone());
-        let removed = self.blocking(move || {
-            let folder = shared.folder.fork(&fork);
-            Ok(shared
-                .disk
-                .remove_folder(&folder)
-                .map_err(at(&folder, "remove the fork that was given back"))
-                .map_err(ForkError::from)?)
-        });
-        if let Err(error) = removed.await {
-            tracing::warn!("{}/{}: {error}; it is of no use any more", self.client.config.name, self.ask.group);
-        }
-    }
-
-    /// Work on files, where it holds nobody up.
-    async fn blocking<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, HandbackError> + Send + 'static,
-    ) -> Result<T, HandbackError> {
-        let closed = || GroupError::Closed { group: self.ask.group.clone() };
-        tokio::task::spawn_blocking(work).await.map_err(|_| closed())?
-    }
-
-    async fn take(&self, stream: &mut RecvStream, arriving: &mut Arriving) -> Result<(), HandbackError> {
-        let io = self.node.hasher().map_err(self.io())?.io().clone();
-        let mut stop = self.line.stop.clone();
-        let mut reader = FrameReader::new(self.group.shared.volume_blocks.iter().copied());
+    /// Takes what comes on a stream; each frame within a deadline.
+    pub(super) async fn take(
+        mut self,
+        stream: &mut RecvStream,
+        io: &IoThreads,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<Kept, HandbackError> {
+        let group = self.fork.volumes.iter().map(|(_, device)| proto::units::blocks_of(device.size()));
+        let mut reader = FrameReader::new(group);
         loop {
             let frame = tokio::select! {
                 biased;
@@ -140,49 +130,44 @@ impl Handback {
                 () = tokio::time::sleep(ANSWER_DEADLINE) => return Err(HandbackError::Silent),
             };
             let Some(frame) = frame else { break };
-            let device = arriving.admit(&frame)?;
+            let device = self.admit(&frame)?;
             let applied = io.call(move || async move { frame.apply(&*device).await });
-            applied.await.flatten().map_err(self.io())?;
+            applied.await.flatten().map_err(HandbackError::Kept)?;
         }
-        for (_, device) in &arriving.fork.volumes {
-            let device = Arc::clone(device);
-            let flushed = io.call(move || async move { blockdev::BlockDevice::flush(&*device).await });
-            flushed.await.flatten().map_err(self.io())?;
+        for device in self.devices() {
+            let flushed = io.call(move || async move { device.flush().await });
+            flushed.await.flatten().map_err(HandbackError::Kept)?;
         }
-        Ok(())
+        Ok(self.arrived())
     }
 }
 
-/// A fork whose blocks arrive, each once.
-struct Arriving {
-    fork: OpenFork,
-    client: Name,
-    usage: Arc<Usage>,
-    tally: Tally,
-    /// Bytes of it that are in `usage`.
-    counted: u64,
-    blocks_left: u64,
-}
+impl Kept {
+    /// Frames and their digest, as the primary tells them.
+    pub(crate) fn told(&self) -> (u64, [u8; 32]) {
+        (self.tally.frames, self.tally.digest())
+    }
 
-impl Arriving {
-    /// Counts a frame. Returns the device of its volume.
-    fn admit(&mut self, frame: &ArrivedFrame) -> Result<Arc<ForkDevice>, HandbackError> {
-        let (volume, volumes) = (frame.volume(), self.fork.volumes.len());
-        let device = self.fork.volumes.get(volume).map(|(_, device)| Arc::clone(device));
-        let device = device.ok_or(FrameStreamError::Volume { volume: frame.header().volume.0, volumes })?;
-        let (data, zero) = frame.blocks();
-        // Else a primary could keep this going for ever.
-        self.blocks_left = self.blocks_left.checked_sub(data + zero).ok_or(HandbackError::Endless)?;
-        let bytes = u64::from(frame.header().content_bytes);
-        if let Some(max) = self.usage.max
-            && self.usage.used.load(Ordering::Relaxed).saturating_add(bytes) > max
-        {
-            return Err(HandbackError::Space { client: self.client.clone(), bytes });
+    /// Gives it its name, durably. Changes files.
+    pub(crate) fn name(mut self, shared: &Shared, generation: Generation) -> Result<Name, HandbackError> {
+        let group = || shared.folder.group.clone();
+        for number in 1..=KEPT_FORKS_MAX {
+            let tail = if number == 1 { String::new() } else { format!("-{number}") };
+            let name = parsed(&format!("{KEPT_PREFIX}{generation}{tail}"), &group())?;
+            let (from, to) = (shared.folder.fork(&self.arriving), shared.folder.fork(&name));
+            if to.exists() {
+                continue;
+            }
+            let parent = shared.folder.path.join("forks");
+            shared.disk.rename(&from, &to).map_err(at(&to, "name the fork's folder")).map_err(ForkError::from)?;
+            shared.disk.sync_folder(&parent).map_err(at(&parent, "sync the folder")).map_err(ForkError::from)?;
+            shared.kept.lock().push(self.pin);
+            self.counted.bytes = 0;
+            let client = &shared.folder.client;
+            tracing::warn!("{client}/{}: what its primary wrote of its own is kept as fork {name}", group());
+            return Ok(name);
         }
-        self.tally.add(frame.head(), frame.header().frame_bytes(), data, zero);
-        self.usage.used.fetch_add(bytes, Ordering::Relaxed);
-        self.counted += bytes;
-        Ok(device)
+        Err(HandbackError::Forks { group: group(), count: KEPT_FORKS_MAX })
     }
 }
 

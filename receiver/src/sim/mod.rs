@@ -8,6 +8,7 @@
 mod disk;
 #[cfg(test)]
 mod folding;
+mod handback;
 #[cfg(test)]
 mod lives;
 mod model;
@@ -21,7 +22,8 @@ mod sweep;
 mod tests;
 
 pub use disk::SimDisk;
-pub use replica::{Output, Replica, ReplicaError, SessionNo, StreamNo};
+pub use handback::KeptFork;
+pub use replica::{ActiveCopy, Output, Replica, ReplicaError, SessionNo, StreamNo};
 
 use std::cell::Cell;
 
