@@ -1,5 +1,6 @@
 //! Packs blocks into frames: neighbours and near blocks of a volume together, zeroes as zero extents.
 
+use crate::dirty::DirtyMap;
 use crate::frame::{FRAME_CONTENT_BYTES_MAX, FRAME_EXTENTS_MAX, encode_data_with, encode_zero};
 use crate::units::{BLOCK_BYTES, BlockExtent, BlockIndex, EpochId, VolumeIndex};
 
@@ -99,6 +100,79 @@ impl Packer {
     }
 }
 
+/// Blocks of one volume that are to be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// The volume.
+    pub volume: VolumeIndex,
+    /// At most as many blocks as a frame has.
+    pub runs: Vec<BlockExtent>,
+}
+
+/// Makes the frames of one pass out of all blocks of a group's sets, LZ4 where that helps: says what is to be read, takes what was read in the
+/// same order, and gives the frames. Several reads may be under way.
+#[derive(Debug)]
+pub struct GroupPacker {
+    sets: Vec<DirtyMap>,
+    epoch: EpochId,
+    pass: u16,
+    /// Where the next read begins.
+    next: (usize, u64),
+    packer: Packer,
+}
+
+impl GroupPacker {
+    /// For sets of the volumes in their order.
+    #[must_use]
+    pub fn new(sets: Vec<DirtyMap>, epoch: EpochId, pass: u16) -> Self {
+        Self { sets, epoch, pass, next: (0, 0), packer: Packer::new(VolumeIndex(0)) }
+    }
+
+    /// What is to be read next; `None` once all is.
+    pub fn wanted(&mut self) -> Option<Wanted> {
+        loop {
+            let (volume, at) = self.next;
+            let runs = self.sets.get(volume)?.pick(at, FRAME_BLOCKS);
+            match runs.last() {
+                Some(last) => self.next = (volume, last.end()),
+                None => self.next = (volume + 1, 0),
+            }
+            if !runs.is_empty() {
+                // A group has 64 volumes at most.
+                return Some(Wanted { volume: VolumeIndex(volume as u16), runs });
+            }
+        }
+    }
+
+    /// Takes the content of a run that was wanted, whole blocks, and adds the frames that are full to `out`.
+    pub fn put(&mut self, volume: VolumeIndex, run: BlockExtent, content: &[u8], out: &mut Vec<(VolumeIndex, Packed)>) {
+        if volume != self.packer.volume() {
+            self.finish(out);
+            self.packer = Packer::new(volume);
+        }
+        for (block, bytes) in (run.start.0..run.end()).zip(content.chunks_exact(BLOCK_BYTES as usize)) {
+            self.packer.block(block, bytes);
+            if self.packer.is_full() {
+                out.extend(self.packer.take_data(self.epoch, self.pass, lz4).map(|packed| (volume, packed)));
+            }
+        }
+        if self.packer.has_zeroes() {
+            out.extend(self.packer.take_zeroes(self.epoch, self.pass).into_iter().map(|packed| (volume, packed)));
+        }
+    }
+
+    /// Adds the frames that are left to `out`.
+    pub fn finish(&mut self, out: &mut Vec<(VolumeIndex, Packed)>) {
+        let volume = self.packer.volume();
+        out.extend(self.packer.take_data(self.epoch, self.pass, lz4).map(|packed| (volume, packed)));
+        out.extend(self.packer.take_zeroes(self.epoch, self.pass).into_iter().map(|packed| (volume, packed)));
+    }
+}
+
+fn lz4(content: &[u8], room: &mut [u8]) -> Option<usize> {
+    lz4_flex::block::compress_into(content, room).ok()
+}
+
 /// Whether a block is all zeroes.
 #[must_use]
 pub fn is_zero(bytes: &[u8]) -> bool {
@@ -117,7 +191,7 @@ pub fn push_block(runs: &mut Vec<BlockExtent>, block: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DirtyMap, Frame};
+    use crate::Frame;
 
     /// What goes in comes out, each block once, in frames within their limits.
     #[test]
@@ -154,5 +228,34 @@ mod tests {
             assert_eq!(packed.data_blocks + packed.zero_blocks, blocks);
         }
         assert_eq!(seen.count(), (0..4000).filter(|b| b % 7 < 5).count() as u64);
+    }
+
+    /// Every block of every set comes out once, in frames of its own volume, also where a set is empty.
+    #[test]
+    fn a_groups_sets_come_out_whole() {
+        let mut sets: Vec<DirtyMap> = (0..4).map(|_| DirtyMap::new(3000 * BLOCK_BYTES)).collect();
+        for (volume, first, count) in [(0, 5, 70), (0, 2000, 1), (2, 0, 3000), (3, 2999, 1)] {
+            sets[volume].mark(first, count);
+        }
+        let (mut packer, mut frames, mut reads) = (GroupPacker::new(sets.clone(), EpochId(9), 1), Vec::new(), Vec::new());
+        while let Some(wanted) = packer.wanted() {
+            reads.push(wanted);
+        }
+        for Wanted { volume, runs } in reads {
+            for run in runs {
+                let block = |b: u64| vec![if b.is_multiple_of(4) { 0 } else { (b + u64::from(volume.0)) as u8 | 1 }; 4096];
+                let content = (run.start.0..run.end()).flat_map(block).collect::<Vec<_>>();
+                packer.put(volume, run, &content, &mut frames);
+            }
+        }
+        packer.finish(&mut frames);
+        for (volume, packed) in frames {
+            let frame = Frame::decode(&packed.bytes, 3000).unwrap();
+            assert_eq!((frame.header.volume, frame.header.epoch, frame.header.pass), (volume, EpochId(9), 1));
+            for extent in frame.extents {
+                assert_eq!(sets[usize::from(volume.0)].clear(extent.start.0, extent.blocks.into()), u64::from(extent.blocks));
+            }
+        }
+        assert!(sets.iter().all(DirtyMap::is_empty));
     }
 }

@@ -72,6 +72,10 @@ pub trait Watch: Send + Sync {
     fn before(&self, op: &Op<'_>) -> io::Result<()>;
     /// After it was made.
     fn done(&self, op: &Op<'_>);
+    /// Whether all of the store is used from one thread, which may wait: then a fork's data goes through here too.
+    fn in_one_thread(&self) -> bool {
+        false
+    }
 }
 
 /// Where a store is changed. Clones share the watcher.
@@ -83,6 +87,12 @@ impl Disk {
     #[must_use]
     pub fn watched(watch: Arc<dyn Watch>) -> Self {
         Self(Some(watch))
+    }
+
+    /// See [`Watch::in_one_thread`].
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn in_one_thread(&self) -> bool {
+        self.0.as_ref().is_some_and(|watch| watch.in_one_thread())
     }
 
     /// A disk that does what it is told if `decide` lets it, and nothing of it otherwise.

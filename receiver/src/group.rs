@@ -709,9 +709,7 @@ impl Group {
     pub(crate) async fn drain(&self, within: std::time::Duration) -> Result<Point, GroupError> {
         let group = || self.shared.folder.group.clone();
         let mut drained = self.shared.drained.subscribe();
-        let (reply, answer) = oneshot::channel();
-        let _ = self.commands.send(Command::Drain { reply }).await;
-        if !answer.await.map_err(|_| GroupError::Closed { group: group() })? {
+        if !self.ask_to_drain().await? {
             return Err(GroupError::NotConnected { group: group() });
         }
         let answered = |drained: &Drained| *drained != Drained::Waiting;
@@ -735,6 +733,13 @@ impl Group {
             }
             waiting
         });
+    }
+
+    /// Asks the primary that follows, if there is one, to take no more writes. Whether there is.
+    pub(crate) async fn ask_to_drain(&self) -> Result<bool, GroupError> {
+        let (reply, answer) = oneshot::channel();
+        let _ = self.commands.send(Command::Drain { reply }).await;
+        answer.await.map_err(|_| GroupError::Closed { group: self.shared.folder.group.clone() })
     }
 
     /// Lets the primary take writes again.
@@ -795,6 +800,15 @@ fn base_sums(folder: &GroupFolder, volume: &Volume) -> OnceLock<Sums> {
 }
 
 impl Shared {
+    /// The fork of an active group.
+    pub(crate) fn promised(&self) -> Result<Promoted, GroupError> {
+        let state = self.state.read();
+        match (state.role, &state.fork) {
+            (GroupRole::Active, Some(fork)) => Ok(Promoted { generation: state.generation, fork: fork.clone() }),
+            _ => Err(GroupError::Changed { group: self.folder.group.clone() }),
+        }
+    }
+
     pub(crate) fn stored(&self, key: Fingerprint) -> StoredGroup {
         let state = self.state.read();
         StoredGroup { generation: state.generation, role: state.role, owned: self.owner == key, volumes: self.volumes.clone() }

@@ -15,7 +15,8 @@ use crate::adopt::AdoptError;
 use crate::config::{ClientConfig, Limits, SEGMENT_BYTES_MAX};
 use crate::core::{Cause, Stored, total};
 use crate::disk::Disk;
-use crate::group::{Group, GroupError, SessionId, Usage};
+use crate::fork::OpenFork;
+use crate::group::{Group, GroupError, Promoted, SessionId, Usage};
 use crate::hashing::Hasher;
 use crate::journal::{FIRST_SEGMENT, GroupId, JournalOptions};
 use crate::store::{GroupFolder, Store, StoreError};
@@ -301,10 +302,22 @@ fn options(limits: &Limits, usage: &Usage, group: &Name, disk: &Disk) -> Journal
 }
 
 /// Promotes a group and opens its fork; asked again, it gives the same.
-pub(crate) async fn activate(group: &Arc<Group>, point: Option<Point>) -> Result<Arc<crate::fork::OpenFork>, GroupError> {
+pub(crate) async fn activate(group: &Arc<Group>, point: Option<Point>) -> Result<Arc<OpenFork>, GroupError> {
     let mut active = group.active.lock().await;
     let promoted = group.promote(point).await?;
-    if let Some(fork) = active.as_ref() {
+    opened(group, &mut active, promoted).await
+}
+
+/// Opens the fork of a group that is active; nothing is promoted.
+pub(crate) async fn in_use(group: &Arc<Group>) -> Result<Arc<OpenFork>, GroupError> {
+    let mut active = group.active.lock().await;
+    let promised = group.shared.promised()?;
+    opened(group, &mut active, promised).await
+}
+
+async fn opened(group: &Arc<Group>, active: &mut Option<Arc<OpenFork>>, promoted: Promoted) -> Result<Arc<OpenFork>, GroupError> {
+    // One that was given back a moment ago may still be there.
+    if let Some(fork) = active.as_ref().filter(|fork| fork.name == promoted.fork.name) {
         return Ok(Arc::clone(fork));
     }
     let shared = Arc::clone(&group.shared);

@@ -345,7 +345,7 @@ impl Core {
                 self.suspend(phase, resumes, out);
                 (self.lost(now, jitter, refused, out), Ok(()))
             }
-            (Phase::Waiting { until, .. }, Event::Tick(_)) if now >= until => {
+            (Phase::Waiting { until, .. }, Event::Tick(_) | Event::Hurry(_)) if now >= until => {
                 out.push(Action::Connect);
                 (Phase::Connecting, Ok(()))
             }
@@ -353,7 +353,9 @@ impl Core {
                 out.push(Action::Send(Message::Hello(self.hello())));
                 (Phase::Greeting { deadline: now + WELCOME_TIMEOUT, session, cleared }, Ok(()))
             }
-            (phase @ Phase::Greeting { deadline, .. }, Event::Tick(_)) if now >= deadline => (phase, Err(SessionError::Silent)),
+            (phase @ Phase::Greeting { deadline, .. }, Event::Tick(_) | Event::Hurry(_)) if now >= deadline => {
+                (phase, Err(SessionError::Silent))
+            }
             (phase, Event::Message(Message::Fenced { generation })) => {
                 out.extend([Action::Merge, Action::RefuseFlushes, Action::Disconnect]);
                 drop(phase);

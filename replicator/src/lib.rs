@@ -47,7 +47,6 @@ use tokio::task::JoinHandle;
 use crate::core::{Core, CoreConfig};
 use crate::dirtylog::{DirtyLog, LogFile, log_bytes};
 pub use crate::exchange::{Exchange, ExchangeError, Exchanger};
-use crate::gate::Closed;
 use crate::handback::Handback;
 pub use crate::handback::{HandbackError, HandbackPlan, HandbackStatus, HandbackTarget};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
@@ -333,12 +332,8 @@ impl Replicator {
         }
         let shared = Arc::new(Shared::new(group, peer.clone(), tuning, names, ledger, log, recorded.generation, pace));
         let (stop, stopping) = watch::channel(None);
-        match recorded.stopped {
-            Some(Stopped::Fenced(_) | Stopped::Drained) if shared.tuning.writes_when_fenced => {}
-            Some(Stopped::Fenced(_)) => shared.gate.close(Closed::Fenced),
-            Some(Stopped::Drained) => shared.gate.close(Closed::Drained),
-            Some(Stopped::Handback { .. }) => shared.gate.close(Closed::Handback),
-            None => {}
+        if let Some(why) = recorded.stopped.and_then(|stopped| stopped.holds_up(shared.tuning.writes_when_fenced)) {
+            shared.gate.close(why);
         }
         let gate = |(name, tap): (Name, Tap)| (name, Arc::new(tap.with_gate(shared.gate.clone())) as Arc<dyn BlockDevice>);
         let taps = gated.into_iter().map(gate).collect();

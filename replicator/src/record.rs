@@ -12,6 +12,8 @@ use parking_lot::Mutex;
 use proto::{Generation, Point, SessionToken};
 use serde::{Deserialize, Serialize};
 
+use crate::gate::Closed;
+
 const FILE: &str = "group.record";
 const SECTOR_BYTES: usize = 512;
 const MAGIC: [u8; 4] = *b"TWR1";
@@ -74,6 +76,18 @@ pub(crate) enum Stopped {
         /// What was written here of its own is kept there.
         kept: bool,
     },
+}
+
+impl Stopped {
+    /// Why guests are held up, if they are: a primary whose guests are to go on writing lets them do so, but never on disks that are in between.
+    pub(crate) fn holds_up(self, writes_when_fenced: bool) -> Option<Closed> {
+        match self {
+            Self::Fenced(_) | Self::Drained if writes_when_fenced => None,
+            Self::Fenced(_) => Some(Closed::Fenced),
+            Self::Drained => Some(Closed::Drained),
+            Self::Handback { .. } => Some(Closed::Handback),
+        }
+    }
 }
 
 /// The record of one group.

@@ -5,6 +5,9 @@
 //! the primary. Nothing here sleeps or reads a clock; tasks are polled when [`Primary::poll`] is called, in an order that the caller's
 //! random numbers decide.
 
+mod handback;
+mod parts;
+
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::future::Future;
@@ -22,15 +25,18 @@ use tokio::sync::mpsc;
 use crate::capture::{CaptureCounters, CaptureError, Pass};
 use crate::compare::{Compare, CompareCounters};
 use crate::compress::Compressor;
-use crate::core::{Action, Core, CoreConfig, Event, Load, Phase};
+use crate::core::{Action, Core, CoreConfig, Event, Load, Phase, SessionError};
 use crate::dirtylog::{DirtyLog, LogFile};
+use crate::gate::{Closed, Gate};
 use crate::ledger::{CopyLimits, FlushRefused, Ledger};
 use crate::outbox::{Item, Outbox};
-use crate::record::Recorded;
+use crate::record::Stopped;
 use crate::scrub::{Board, Scrub};
-use crate::spec::Durability;
 use crate::tap::Tap;
 use crate::upkeep;
+pub use handback::HandbackEnd;
+use handback::Handing;
+pub use parts::{Disks, DurableRecord, Output, PrimaryConfig};
 
 /// Room for a frame beside what the simulated receiver has not said it has.
 const OUTBOX_BYTES_MIN: usize = proto::frame::FRAME_BYTES_MAX + (64 << 10);
@@ -52,6 +58,10 @@ pub enum Sabotage {
     SkipDirtyLog,
     /// A flush that is to wait for the receiver is answered by the local disk alone.
     AnswerFlushEarly,
+    /// What was written of its own is overwritten before the receiver keeps it.
+    OverwriteBeforeKept,
+    /// Guests are let in before the receiver has handed the disks over.
+    OpenGateEarly,
 }
 
 thread_local! {
@@ -67,98 +77,28 @@ pub(crate) fn is_sabotaged(rule: Sabotage) -> bool {
     SABOTAGE.get() == Some(rule)
 }
 
-/// What survives the process besides disks and logs: `group.record`, with its two sectors.
-#[derive(Clone, Debug, Default)]
-pub struct DurableRecord {
-    newest: Recorded,
-    older: Recorded,
-}
-
-impl DurableRecord {
-    fn change(&mut self, change: impl FnOnce(&mut Recorded)) {
-        let mut changed = self.newest.clone();
-        change(&mut changed);
-        if changed != self.newest {
-            self.older = std::mem::replace(&mut self.newest, changed);
-        }
-    }
-
-    /// A bit of the newer sector rots: what the next start reads is the older one.
-    pub fn rot(&mut self) {
-        self.newest = self.older.clone();
-    }
-}
-
-/// A group.
-#[derive(Clone, Debug)]
-pub struct PrimaryConfig {
-    /// Its name.
-    pub group: Name,
-    /// Names of its volumes, in the order of the disks.
-    pub volumes: Vec<Name>,
-    /// Time between cuts.
-    pub interval: Duration,
-    /// See `Tuning`.
-    pub freeze_budget_bytes: u64,
-    /// See `Tuning`.
-    pub spill_limit_bytes: u64,
-    /// See `Tuning`.
-    pub epochs_in_flight: u16,
-    /// See `Tuning`.
-    pub durability: Durability,
-}
-
-/// The disks of a group.
-#[derive(Clone)]
-pub struct Disks {
-    /// Guest disks.
-    pub volumes: Vec<Arc<dyn BlockDevice>>,
-    /// Their dirty logs, [`dirty_log_bytes`] long.
-    pub logs: Vec<Arc<dyn BlockDevice>>,
-    /// The spill file, at least `spill_limit_bytes` long.
-    pub spill: Arc<dyn BlockDevice>,
-}
-
-/// What a primary does to the world.
-#[derive(Debug)]
-pub enum Output {
-    /// It wants a connection.
-    Connect,
-    /// Bytes of its control stream.
-    Control(Vec<u8>),
-    /// It opens the next pass stream.
-    PassOpen,
-    /// Bytes of the pass stream that was opened last.
-    PassData(Vec<u8>),
-    /// That stream is complete.
-    PassEnd,
-    /// It drops the connection.
-    Disconnect,
-    /// It sealed an epoch: the image of writes that were admitted with `tag` or a lower one.
-    Sealed {
-        /// The point that the epoch would make.
-        point: Point,
-        /// The session.
-        session: SessionToken,
-        /// See [`Primary::tag`].
-        tag: u64,
-    },
-    /// It heard that this is committed.
-    Committed(Point),
-    /// It ended the session by itself, because of this; for a trace.
-    Trouble(String),
-}
-
 enum Done {
     Pass(Result<u64, CaptureError>, Box<Tally>),
     Compared(Result<(), CaptureError>),
     Upkeep,
     Scrub(Result<(), CaptureError>),
+    HandbackCompared(Result<(), CaptureError>),
+    OwnSent(std::io::Result<()>),
+    Applied(std::io::Result<u64>),
+}
+
+/// What a task ends with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Owner {
+    Connection,
+    Epoch,
+    Handback,
 }
 
 struct Task {
-    /// It ends with the connection; the others go on.
-    of_connection: bool,
+    owner: Owner,
+    /// It writes what a handback brings.
+    writes: bool,
     future: Pin<Box<dyn Future<Output = Done>>>,
 }
 
@@ -169,6 +109,16 @@ pub struct Primary {
     log: Arc<DirtyLog>,
     disks: Disks,
     taps: Vec<Arc<dyn BlockDevice>>,
+    /// As the taps, for what a handback brings: nothing holds it up.
+    inner: Vec<Arc<dyn BlockDevice>>,
+    gate: Arc<Gate>,
+    handing: Option<Box<Handing>>,
+    /// The receiver waits for the word that all is committed.
+    draining: bool,
+    /// Epochs are cut as fast as they can be.
+    hurry: bool,
+    group: Name,
+    hellos: Vec<VolumeHello>,
     record: Arc<parking_lot::Mutex<DurableRecord>>,
     counters: Arc<CaptureCounters>,
     compared: Arc<CompareCounters>,
@@ -232,26 +182,44 @@ impl Primary {
         let log = Arc::new(log);
         let limits = CopyLimits { memory_bytes: config.freeze_budget_bytes, spill_bytes: config.spill_limit_bytes };
         let ledger = Arc::new(Ledger::new(sizes.clone(), limits, known));
-        let taps = disks.volumes.iter().enumerate().map(|(i, d)| {
-            let tap = Tap::new(d.clone(), ledger.clone(), log.clone(), disks.spill.clone(), i);
-            Arc::new(tap.with_durability(config.durability)) as Arc<dyn BlockDevice>
-        });
+        let tap =
+            |(i, d): (usize, &Arc<dyn BlockDevice>)| Tap::new(d.clone(), ledger.clone(), log.clone(), disks.spill.clone(), i);
+        let gate: Arc<Gate> = Arc::default();
+        let inner = disks.volumes.iter().enumerate().map(tap).map(|tap| Arc::new(tap) as Arc<dyn BlockDevice>).collect();
+        let gated = |tap: Tap| tap.with_durability(config.durability).with_gate(gate.clone());
+        let taps = disks.volumes.iter().enumerate().map(tap).map(|tap| Arc::new(gated(tap)) as Arc<dyn BlockDevice>).collect();
         let volumes: Vec<(Name, u64)> = config.volumes.into_iter().zip(sizes).collect();
         let board = Arc::new(Board::new(config.group.clone(), &volumes, None, 0, now));
+        let hellos: Vec<_> = volumes.into_iter().map(|(name, size_bytes)| VolumeHello { name, size_bytes }).collect();
         let core_config = CoreConfig {
-            group: config.group,
-            volumes: volumes.into_iter().map(|(name, size_bytes)| VolumeHello { name, size_bytes }).collect(),
+            group: config.group.clone(),
+            volumes: hellos.clone(),
             interval: config.interval,
             freeze_budget_bytes: config.freeze_budget_bytes,
             epochs_in_flight: config.epochs_in_flight,
         };
         let recorded = record.lock().newest.clone();
+        let mut core = Core::new(core_config.clone(), recorded.generation, recorded.sessions, now);
+        if let Some(why) = recorded.stopped.and_then(|stopped| stopped.holds_up(false)) {
+            gate.close(why);
+        }
+        if let Some(Stopped::Handback { .. }) = recorded.stopped {
+            // Nothing is replicated until the handback is repeated.
+            core.park();
+        }
         let limit_bytes = usize::try_from(config.freeze_budget_bytes).unwrap_or(usize::MAX).max(OUTBOX_BYTES_MIN);
         Ok(Self {
             epochs_in_flight_max: core_config.epochs_in_flight.into(),
             room: usize::MAX,
-            core: Core::new(core_config, recorded.generation, recorded.sessions, now),
-            taps: taps.collect(),
+            core,
+            taps,
+            inner,
+            gate,
+            handing: None,
+            draining: false,
+            hurry: false,
+            group: config.group,
+            hellos,
             ledger,
             log,
             disks,
@@ -307,13 +275,26 @@ impl Primary {
     /// Whether another side may write now.
     #[must_use]
     pub fn is_fenced(&self) -> bool {
-        matches!(self.core.phase(), Phase::Fenced)
+        matches!(self.core.phase(), Phase::Fenced) && self.gate.closed() != Some(Closed::Handback)
+    }
+
+    /// Whether guests may change the disks.
+    #[must_use]
+    pub fn takes_writes(&self) -> bool {
+        self.gate.closed().is_none()
+    }
+
+    /// Whether it follows the guest, and all is known.
+    #[must_use]
+    pub fn follows(&self) -> bool {
+        self.core.follows()
     }
 
     /// Where it stands, for a trace.
     #[must_use]
     pub fn phase(&self) -> &'static str {
         match self.core.phase() {
+            _ if self.handing.is_some() => "handback",
             Phase::Waiting { .. } => "waiting",
             Phase::Connecting => "connecting",
             Phase::Greeting { .. } => "greeting",
@@ -355,11 +336,15 @@ impl Primary {
     /// Time passed.
     pub fn tick(&mut self, now: Instant) {
         let load = self.load();
-        self.handle(now, Event::Tick(load));
+        self.handle(now, if self.draining || self.hurry { Event::Hurry(load) } else { Event::Tick(load) });
+        self.handback_looks(now);
     }
 
     /// The connection that it wanted stands.
     pub fn connected(&mut self, now: Instant, session: SessionToken) {
+        if self.handback_line().is_some() {
+            return self.handback_connected(now);
+        }
         self.live = Some(Live::default());
         let cleared = self.record.lock().newest.cleared;
         self.handle(now, Event::Connected { session, cleared });
@@ -367,12 +352,19 @@ impl Primary {
 
     /// The connection is gone, or could not be made. `jitter` is uniform in 0..1.
     pub fn lost(&mut self, now: Instant, jitter: f64, refused: bool) {
+        if self.handback_line().is_some() {
+            return self.handback_lost(now);
+        }
+        self.draining = false;
         self.disconnect();
         self.handle(now, Event::Lost { jitter, refused, resumes: true });
     }
 
     /// Bytes of the control stream, in pieces of any size.
     pub fn control(&mut self, now: Instant, bytes: &[u8]) {
+        if self.handback_line().is_some() {
+            return self.handback_control(now, bytes);
+        }
         let Some(live) = &mut self.live else { return };
         live.control.extend_from_slice(bytes);
         while let Some(live) = &mut self.live {
@@ -389,7 +381,7 @@ impl Primary {
     /// Polls one of its tasks, the one that `choose` picks out of so many.
     pub fn poll(&mut self, now: Instant, choose: impl FnOnce(usize) -> usize) {
         if self.tasks.is_empty() {
-            return;
+            return self.handback_looks(now);
         }
         let index = choose(self.tasks.len());
         let before = self.ledger.tag();
@@ -398,9 +390,13 @@ impl Primary {
             self.frozen_tag = Some(before);
         }
         self.collect();
-        let Poll::Ready(done) = polled else { return };
+        self.handback_collect();
+        let Poll::Ready(done) = polled else { return self.handback_looks(now) };
         drop(self.tasks.swap_remove(index));
         match done {
+            Done::HandbackCompared(done) => self.handback_compared(now, done),
+            Done::OwnSent(done) => self.handback_sent(now, done),
+            Done::Applied(done) => self.handback_applied(now, done),
             Done::Pass(Ok(_), tally) => {
                 self.tally = Some(tally);
                 let load = self.load();
@@ -434,7 +430,7 @@ impl Primary {
     pub fn upkeep(&mut self) {
         let (log, ledger, record) = (self.log.clone(), self.ledger.clone(), self.record.clone());
         let devices = self.disks.volumes.clone();
-        self.spawn(false, async move {
+        self.spawn(Owner::Epoch, async move {
             let cleared = |point: Option<Point>| {
                 record.lock().change(|r| r.cleared = r.cleared.max(point));
                 Ok(())
@@ -456,7 +452,7 @@ impl Primary {
     fn begin_scrub(&mut self, now: Instant, answer: Option<Scrubbed>) {
         let (ledger, log, devices) = (self.ledger.clone(), self.log.clone(), self.disks.volumes.clone());
         let (queue, board) = (self.outbox.clone(), self.board.clone());
-        self.spawn(true, async move {
+        self.spawn(Owner::Connection, async move {
             let scrub = Scrub { ledger: &ledger, log: &log, devices: &devices, queue: &queue, board: &board };
             Done::Scrub(match answer {
                 Some(answer) => scrub.answered(answer, now).await,
@@ -481,13 +477,13 @@ impl Primary {
         finish(upkeep::save(&self.log, &self.ledger, &self.disks.volumes, cleared)).map_err(|e| e.to_string())
     }
 
-    fn spawn(&mut self, of_connection: bool, future: impl Future<Output = Done> + 'static) {
-        self.tasks.push(Task { of_connection, future: Box::pin(future) });
+    fn spawn(&mut self, owner: Owner, future: impl Future<Output = Done> + 'static) {
+        self.tasks.push(Task { owner, writes: false, future: Box::pin(future) });
     }
 
     fn disconnect(&mut self) {
         self.live = None;
-        self.tasks.retain(|task| !task.of_connection);
+        self.tasks.retain(|task| task.owner != Owner::Connection);
         self.board.session_over();
     }
 
@@ -499,6 +495,9 @@ impl Primary {
     fn handle(&mut self, now: Instant, event: Event) {
         let mut actions = Vec::new();
         let failed = self.core.handle(now, event, &mut actions).err();
+        if let Some(SessionError::Fenced { generation }) = &failed {
+            self.fenced(*generation);
+        }
         let mut failed = failed.map(|error| (error.to_string(), error.resumes()));
         for action in actions {
             if let Err(why) = self.perform(now, action) {
@@ -508,6 +507,7 @@ impl Primary {
             }
         }
         if let Some((why, resumes)) = failed {
+            self.draining = false;
             self.disconnect();
             self.outputs.extend([Output::Trouble(why), Output::Disconnect]);
             let mut actions = Vec::new();
@@ -519,7 +519,34 @@ impl Primary {
                 debug_assert!(ended.is_ok(), "the end of a session needs no disk");
             }
         }
+        self.tell_drained();
         self.collect();
+    }
+
+    /// The other site may write: guests here may not.
+    fn fenced(&mut self, generation: Generation) {
+        self.record.lock().change(|record| {
+            let given = matches!(record.stopped, Some(Stopped::Handback { .. }));
+            record.stopped = record.stopped.filter(|_| given).or(Some(Stopped::Fenced(generation)));
+        });
+        self.gate.close(Closed::Fenced);
+    }
+
+    /// The receiver has let it in: guests may write, unless a handback holds them up.
+    fn admitted(&mut self) {
+        if self.handing.is_none() {
+            self.record.lock().change(|record| record.stopped = None);
+            self.gate.open();
+        }
+    }
+
+    /// Says that all is committed, if the receiver waits for that and it is so.
+    fn tell_drained(&mut self) {
+        let Some(point) = self.core.committed().filter(|_| self.draining && self.core.follows()) else { return };
+        if self.ledger.is_quiet() && self.ledger.summary().uncommitted_bytes == 0 {
+            self.draining = false;
+            self.outbox.mark(Item::Drained(point)).expect("the outbox of a session under way is open");
+        }
     }
 
     fn perform(&mut self, now: Instant, action: Action) -> Result<(), String> {
@@ -532,6 +559,7 @@ impl Primary {
                     record.cleared = record.cleared.filter(|_| !forget_cleared);
                 });
                 self.core.recorded(sessions);
+                self.admitted();
             }
             Action::Committed(point) => {
                 self.outbox.committed(point.epoch);
@@ -542,6 +570,7 @@ impl Primary {
                 self.outbox.staged(epoch, frames).expect("the receiver has what it was sent");
             }
             Action::Resume { epoch, frames } => {
+                self.admitted();
                 self.outbox.resume(epoch, frames);
                 self.ledger.follow(self.core.generation(), self.core.newest_sealed());
                 self.start_sending();
@@ -572,7 +601,11 @@ impl Primary {
                 self.begin_pass(PassHeader { epoch, pass, kind, continued: false });
             }
             Action::Seal { epoch, generation, passes } => self.seal(epoch, generation, passes),
-            Action::Drain => unreachable!("no receiver of the simulation asks for a switchover"),
+            Action::Drain => {
+                self.record.lock().change(|record| record.stopped = Some(Stopped::Drained));
+                self.gate.close(Closed::Drained);
+                self.draining = true;
+            }
             Action::RefuseFlushes => self.ledger.refuse_flushes(FlushRefused::Fenced),
             Action::Disconnect => {
                 self.disconnect();
@@ -589,7 +622,7 @@ impl Primary {
         self.start_sending();
         let (ledger, devices, queue) = (self.ledger.clone(), self.disks.volumes.clone(), self.outbox.clone());
         let counters = self.compared.clone();
-        self.spawn(false, async move {
+        self.spawn(Owner::Epoch, async move {
             let compare = Compare { ledger: &ledger, devices: &devices, queue: &queue, answers, counters: &counters };
             Done::Compared(compare.run().await)
         });
@@ -609,7 +642,7 @@ impl Primary {
         self.pass = Some(header);
         let (ledger, devices, spill) = (self.ledger.clone(), self.disks.volumes.clone(), self.disks.spill.clone());
         let (queue, counters, interval) = (self.outbox.clone(), self.counters.clone(), self.interval);
-        self.spawn(false, async move {
+        self.spawn(Owner::Epoch, async move {
             let pass = Pass {
                 ledger: &ledger,
                 devices: &devices,
@@ -683,7 +716,7 @@ impl Primary {
     fn give_up(&mut self) {
         self.outbox.close();
         self.outbox = Outbox::with_limit(self.limit_bytes);
-        self.tasks.clear();
+        self.tasks.retain(|task| task.owner == Owner::Handback);
         self.tally = None;
         self.pass = None;
         self.frozen_tag = None;

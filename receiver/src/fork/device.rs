@@ -9,10 +9,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use blockdev::{BlockDevice, Buf, Extent, FileDevice, IoFuture, RangeLocks, ZeroMode};
+use blockdev::{BlockDevice, Buf, Extent, IoFuture, RangeLocks, ZeroMode};
 use parking_lot::RwLock;
 use proto::units::BLOCK_BYTES;
 
+use super::data::Data;
 use super::map::MapFile;
 use super::own::Own;
 use super::under::Under;
@@ -25,7 +26,7 @@ pub struct ForkDevice {
     under: RwLock<Option<Under>>,
     /// As `Own::is_flat`, for who has no time to ask.
     flat: AtomicBool,
-    pub(super) data: FileDevice,
+    pub(super) data: Data,
     map: MapFile,
     pub(super) own: RwLock<Own>,
     pub(super) locks: RangeLocks,
@@ -52,7 +53,7 @@ pub(crate) enum Gate {
 
 impl ForkDevice {
     /// `under` may be missing only if all of `own` is resident.
-    pub(super) fn with(under: Option<Under>, data: FileDevice, map: MapFile, own: Own, touched: Option<MapFile>) -> Self {
+    pub(super) fn with(under: Option<Under>, data: Data, map: MapFile, own: Own, touched: Option<MapFile>) -> Self {
         let is_flat = own.is_flat();
         Self {
             under: RwLock::new(under.filter(|_| !is_flat)),
@@ -77,6 +78,12 @@ impl ForkDevice {
     /// Holds changes up, once those under way are done, until the guard is dropped.
     pub(crate) async fn hold(&self) -> tokio::sync::OwnedRwLockWriteGuard<Gate> {
         Arc::clone(&self.gate).write_owned().await
+    }
+
+    /// As [`hold`](Self::hold), if nobody has to be waited for.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn try_hold(&self) -> Option<tokio::sync::OwnedRwLockWriteGuard<Gate>> {
+        Arc::clone(&self.gate).try_write_owned().ok()
     }
 
     async fn enter(&self) -> io::Result<tokio::sync::RwLockReadGuard<'_, Gate>> {
@@ -148,6 +155,11 @@ impl ForkDevice {
         }
     }
 
+    /// A change that failed may have been made in part: who follows must look again.
+    fn note_failed(&self, blocks: &Range<u64>) {
+        self.own.write().note_changed(blocks);
+    }
+
     /// Blocks of a range that it covers in part and that are not resident: at most the first and the last.
     /// The last block of a disk whose size is no multiple of a block is whole when the range ends with the disk.
     fn partial_blocks(&self, offset: u64, length: u64) -> impl Iterator<Item = u64> {
@@ -197,8 +209,9 @@ impl ForkDevice {
         }
         let _open = self.enter().await?;
         let _guard = self.prepare(offset, length).await?;
-        let data = self.data.write(offset, data).await?;
-        self.mark(offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES));
+        let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
+        let data = self.data.write(offset, data).await.inspect_err(|_| self.note_failed(&blocks))?;
+        self.mark(blocks);
         Ok(data)
     }
 
@@ -208,8 +221,9 @@ impl ForkDevice {
         }
         let _open = self.enter().await?;
         let _guard = self.prepare(offset, length).await?;
-        self.data.write_zeroes(offset, length, mode).await?;
-        self.mark(offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES));
+        let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
+        self.data.write_zeroes(offset, length, mode).await.inspect_err(|_| self.note_failed(&blocks))?;
+        self.mark(blocks);
         Ok(())
     }
 
@@ -358,8 +372,9 @@ impl BlockDevice for ForkDevice {
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         let result = self.data.try_write(offset, data)?;
-        if result.is_ok() {
-            self.mark(blocks);
+        match result {
+            Ok(()) => self.mark(blocks),
+            Err(_) => self.note_failed(&blocks),
         }
         Some(result)
     }

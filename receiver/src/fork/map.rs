@@ -143,6 +143,15 @@ impl MapFile {
         header.map_err(|source| MapError::Header { path: path.to_owned(), source })
     }
 
+    /// The point of the fork whose map is at `path`, and the set that it holds, for who only looks.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn read(path: &Path, size_bytes: u64) -> Result<(Point, DirtyMap), MapError> {
+        let mut set = DirtyMap::new(size_bytes);
+        let io = |source| MapError::Io { path: path.to_owned(), what: "read", source };
+        File::open(path).and_then(|file| load(&file, &mut set)).map_err(io)?;
+        Ok((Self::header(path)?.point, set))
+    }
+
     /// Opens a map and reads the set it holds; costs what was touched.
     pub(crate) fn open(disk: &Disk, path: &Path, expected: &MapHeader) -> Result<(Self, DirtyMap), MapError> {
         let io = |source| MapError::Io { path: path.to_owned(), what: "read", source };

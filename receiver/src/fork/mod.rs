@@ -4,6 +4,7 @@
 //! costs the same for any size of disk. Flattening (`flatten`) adds `<volume>.flat`, `<volume>.touched` and, when nothing is missing
 //! any more, the file `flat`: from then on the fork is plain raw files and pins neither journal nor base.
 
+mod data;
 mod device;
 mod flatten;
 #[cfg(test)]
@@ -19,10 +20,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use blockdev::steps::{Step, reach};
-use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
+use blockdev::{BlockDevice, FileError};
 use proto::units::BLOCK_BYTES;
 use proto::{Generation, Name, Point};
 
+use data::Data;
 pub use device::ForkDevice;
 pub(crate) use device::Gate;
 pub(crate) use flatten::Flattening;
@@ -172,8 +174,7 @@ fn open_volume(
         return Err(ForkError::Missing { path });
     }
     let (map, written) = MapFile::open(&shared.disk, &file("map"), &header(shared, fork.point, spec.size_bytes))?;
-    let options = OpenOptions { create_size: Some(spec.size_bytes), read_only: access == Access::Read, ..OpenOptions::default() };
-    let data = FileDevice::open(&path, options)?;
+    let data = Data::open(&shared.disk, &path, spec.size_bytes, access)?;
     let copied = match (&under, file("flat").exists()) {
         (None, _) => None,
         (Some(_), true) => Some(MapFile::open(&shared.disk, &file("flat"), &header(shared, fork.point, spec.size_bytes))?.1),

@@ -188,14 +188,19 @@ impl Own {
         None
     }
 
+    /// Blocks that were changed, or may have been.
+    pub(super) fn note_changed(&mut self, blocks: &Range<u64>) {
+        if let Some(changed) = &mut self.changed {
+            changed.blocks.mark(blocks.start, blocks.end - blocks.start);
+        }
+    }
+
     /// Blocks that a guest changed.
     pub(super) fn mark_written(&mut self, blocks: Range<u64>) {
         if let Copies::Some { resident, .. } = &mut self.copies {
             resident.mark(blocks.start, blocks.end - blocks.start);
         }
-        if let Some(changed) = &mut self.changed {
-            changed.blocks.mark(blocks.start, blocks.end - blocks.start);
-        }
+        self.note_changed(&blocks);
         self.written.mark(blocks);
     }
 

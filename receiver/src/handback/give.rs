@@ -1,245 +1,284 @@
-//! Sends blocks to the primary and stages the same frames in the journal: passes over the live fork first, then, with its guests held up, a
-//! last small one; or one pass of an earlier point.
+//! What is given back: which blocks are to be sent, where they are read, and what of them is staged in the journal.
+//!
+//! Passes over the live fork first, then, with its guests held up, a last small one; or one pass of an earlier point.
 
 use std::sync::Arc;
 
-use blockdev::steps::{Step, reach};
-use blockdev::{BlockDevice, IoThreads, read_blocks};
-use futures_util::stream::{FuturesOrdered, StreamExt};
+use blockdev::BlockDevice;
 use proto::control::{PassHeader, PassKind};
+use proto::fencing::GroupRole;
 use proto::frame::FRAME_HEADER_BYTES;
-use proto::handback::HANDBACK_PASSES_MAX;
-use proto::pack::{FRAME_BLOCKS, Packed, Packer};
+use proto::handback::{Ask, Ready, Want};
+use proto::pack::{GroupPacker, Packed};
 use proto::seal::Tally;
-use proto::units::BLOCK_BYTES;
-use proto::{DirtyMap, FrameKind, Generation, Message, Point, Seal, VolumeIndex};
-use quinn::SendStream;
+use proto::{DirtyMap, FrameKind, Generation, Name, Point, Seal, VolumeIndex};
+use tokio::sync::{OwnedRwLockWriteGuard, mpsc};
 
-use super::{HANDOVER_DEADLINE, Handback, HandbackError};
+use super::HandbackError;
+use super::core::Looked;
 use crate::batch::{BATCH_BYTES, Batch, FrameRef};
-use crate::fork::Gate;
-use crate::group::{GroupError, GroupEvent};
-use crate::session::one_line;
+use crate::fork::{Follower, ForkError, Gate, OpenFork};
+use crate::group::{Group, GroupError, GroupEvent, Peer, SessionId};
+use crate::pins::Pin;
+use crate::store::at;
+use crate::view::View;
 
-/// No more than this is left for the pass that holds guests up.
-const FREEZE_BYTES: u64 = 8 << 20;
-/// A pass that leaves more than this share of its own size changed has stopped converging.
-const CONVERGENCE_PERCENT: u64 = 75;
-/// Frames whose blocks are being read at once.
-const READ_AHEAD: usize = 8;
-
-/// The frames of all passes.
-#[derive(Default)]
-struct Sent {
+/// See the module.
+pub(crate) struct Gift {
+    pub(crate) group: Arc<Group>,
+    pub(crate) ask: Ask,
+    pub(crate) ready: Ready,
+    id: SessionId,
+    /// What is given back; without it an earlier point is.
+    fork: Option<Followed>,
+    /// Where the blocks are read, by volume.
+    sources: Vec<Arc<dyn BlockDevice>>,
+    /// What is given stays until it is there.
+    _pin: Option<Pin>,
+    /// Views of the newest point, for the primary's comparison.
+    pub(crate) newest: Arc<Vec<View>>,
+    /// Blocks of the next pass, by volume.
+    sets: Vec<DirtyMap>,
+    /// The frames of all passes.
     tally: Tally,
+    /// Those that are not staged yet.
     batch: Batch,
+    /// Of the devices whose guests are held up.
+    gates: Vec<OwnedRwLockWriteGuard<Gate>>,
+    cut_unix_us: u64,
+    pub(crate) events: mpsc::Receiver<GroupEvent>,
 }
 
-impl Handback {
-    /// Returns the point that both sides hold, and the generation from here on.
-    pub(super) async fn give(&mut self) -> Result<(Point, Generation), HandbackError> {
-        let sources = self.sources().await?;
-        let mut sent = Sent::default();
-        let mut sets = std::mem::take(&mut self.give);
-        let mut pass = 0;
-        if let Some(fork) = self.fork.clone() {
-            loop {
-                let bytes: u64 = sets.iter().map(DirtyMap::bytes).sum();
-                self.pass(&sources, &sets, (pass, PassKind::Fuzzy), &mut sent).await?;
-                self.applied(pass).await?;
-                pass += 1;
-                sets = self.take_changed()?;
-                let left: u64 = sets.iter().map(DirtyMap::bytes).sum();
-                let converging = left * 100 <= bytes * CONVERGENCE_PERCENT;
-                if left <= FREEZE_BYTES || !converging || pass + 1 >= HANDBACK_PASSES_MAX {
-                    break;
-                }
-            }
-            let last = async {
-                let mut gates = Vec::new();
-                for (_, device) in &fork.volumes {
-                    gates.push(device.hold().await);
-                }
-                reach(Step::GiveHeld);
-                let cut_unix_us = crate::clock::unix_us();
-                for (set, changed) in sets.iter_mut().zip(self.take_changed()?) {
-                    set.merge(&changed);
-                }
-                self.pass(&sources, &sets, (pass, PassKind::Frozen), &mut sent).await?;
-                self.applied(pass).await?;
-                Ok::<_, HandbackError>((gates, cut_unix_us))
-            };
-            let (mut gates, cut_unix_us) =
-                tokio::time::timeout(HANDOVER_DEADLINE, last).await.map_err(|_| HandbackError::Slow)??;
-            // From here on there is no giving up: guests wait until it is known who may write.
-            let handed = self.seal(&sent.tally, pass, cut_unix_us).await;
-            // Also if nobody knows what is on the disk: a write that is taken now might be taken at the other site too.
-            if handed.is_ok() || matches!(handed, Err(HandbackError::Group(GroupError::Superblock(_)))) {
-                gates.iter_mut().for_each(|gate| **gate = Gate::GivenBack);
-            }
-            return handed;
-        }
-        let cut_unix_us = crate::clock::unix_us();
-        self.pass(&sources, &sets, (pass, PassKind::Frozen), &mut sent).await?;
-        self.applied(pass).await?;
-        self.seal(&sent.tally, pass, cut_unix_us).await
+/// A fork whose changes are followed, for as long as this lives and nobody else begins to.
+pub(super) struct Followed {
+    fork: Arc<OpenFork>,
+    followers: Vec<Follower>,
+}
+
+impl Followed {
+    /// Adds to `sets`, by volume, the blocks that are the fork's own by now.
+    pub(super) fn new(fork: Arc<OpenFork>, sets: &mut [DirtyMap]) -> Self {
+        let followed = fork.volumes.iter().zip(sets).map(|((_, device), set)| {
+            let (follower, own) = Follower::of(device);
+            set.merge(&own);
+            follower
+        });
+        Self { followers: followed.collect(), fork }
     }
 
-    /// What changed in the fork since it was last asked, by volume.
+    /// The blocks that were changed since the last call, by volume.
     fn take_changed(&self) -> Result<Vec<DirtyMap>, HandbackError> {
         self.followers.iter().map(|follower| follower.take_changed().ok_or(HandbackError::Superseded)).collect()
     }
+}
 
-    /// Where the blocks come from, by volume.
-    async fn sources(&self) -> Result<Vec<Arc<dyn BlockDevice>>, HandbackError> {
-        if let Some(fork) = &self.fork {
-            return Ok(fork.devices().into_iter().map(|(_, device)| device).collect());
-        }
-        let (shared, from) = (Arc::clone(&self.group.shared), self.ready.from);
-        let views = tokio::task::spawn_blocking(move || crate::view::views(&shared, shared.index_at(from)?));
-        let closed = || GroupError::Closed { group: self.ask.group.clone() };
-        let views = views.await.map_err(|_| closed())??;
-        Ok(views.into_iter().map(|view| Arc::new(view) as Arc<dyn BlockDevice>).collect())
-    }
+type Source = (Option<Followed>, Vec<Arc<dyn BlockDevice>>, Option<Pin>);
 
-    /// Sends and stages one pass.
-    async fn pass(
-        &mut self,
-        sources: &[Arc<dyn BlockDevice>],
-        sets: &[DirtyMap],
-        (pass, kind): (u16, PassKind),
-        sent: &mut Sent,
-    ) -> Result<(), HandbackError> {
-        let header = PassHeader { epoch: self.ready.newest.epoch.next(), pass, kind, continued: false };
-        let lost = |error: &dyn ToString| HandbackError::Lost(one_line(&error.to_string()));
-        let mut stream = self.line.connection.open_uni().await.map_err(|e| lost(&e))?;
-        stream.write_all(&header.encode()).await.map_err(|e| lost(&e))?;
-        let io = self.node.hasher().map_err(self.io())?.io().clone();
-        for (volume, (source, set)) in sources.iter().zip(sets).enumerate() {
-            let mut packer = Packer::new(VolumeIndex(volume as u16));
-            let (mut reads, mut at) = (FuturesOrdered::new(), Some(0));
-            loop {
-                while let Some(from) = at
-                    && reads.len() < READ_AHEAD
-                {
-                    let runs = set.pick(from, FRAME_BLOCKS);
-                    at = runs.last().map(|run| run.end());
-                    if !runs.is_empty() {
-                        reads.push_back(read(&io, Arc::clone(source), runs));
-                    }
-                }
-                let Some(read) = reads.next().await else { break };
-                for (run, content) in read.map_err(self.io())? {
-                    for (block, bytes) in (run.start.0..run.end()).zip(content.chunks_exact(BLOCK_BYTES as usize)) {
-                        packer.block(block, bytes);
-                        if packer.is_full() {
-                            let packed = packer.take_data(header.epoch, pass, compress);
-                            self.send(&mut stream, packed, (header, volume), sent).await?;
-                        }
-                    }
-                }
-                if packer.has_zeroes() {
-                    self.send(&mut stream, packer.take_zeroes(header.epoch, pass), (header, volume), sent).await?;
-                }
-            }
-            let packed = packer.take_data(header.epoch, pass, compress);
-            self.send(&mut stream, packed, (header, volume), sent).await?;
-            self.send(&mut stream, packer.take_zeroes(header.epoch, pass), (header, volume), sent).await?;
-        }
-        self.stage(sent).await?;
-        stream.finish().map_err(|e| lost(&e))?;
-        reach(Step::GivePass);
-        Ok(())
-    }
-
-    async fn send(
-        &mut self,
-        stream: &mut SendStream,
-        packed: impl IntoIterator<Item = Packed>,
-        (header, volume): (PassHeader, usize),
-        sent: &mut Sent,
-    ) -> Result<(), HandbackError> {
-        for Packed { bytes, extents, data_blocks, zero_blocks } in packed {
-            if let Some(head) = bytes.first_chunk::<FRAME_HEADER_BYTES>() {
-                sent.tally.add(head, bytes.len(), data_blocks, zero_blocks);
-            }
-            stream.write_all(&bytes).await.map_err(|error| HandbackError::Lost(one_line(&error)))?;
-            sent.batch.frames.push(FrameRef {
-                bytes: bytes.len() as u32,
-                volume: VolumeIndex(volume as u16),
-                kind: if data_blocks > 0 { FrameKind::Data } else { FrameKind::Zero },
-                pass: header.pass,
-                extents: extents.len() as u16,
-            });
-            sent.batch.extents.extend(extents);
-            sent.batch.bytes.extend(bytes);
-            if sent.batch.bytes.len() >= BATCH_BYTES {
-                self.stage(sent).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Hands what was packed to the journal.
-    async fn stage(&mut self, sent: &mut Sent) -> Result<(), HandbackError> {
-        if !sent.batch.frames.is_empty() {
-            self.group.append(self.id, std::mem::take(&mut sent.batch)).await;
-        }
-        match self.events.try_recv() {
-            Ok(GroupEvent::Storage(cause)) => Err(HandbackError::Storage(cause)),
-            Ok(GroupEvent::Superseded | GroupEvent::Fenced(_)) => Err(HandbackError::Superseded),
-            Ok(GroupEvent::Committed(_) | GroupEvent::Drain) | Err(_) => Ok(()),
+impl Gift {
+    #[expect(clippy::too_many_arguments, reason = "one caller hands over what it found")]
+    pub(super) fn new(
+        group: Arc<Group>,
+        id: SessionId,
+        ask: Ask,
+        ready: Ready,
+        (fork, sources, pin): Source,
+        newest: Arc<Vec<View>>,
+        sets: Vec<DirtyMap>,
+        events: mpsc::Receiver<GroupEvent>,
+    ) -> Self {
+        Self {
+            group,
+            ask,
+            ready,
+            id,
+            fork,
+            sources,
+            _pin: pin,
+            newest,
+            sets,
+            tally: Tally::default(),
+            batch: Batch::default(),
+            gates: Vec::new(),
+            cut_unix_us: crate::clock::unix_us(),
+            events,
         }
     }
 
-    /// Waits until the primary has a pass on its disks.
-    async fn applied(&mut self, pass: u16) -> Result<(), HandbackError> {
-        match self.line.next().await? {
-            Message::Applied { pass: theirs } if theirs == pass => Ok(()),
-            Message::Close { reason, .. } => Err(HandbackError::Lost(format!("the primary gave up: {reason}"))),
-            other => Err(HandbackError::Unexpected { message: other.kind(), state: "waiting for a pass to be applied" }),
+    /// As the core is told.
+    pub(crate) fn looked(&self) -> Looked {
+        let volume_blocks = self.group.shared.volume_blocks.to_vec();
+        Looked::Begun { ready: self.ready, volume_blocks, is_failback: self.fork.is_some() }
+    }
+
+    /// What is given, for people.
+    pub(crate) fn what(&self) -> String {
+        self.fork.as_ref().map_or_else(|| format!("point {}", self.ready.from), |_| "its active copy".to_owned())
+    }
+
+    /// Adds blocks to the first pass; they lie within their volume.
+    pub(crate) fn want(&mut self, want: &Want) {
+        if let Some(map) = self.sets.get_mut(usize::from(want.volume.0)) {
+            want.extents.iter().for_each(|extent| map.mark(extent.start.0, extent.blocks.into()));
         }
     }
 
-    /// The step that counts: the point is sealed, and the group follows its primary again.
-    async fn seal(&mut self, tally: &Tally, pass: u16, cut_unix_us: u64) -> Result<(Point, Generation), HandbackError> {
-        reach(Step::GiveApplied);
-        let seal = Seal {
-            passes: u32::from(pass) + 1,
+    /// Takes the group over. Returns its newest point.
+    pub(crate) async fn claim(&mut self, peer: Peer) -> Result<Point, HandbackError> {
+        let role = if self.fork.is_some() { GroupRole::Active } else { GroupRole::Replica };
+        let (events, inbox) = mpsc::channel(crate::group::SESSION_EVENTS_MAX);
+        self.events = inbox;
+        let stands = self.group.claim_handback(self.id, peer, (role, self.ready.generation), events).await?;
+        // The point that ends this carries the primary's token, so there is always something in it.
+        if let Some(first) = self.sets.first_mut() {
+            first.mark(0, 1);
+        }
+        Ok(stands)
+    }
+
+    /// Gives the group up again.
+    pub(crate) async fn release(&self, reason: String) {
+        self.group.release(self.id, reason).await;
+    }
+
+    /// What a pass begins with.
+    pub(crate) fn header(&self, pass: u16, kind: PassKind) -> PassHeader {
+        PassHeader { epoch: self.ready.newest.epoch.next(), pass, kind, continued: false }
+    }
+
+    /// The frames of the next pass, and the bytes of its blocks.
+    pub(crate) fn packer(&mut self, header: PassHeader) -> (GroupPacker, u64) {
+        let sets = std::mem::take(&mut self.sets);
+        let bytes = sets.iter().map(DirtyMap::bytes).sum();
+        (GroupPacker::new(sets, header.epoch, header.pass), bytes)
+    }
+
+    /// Where a volume's blocks are read.
+    pub(crate) fn source(&self, volume: VolumeIndex) -> std::io::Result<Arc<dyn BlockDevice>> {
+        self.sources.get(usize::from(volume.0)).cloned().ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
+
+    /// Counts a frame that was sent, for the journal. Whether it is time to [`stage`](Self::stage).
+    pub(crate) fn add(&mut self, pass: u16, volume: VolumeIndex, packed: Packed) -> bool {
+        let Packed { bytes, extents, data_blocks, zero_blocks } = packed;
+        if let Some(head) = bytes.first_chunk::<FRAME_HEADER_BYTES>() {
+            self.tally.add(head, bytes.len(), data_blocks, zero_blocks);
+        }
+        self.batch.frames.push(FrameRef {
+            bytes: bytes.len() as u32,
+            volume,
+            kind: if data_blocks > 0 { FrameKind::Data } else { FrameKind::Zero },
+            pass,
+            extents: extents.len() as u16,
+        });
+        self.batch.extents.extend(extents);
+        self.batch.bytes.extend(bytes);
+        self.batch.bytes.len() >= BATCH_BYTES
+    }
+
+    /// Hands what was sent to the journal.
+    pub(crate) async fn stage(&mut self) -> Result<(), HandbackError> {
+        if !self.batch.frames.is_empty() {
+            self.group.append(self.id, std::mem::take(&mut self.batch)).await;
+        }
+        self.events.try_recv().map_or(Ok(()), heard)
+    }
+
+    /// Takes what the active copy's guests changed since the last time. Returns its bytes.
+    pub(crate) fn changed(&mut self) -> Result<u64, HandbackError> {
+        let Some(fork) = &self.fork else { return Ok(0) };
+        let changed = fork.take_changed()?;
+        if self.sets.is_empty() {
+            self.sets = changed;
+        } else {
+            self.sets.iter_mut().zip(&changed).for_each(|(set, changed)| set.merge(changed));
+        }
+        Ok(self.sets.iter().map(DirtyMap::bytes).sum())
+    }
+
+    /// Holds the active copy's guests up, once their changes under way are done.
+    pub(crate) async fn hold(&mut self) -> Result<(), HandbackError> {
+        for (_, device) in self.fork.iter().flat_map(|of| &of.fork.volumes) {
+            self.gates.push(device.hold().await);
+        }
+        self.held()
+    }
+
+    /// As [`hold`](Self::hold), as far as nobody has to be waited for. Whether all are held up.
+    #[cfg(any(test, feature = "simulation"))]
+    pub(crate) fn try_hold(&mut self) -> Result<bool, HandbackError> {
+        let devices: Vec<_> = self.fork.iter().flat_map(|of| &of.fork.volumes).skip(self.gates.len()).cloned().collect();
+        for (_, device) in devices {
+            let Some(gate) = device.try_hold() else { return Ok(false) };
+            self.gates.push(gate);
+        }
+        self.held()?;
+        Ok(true)
+    }
+
+    fn held(&mut self) -> Result<(), HandbackError> {
+        self.cut_unix_us = crate::clock::unix_us();
+        self.changed().map(drop)
+    }
+
+    /// The seal of what was staged.
+    pub(crate) fn seal(&self, passes: u16) -> Seal {
+        Seal {
+            passes: u32::from(passes),
             epoch: self.ready.newest.epoch.next(),
             generation: self.ready.generation,
-            cut_unix_us,
-            frames: tally.frames,
-            frame_bytes: tally.frame_bytes,
-            data_blocks: tally.data_blocks,
-            zero_blocks: tally.zero_blocks,
+            cut_unix_us: self.cut_unix_us,
+            frames: self.tally.frames,
+            frame_bytes: self.tally.frame_bytes,
+            data_blocks: self.tally.data_blocks,
+            zero_blocks: self.tally.zero_blocks,
             first_write_unix_us: 0,
             session: self.ask.token,
-            digest: tally.digest(),
-        };
-        let handed = self.group.hand(self.id, seal).await?;
-        let generation = handed.ok_or(HandbackError::Superseded)?;
-        Ok((seal.point(), generation))
+            digest: self.tally.digest(),
+        }
+    }
+
+    /// The step that counts: the point is sealed, and the group follows its primary again. Returns the point and the generation from here on;
+    /// `None` if another session has the group.
+    pub(crate) async fn hand(&mut self, passes: u16) -> Result<Option<(Point, Generation)>, HandbackError> {
+        let seal = self.seal(passes);
+        let handed = self.group.hand(self.id, seal).await;
+        // Also if nobody knows what is on the disk: a write that is taken now might be taken at the other site too.
+        if matches!(handed, Ok(Some(_)) | Err(GroupError::Superblock(_))) {
+            self.gates.iter_mut().for_each(|gate| **gate = Gate::GivenBack);
+        }
+        self.gates.clear();
+        Ok(handed?.map(|generation| (seal.point(), generation)))
+    }
+
+    /// The fork that was given back, which nobody serves any more.
+    pub(crate) async fn retire(&self) -> Option<Name> {
+        let Followed { fork, .. } = self.fork.as_ref()?;
+        // Whoever still has it open finds its gate closed; nobody opens it again.
+        let mut active = self.group.active.lock().await;
+        if active.as_ref().is_some_and(|open| open.name == fork.name) {
+            *active = None;
+        }
+        drop(active);
+        let flattening = self.group.flattening.lock().take();
+        if let Some(flattening) = flattening {
+            flattening.stop().await;
+        }
+        Some(fork.name.clone())
     }
 }
 
-fn compress(content: &[u8], room: &mut [u8]) -> Option<usize> {
-    lz4_flex::block::compress_into(content, room).ok()
+/// What a group tells the conversation that has it; most of that is its end.
+pub(crate) fn heard(event: GroupEvent) -> Result<(), HandbackError> {
+    match event {
+        GroupEvent::Storage(cause) => Err(HandbackError::Storage(cause)),
+        GroupEvent::Superseded | GroupEvent::Fenced(_) => Err(HandbackError::Superseded),
+        GroupEvent::Committed(_) | GroupEvent::Drain => Ok(()),
+    }
 }
 
-type Runs = Vec<(proto::BlockExtent, blockdev::Buf)>;
-
-fn read(
-    io: &IoThreads,
-    source: Arc<dyn BlockDevice>,
-    runs: Vec<proto::BlockExtent>,
-) -> impl Future<Output = std::io::Result<Runs>> + use<> {
-    let read = io.call(move || async move {
-        let mut done = Vec::with_capacity(runs.len());
-        for run in runs {
-            done.push((run, read_blocks(&*source, run).await?));
-        }
-        Ok(done)
-    });
-    async move { read.await.flatten() }
+/// Removes a fork that was given back: all of it is in the point that both sites hold.
+pub(crate) fn forget(group: &Group, fork: &Name) -> Result<(), HandbackError> {
+    let folder = group.shared.folder.fork(fork);
+    let removed = group.shared.disk.remove_folder(&folder).map_err(at(&folder, "remove the fork that was given back"));
+    Ok(removed.map_err(ForkError::from)?)
 }

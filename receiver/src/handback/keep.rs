@@ -2,124 +2,116 @@
 
 use std::sync::Arc;
 
-use blockdev::steps::{Step, reach};
-use proto::frame::{FRAME_HEADER_BYTES, Frame, FrameHeader};
+use blockdev::{ArrivedFrame, BlockDevice, FrameReader, FrameStreamError, IoThreads};
 use proto::seal::Tally;
-use proto::units::blocks_of;
-use proto::{FrameKind, Name};
+use proto::{Generation, Name, Point};
 use quinn::RecvStream;
+use tokio::sync::watch;
 
-use super::{Handback, HandbackError};
-use crate::fork::ForkError;
-use crate::group::GroupError;
+use super::HandbackError;
+use super::core::ANSWER_DEADLINE;
+use crate::core::SessionError;
+use crate::fork::{ForkDevice, ForkError};
+use crate::group::{SessionId, Shared};
 use crate::kept::Arriving;
 use crate::session::one_line;
-use crate::store::at;
+
+/// A fork whose blocks arrive, each once.
+pub(crate) struct Keeping {
+    arriving: Arriving,
+    tally: Tally,
+    blocks_left: u64,
+}
 
 /// A fork whose blocks have arrived, durably.
-pub(super) struct Kept {
+pub(crate) struct Kept {
     arriving: Arriving,
     tally: Tally,
 }
 
-impl Handback {
-    /// Takes the primary's own blocks from a stream.
-    pub(super) async fn keep(&mut self, mut stream: RecvStream) -> Result<Kept, HandbackError> {
-        let (shared, serial) = (Arc::clone(&self.group.shared), self.node.next_session().0);
-        let (generation, point) = (self.ask.generation, self.ready.newest);
-        let begun = self.blocking(move || Ok(Arriving::begin(&shared, serial, generation, point)?));
-        let mut arriving = begun.await?;
-        let tally = self.take(&mut stream, &mut arriving).await?;
-        reach(Step::GiveArrived);
-        Ok(Kept { arriving, tally })
+impl Keeping {
+    /// Makes the fork of `point`, for what a primary of `generation` wrote. Changes files.
+    pub(crate) fn begin(
+        shared: &Arc<Shared>,
+        id: SessionId,
+        generation: Generation,
+        point: Point,
+    ) -> Result<Self, HandbackError> {
+        let arriving = Arriving::begin(shared, id.0, generation, point)?;
+        Ok(Self { arriving, tally: Tally::default(), blocks_left: shared.volume_blocks.iter().sum() })
     }
 
-    /// Gives what arrived its name, if it is what was sent.
-    pub(super) async fn name(&mut self, kept: Kept, frames: u64, digest: [u8; 32]) -> Result<Name, HandbackError> {
-        if (kept.tally.frames, kept.tally.digest()) != (frames, digest) {
-            return Err(HandbackError::Diverged);
-        }
-        let generation = self.ask.generation;
-        let name = self.blocking(move || Ok(kept.arriving.keep(generation)?)).await?;
-        reach(Step::GiveNamed);
-        tracing::warn!(
-            "{}/{}: what its primary wrote of its own is kept as fork {name}",
-            self.client.config.name,
-            self.ask.group
-        );
-        Ok(name)
+    /// Counts a frame. Returns the device of its volume.
+    pub(crate) fn admit(&mut self, frame: &ArrivedFrame) -> Result<Arc<ForkDevice>, HandbackError> {
+        let (volume, disks) = (frame.volume(), self.arriving.volumes());
+        let (device, volumes) = (disks.get(volume).map(|(_, device)| Arc::clone(device)), disks.len());
+        let device = device.ok_or(FrameStreamError::Volume { volume: frame.header().volume.0, volumes })?;
+        let (data, zero) = frame.blocks();
+        // Else a primary could keep this going for ever.
+        self.blocks_left = self.blocks_left.checked_sub(data + zero).ok_or(HandbackError::Endless)?;
+        self.arriving.take(frame.header().content_bytes.into())?;
+        self.tally.add(frame.head(), frame.header().frame_bytes(), data, zero);
+        Ok(device)
     }
 
-    /// Removes the fork that was given back: all of it is in the point that both sites hold.
-    pub(super) async fn forget(&self, fork: &Name) {
-        let (shared, fork) = (Arc::clone(&self.group.shared), fork.clone());
-        let removed = self.blocking(move || {
-            let folder = shared.folder.fork(&fork);
-            Ok(shared
-                .disk
-                .remove_folder(&folder)
-                .map_err(at(&folder, "remove the fork that was given back"))
-                .map_err(ForkError::from)?)
-        });
-        if let Err(error) = removed.await {
-            tracing::warn!("{}/{}: {error}; it is of no use any more", self.client.config.name, self.ask.group);
-        }
+    /// Its devices, to be flushed at the end.
+    pub(crate) fn devices(&self) -> Vec<Arc<ForkDevice>> {
+        self.arriving.volumes().iter().map(|(_, device)| Arc::clone(device)).collect()
     }
 
-    /// Work on files, where it holds nobody up.
-    async fn blocking<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> Result<T, HandbackError> + Send + 'static,
-    ) -> Result<T, HandbackError> {
-        let closed = || GroupError::Closed { group: self.ask.group.clone() };
-        tokio::task::spawn_blocking(work).await.map_err(|_| closed())?
+    /// All of it has arrived and is durable.
+    pub(crate) fn arrived(self) -> Kept {
+        Kept { arriving: self.arriving, tally: self.tally }
     }
 
-    async fn take(&self, stream: &mut RecvStream, arriving: &mut Arriving) -> Result<Tally, HandbackError> {
-        let io = self.node.hasher().map_err(self.io())?.io().clone();
-        let lost = |error: quinn::ReadExactError| HandbackError::Lost(one_line(&error));
-        let mut tally = Tally::default();
-        let mut head = [0; FRAME_HEADER_BYTES];
+    /// Takes what comes on a stream; each frame within a deadline.
+    pub(super) async fn take(
+        mut self,
+        stream: &mut RecvStream,
+        io: &IoThreads,
+        stop: &mut watch::Receiver<bool>,
+    ) -> Result<Kept, HandbackError> {
+        let blocks = self.arriving.volumes().iter().map(|(_, device)| proto::units::blocks_of(device.size()));
+        let mut reader = FrameReader::new(blocks);
         loop {
-            match stream.read_exact(&mut head).await {
-                Ok(()) => {}
-                Err(quinn::ReadExactError::FinishedEarly(0)) => break,
-                Err(error) => return Err(lost(error)),
-            }
-            let header = FrameHeader::decode(&head)?;
-            let volume = usize::from(header.volume.0);
-            let volumes = arriving.volumes();
-            let device = volumes.get(volume).map(|(_, device)| Arc::clone(device));
-            let device = device.ok_or(SessionErrorVolume(header.volume.0, volumes.len()))?;
-            let blocks = self.group.shared.volumes.get(volume).map_or(0, |v| blocks_of(v.size_bytes));
-            let mut body = vec![0; header.body_bytes()];
-            stream.read_exact(&mut body).await.map_err(lost)?;
-            let frame = Frame::decode_body(header, &body, blocks)?;
-            let in_it = frame.extents.iter().map(|e| u64::from(e.blocks)).sum();
-            let (data, zero) = if header.kind == FrameKind::Data { (in_it, 0) } else { (0, in_it) };
-            tally.add(&head, header.frame_bytes(), data, zero);
-            arriving.take(u64::from(header.content_bytes))?;
-            let applied = io.call(move || async move {
-                let frame = Frame::decode_body(header, &body, blocks).map_err(std::io::Error::other)?;
-                blockdev::apply_frame(&*device, &frame).await
-            });
-            applied.await.flatten().map_err(self.io())?;
+            let frame = tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop) => return Err(HandbackError::Stopping),
+                frame = reader.next(stream) => frame?,
+                () = tokio::time::sleep(ANSWER_DEADLINE) => return Err(HandbackError::Silent),
+            };
+            let Some(frame) = frame else { break };
+            let device = self.admit(&frame)?;
+            let applied = io.call(move || async move { frame.apply(&*device).await });
+            applied.await.flatten().map_err(HandbackError::Keeping)?;
         }
-        for (_, device) in arriving.volumes() {
-            let device = Arc::clone(device);
-            let flushed = io.call(move || async move { blockdev::BlockDevice::flush(&*device).await });
-            flushed.await.flatten().map_err(self.io())?;
+        for device in self.devices() {
+            let flushed = io.call(move || async move { device.flush().await });
+            flushed.await.flatten().map_err(HandbackError::Keeping)?;
         }
-        Ok(tally)
+        Ok(self.arrived())
     }
 }
 
-/// A frame of a volume that the group does not have: number, volumes.
-struct SessionErrorVolume(u16, usize);
+impl Kept {
+    /// Frames and their digest, as the primary tells them.
+    pub(crate) fn told(&self) -> (u64, [u8; 32]) {
+        (self.tally.frames, self.tally.digest())
+    }
 
-impl From<SessionErrorVolume> for HandbackError {
-    fn from(SessionErrorVolume(volume, volumes): SessionErrorVolume) -> Self {
-        crate::core::SessionError::FrameVolume { volume, volumes }.into()
+    /// Gives it its name, durably. Changes files.
+    pub(crate) fn name(self, generation: Generation) -> Result<Name, HandbackError> {
+        Ok(self.arriving.keep(generation)?)
+    }
+}
+
+impl From<FrameStreamError> for HandbackError {
+    fn from(error: FrameStreamError) -> Self {
+        match error {
+            FrameStreamError::Decode(error) => error.into(),
+            FrameStreamError::Volume { volume, volumes } => SessionError::FrameVolume { volume, volumes }.into(),
+            FrameStreamError::Read(error) => Self::Lost(one_line(&error)),
+        }
     }
 }
 

@@ -4,40 +4,38 @@
 //! primary is the only writer, and the newest point is what it was given. What is sent is staged in the journal as an epoch that
 //! nobody sees before that step, so a conversation that breaks has changed nothing but the forks it was asked to keep.
 
-mod give;
-mod keep;
+pub(crate) mod core;
+pub(crate) mod give;
+pub(crate) mod keep;
+pub(crate) mod look;
 
-use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use blockdev::steps::{Step, reach};
+use blockdev::{IoThreads, read_blocks};
 use futures_util::stream::{FuturesOrdered, StreamExt};
-use proto::control::{VERSION_MAX, VERSION_MIN};
-use proto::fencing::GroupRole;
-use proto::handback::{Ask, Ready, Want};
+use proto::handback::Ask;
 use proto::hashes::{HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX};
-use proto::units::{BLOCK_BYTES, blocks_of};
-use proto::{CloseCode, DecodeError, DirtyMap, Generation, Message, Name, Point};
+use proto::pack::Wanted;
+use proto::{BlockExtent, CloseCode, DecodeError, Message, Name};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
-use crate::core::{Cause, SessionError, same_volumes};
-use crate::fork::{Follower, OpenFork};
-use crate::group::{Group, GroupError, GroupEvent, Peer, SessionId};
+use self::core::{ANSWER_DEADLINE, Action, Core, Event, HANDOVER_DEADLINE, Looked};
+use crate::core::{Cause, SessionError};
+use crate::group::{GroupError, Peer, SessionId};
 use crate::input::ControlInput;
 use crate::kept::KeptError;
 use crate::node::Node;
-use crate::pins::{Pin as PointPin, Pinned};
 use crate::session::{Client, one_line};
-use crate::superblock::Volume;
-use crate::view::{View, views};
+use give::{Gift, heard};
+use keep::{Keeping, Kept};
+use look::Permitted;
 
-/// A primary that says nothing for so long has gone: it answers each pass once that is on its disks.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
-/// Guests of the activated copy are held up for so long at most; then it goes on, and the handback is given up.
-const HANDOVER_DEADLINE: Duration = Duration::from_secs(60);
+/// Frames whose blocks are being read at once.
+const READ_AHEAD: usize = 8;
 
 /// Why a handback ends.
 #[derive(Debug, thiserror::Error)]
@@ -58,12 +56,16 @@ pub(crate) enum HandbackError {
     Group(#[from] GroupError),
     #[error("cannot give back group '{group}': {source}")]
     Io { group: Name, source: std::io::Error },
+    #[error("cannot keep what the primary wrote of its own: {0}")]
+    Keeping(std::io::Error),
+    #[error(transparent)]
+    Kept(#[from] KeptError),
     #[error("the primary sent {message} while this side was {state}")]
     Unexpected { message: &'static str, state: &'static str },
     #[error("the primary's own blocks did not arrive as it sent them: try again")]
     Diverged,
-    #[error(transparent)]
-    Kept(#[from] KeptError),
+    #[error("the primary sent more blocks of its own than its disks have")]
+    Endless,
     #[error("the primary has {QUERIES_IN_FLIGHT_MAX} unanswered hash queries: update the older side")]
     Queries,
     #[error("the primary sent what is no message or frame: {0}")]
@@ -83,13 +85,13 @@ pub(crate) enum HandbackError {
 }
 
 impl HandbackError {
-    fn code(&self) -> CloseCode {
+    pub(crate) fn code(&self) -> CloseCode {
         match self {
             Self::Session(error) => error.code(),
             Self::NotActive { .. } | Self::Active { .. } | Self::NoName { .. } | Self::Forbidden { .. } => CloseCode::Mismatch,
             Self::Kept(KeptError::Space { .. } | KeptError::Full { .. }) => CloseCode::Limit,
-            Self::Group(_) | Self::Kept(_) | Self::Io { .. } | Self::Storage(_) => CloseCode::Storage,
-            Self::Unexpected { .. } | Self::Diverged | Self::Queries | Self::Decode(_) => CloseCode::Misbehaved,
+            Self::Group(_) | Self::Io { .. } | Self::Kept(_) | Self::Keeping(_) | Self::Storage(_) => CloseCode::Storage,
+            Self::Unexpected { .. } | Self::Diverged | Self::Endless | Self::Queries | Self::Decode(_) => CloseCode::Misbehaved,
             Self::Lost(_) | Self::Silent | Self::Slow | Self::Stopping => CloseCode::Stopping,
             Self::Superseded => CloseCode::Superseded,
         }
@@ -110,343 +112,331 @@ impl Line {
         self.send.write_all(&message.encode()).await.map_err(|error| HandbackError::Lost(one_line(&error)))
     }
 
-    /// The next message. Loses nothing when it is dropped.
-    async fn next(&mut self) -> Result<Message, HandbackError> {
-        loop {
-            if let Some(message) = self.input.next()? {
-                return Ok(message);
-            }
-            let chunk = tokio::select! {
-                biased;
-                _ = self.stop.wait_for(|stop| *stop) => return Err(HandbackError::Stopping),
-                chunk = self.recv.read_chunk(proto::control::MESSAGE_BYTES_MAX, true) => chunk,
-                () = tokio::time::sleep(ANSWER_DEADLINE) => return Err(HandbackError::Silent),
-            };
-            match chunk {
-                Ok(Some(chunk)) => self.input.push(&chunk.bytes),
-                Ok(None) => return Err(HandbackError::Lost("the primary closed its control stream".to_owned())),
-                Err(error) => return Err(HandbackError::Lost(one_line(&error))),
-            }
+    /// Waits until the primary has heard the last word.
+    async fn end(&mut self, code: CloseCode, reason: &str) {
+        if self.send.finish().is_ok() {
+            let _ = tokio::time::timeout(crate::session::LAST_WORDS_DEADLINE, self.send.stopped()).await;
         }
+        self.connection.close(VarInt::from_u32(u32::from(code as u16)), reason.as_bytes());
     }
 }
 
-/// A handback under way.
-struct Handback {
-    line: Line,
-    node: Arc<Node>,
-    client: Arc<Client>,
-    group: Arc<Group>,
-    id: SessionId,
-    ask: Ask,
-    ready: Ready,
-    /// What is given back; without it an earlier point is.
-    fork: Option<Arc<OpenFork>>,
-    /// Tells what changes in it meanwhile, by volume.
-    followers: Vec<Follower>,
-    /// Views of the newest point, for the primary's comparison.
-    newest: Arc<Vec<View>>,
-    /// Blocks to be sent in the first pass, by volume.
-    give: Vec<DirtyMap>,
-    /// What is given stays until it is there.
-    _pin: Option<PointPin>,
-    events: mpsc::Receiver<GroupEvent>,
-}
-
-/// Serves a primary that asked, to the end.
-pub(crate) async fn serve(line: Line, node: Arc<Node>, client: Arc<Client>, ask: Ask) {
-    let (peer, connection) = (line.connection.remote_address(), line.connection.clone());
-    let label = format!("{}/{} from {peer}", client.config.name, ask.group);
-    match run(line, node, client, ask).await {
-        Ok(()) => {}
-        Err((error, line)) => {
-            tracing::warn!("{label}: handback: {error}");
-            let (code, reason) = (error.code(), error.to_string());
-            if let Some(mut line) = line {
-                let last = match &error {
-                    HandbackError::Session(SessionError::Fenced { generation, .. }) => {
-                        Message::Fenced { generation: *generation }
-                    }
-                    _ => Message::close(code, &reason),
-                };
-                if line.tell(&last).await.is_ok() && line.send.finish().is_ok() {
-                    let _ = tokio::time::timeout(crate::session::LAST_WORDS_DEADLINE, line.send.stopped()).await;
-                }
-            }
-            connection.close(VarInt::from_u32(u32::from(code as u16)), reason.as_bytes());
+/// The next message. Loses nothing when it is dropped.
+async fn next_of(recv: &mut RecvStream, input: &mut ControlInput) -> Result<Message, HandbackError> {
+    loop {
+        if let Some(message) = input.next()? {
+            return Ok(message);
+        }
+        match recv.read_chunk(proto::control::MESSAGE_BYTES_MAX, true).await {
+            Ok(Some(chunk)) => input.push(&chunk.bytes),
+            Ok(None) => return Err(HandbackError::Lost("the primary closed its control stream".to_owned())),
+            Err(error) => return Err(HandbackError::Lost(one_line(&error))),
         }
     }
-}
-
-type Failed = (HandbackError, Option<Line>);
-
-async fn run(mut line: Line, node: Arc<Node>, client: Arc<Client>, ask: Ask) -> Result<(), Failed> {
-    let opened = match open(&node, &client, &ask).await {
-        Ok(opened) => opened,
-        Err(error) => return Err((error, Some(line))),
-    };
-    let (group, ready, (fork, followers), newest, give, pin) = match opened {
-        Opened::Done { point, generation } => {
-            let told = line.tell(&Message::Handed { point, generation }).await;
-            return match told {
-                Ok(()) => {
-                    end(&mut line).await;
-                    Ok(())
-                }
-                Err(error) => Err((error, Some(line))),
-            };
-        }
-        Opened::Begun { group, ready, fork, followers, newest, give, pin } => {
-            (group, ready, (fork, followers), newest, give, pin)
-        }
-    };
-    let (id, (_, events)) = (node.next_session(), mpsc::channel(1));
-    let mut handback = Handback {
-        line,
-        node,
-        client,
-        group,
-        id,
-        ask,
-        ready,
-        fork,
-        followers,
-        newest: Arc::new(newest),
-        give,
-        _pin: pin,
-        events,
-    };
-    match handback.converse().await {
-        Ok(()) => {
-            end(&mut handback.line).await;
-            Ok(())
-        }
-        Err(error) => {
-            handback.group.release(handback.id, format!("handback: {error}")).await;
-            if let Err(error) = handback.line.tell(&Message::close(error.code(), &error.to_string())).await {
-                tracing::debug!(%error, "the primary is not told why");
-            }
-            let _ = handback.line.send.finish();
-            let _ = tokio::time::timeout(crate::session::LAST_WORDS_DEADLINE, handback.line.send.stopped()).await;
-            Err((error, None))
-        }
-    }
-}
-
-/// Waits until the primary has heard the last word.
-async fn end(line: &mut Line) {
-    if line.send.finish().is_ok() {
-        let _ = tokio::time::timeout(crate::session::LAST_WORDS_DEADLINE, line.send.stopped()).await;
-    }
-    line.connection.close(VarInt::from_u32(u32::from(CloseCode::Stopping as u16)), b"handed back");
-}
-
-enum Opened {
-    /// An earlier conversation came to its end, and the primary did not hear it.
-    Done { point: Point, generation: Generation },
-    Begun {
-        group: Arc<Group>,
-        ready: Ready,
-        fork: Option<Arc<OpenFork>>,
-        followers: Vec<Follower>,
-        newest: Vec<View>,
-        give: Vec<DirtyMap>,
-        pin: Option<PointPin>,
-    },
-}
-
-/// Checks what is asked, and finds out what would be given.
-async fn open(node: &Arc<Node>, client: &Arc<Client>, ask: &Ask) -> Result<Opened, HandbackError> {
-    let (name, group) = (client.config.name.clone(), ask.group.clone());
-    if ask.version_min > VERSION_MAX || ask.version_max < VERSION_MIN {
-        return Err(SessionError::Version { theirs_min: ask.version_min, theirs_max: ask.version_max }.into());
-    }
-    if u64::from(ask.block_bytes) != BLOCK_BYTES {
-        return Err(SessionError::BlockSize { theirs: ask.block_bytes }.into());
-    }
-    let allowed = client.config.groups.as_ref().is_none_or(|groups| groups.contains(&group));
-    let found = node.get(&name, &group).filter(|_| allowed);
-    let found = found.ok_or_else(|| SessionError::UnknownGroup { group: group.clone(), client: name.clone() })?;
-    let stored = found.stored(client.key);
-    if !stored.owned {
-        return Err(SessionError::Owner { group, client: name }.into());
-    }
-    if !client.config.handback {
-        return Err(HandbackError::Forbidden { client: name });
-    }
-    let given = ask.volumes.iter().map(|v| Volume { name: v.name.clone(), size_bytes: v.size_bytes });
-    same_volumes(&group, &stored.volumes, &given.collect::<Vec<_>>())?;
-    let (newest, writer, generation) = {
-        let state = found.shared.state.read();
-        let newest = state.points.last().map(|p| (p.point, p.session));
-        let (newest, writer) = newest.ok_or_else(|| GroupError::Empty { group: group.clone() })?;
-        (newest, writer, state.generation)
-    };
-    if stored.role == GroupRole::Replica && writer == ask.token {
-        return Ok(Opened::Done { point: newest, generation });
-    }
-    let named = |name: &Name| {
-        let unknown = || HandbackError::NoName { group: group.clone(), name: name.clone() };
-        found.shared.names.all().get(name).copied().ok_or_else(unknown)
-    };
-    let to = ask.named.as_ref().map(named).transpose()?.or(ask.to);
-    let (from, fork) = match (stored.role, to) {
-        (GroupRole::Active, None) => {
-            let fork = crate::node::activate(&found, None).await?;
-            (fork.point, Some(fork))
-        }
-        (GroupRole::Replica, None) if ask.generation < generation => {
-            return Err(SessionError::Fenced { group, generation }.into());
-        }
-        (GroupRole::Replica, None) => return Err(HandbackError::NotActive { group }),
-        (GroupRole::Active, Some(_)) => return Err(HandbackError::Active { group }),
-        (GroupRole::Replica, Some(_)) if ask.generation != generation => {
-            return Err(SessionError::Fenced { group, generation }.into());
-        }
-        (GroupRole::Replica, Some(point)) => (point, None),
-    };
-    let shared = Arc::clone(&found.shared);
-    let looked = tokio::task::spawn_blocking(move || {
-        let (Pinned { index: then, _pin: pin }, now) = (shared.index_at(from)?, shared.index_at(newest)?);
-        let volumes = (0..shared.volumes.len()).filter_map(|v| Some((now.index.volume(v)?, then.volume(v)?)));
-        let give = volumes.map(|(now, then)| now.differing(then)).collect::<Vec<_>>();
-        Ok::<_, GroupError>((views(&shared, now)?, give, pin))
-    });
-    let closed = || GroupError::Closed { group: group.clone() };
-    let (views, mut give, pin) = looked.await.map_err(|_| closed())??;
-    let mut followers = Vec::new();
-    if let Some(fork) = &fork {
-        for (map, (_, device)) in give.iter_mut().zip(&fork.volumes) {
-            let (follower, own) = Follower::of(device);
-            map.merge(&own);
-            followers.push(follower);
-        }
-    }
-    let give_bytes = give.iter().map(DirtyMap::bytes).sum();
-    let version = ask.version_max.min(VERSION_MAX);
-    let ready = Ready { version, generation, newest, from, give_bytes };
-    Ok(Opened::Begun { group: found, ready, fork, followers, newest: views, give, pin })
 }
 
 type Hashing = Pin<Box<dyn Future<Output = Result<Hashes, Cause>> + Send>>;
 
+/// A handback under way: performs what its core decides.
+struct Handback {
+    line: Line,
+    node: Arc<Node>,
+    client: Arc<Client>,
+    id: SessionId,
+    ask: Ask,
+    gift: Option<Gift>,
+    /// Answers under way, in the order of their questions; the core bounds their number.
+    hashing: FuturesOrdered<Hashing>,
+    /// The stream of the primary's own blocks.
+    upload: Option<RecvStream>,
+    kept: Option<Kept>,
+}
+
+/// Serves a primary that asked, to the end.
+pub(crate) async fn serve(line: Line, node: Arc<Node>, client: Arc<Client>, ask: Ask) {
+    let label = format!("{}/{} from {}", client.config.name, ask.group, line.connection.remote_address());
+    let id = node.next_session();
+    let (gift, upload, kept) = (None, None, None);
+    let mut handback = Handback { line, node, client, id, ask, gift, hashing: FuturesOrdered::new(), upload, kept };
+    let error = match handback.converse().await {
+        Ok(()) => return handback.line.end(CloseCode::Stopping, "handed back").await,
+        Err(error) => error,
+    };
+    tracing::warn!("{label}: handback: {error}");
+    let (code, reason) = (error.code(), error.to_string());
+    // The active copy goes on at once, before anybody is told.
+    if let Some(gift) = handback.gift.take() {
+        gift.release(format!("handback: {error}")).await;
+    }
+    // What was not kept is removed, and its space given back, before the next try.
+    handback.kept = None;
+    let last = match &error {
+        HandbackError::Session(SessionError::Fenced { generation, .. }) => Message::Fenced { generation: *generation },
+        _ => Message::close(code, &reason),
+    };
+    if let Err(error) = handback.line.tell(&last).await {
+        tracing::debug!(%error, "the primary is not told why");
+    }
+    handback.line.end(code, &reason).await;
+}
+
 impl Handback {
     async fn converse(&mut self) -> Result<(), HandbackError> {
-        self.line.tell(&Message::Ready(self.ready)).await?;
-        if !self.prepare().await? {
-            return Ok(());
-        }
-        self.hand().await
-    }
-
-    fn io(&self) -> impl Fn(std::io::Error) -> HandbackError + use<> {
-        let group = self.ask.group.clone();
-        move |source| HandbackError::Io { group: group.clone(), source }
-    }
-
-    /// Answers questions, keeps what the primary had of its own, takes what it wants. Returns whether it wants to be given anything: a
-    /// primary that only asks what would come closes the connection.
-    async fn prepare(&mut self) -> Result<bool, HandbackError> {
-        let mut hashing: FuturesOrdered<Hashing> = FuturesOrdered::new();
-        let mut kept: VecDeque<keep::Kept> = VecDeque::new();
+        let mut actions = Vec::new();
+        let mut core = Core::begin(&mut actions);
         loop {
-            let connection = self.line.connection.clone();
-            tokio::select! {
-                biased;
-                Some(hashes) = hashing.next() => {
-                    let hashes = hashes.map_err(HandbackError::Storage)?;
-                    self.line.tell(&Message::Hashes(hashes)).await?;
-                }
-                stream = connection.accept_uni(), if kept.is_empty() => {
-                    let stream = stream.map_err(|error| HandbackError::Lost(one_line(&error)))?;
-                    kept.push_back(self.keep(stream).await?);
-                }
-                message = self.line.next() => match message {
-                    Ok(Message::HashQuery(query)) => {
-                        if hashing.len() >= QUERIES_IN_FLIGHT_MAX {
-                            return Err(HandbackError::Queries);
-                        }
-                        hashing.push_back(self.hash(query)?);
-                    }
-                    Ok(Message::Diverged { frames, digest }) => {
-                        // The stream may be behind the message that speaks of it.
-                        let done = match kept.pop_front() {
-                            Some(done) => done,
-                            None => {
-                                let stream = connection.accept_uni().await;
-                                self.keep(stream.map_err(|error| HandbackError::Lost(one_line(&error)))?).await?
-                            }
-                        };
-                        let name = self.name(done, frames, digest).await?;
-                        self.line.tell(&Message::Kept { name }).await?;
-                    }
-                    Ok(Message::Want(want)) => self.want(&want)?,
-                    Ok(Message::Give) if kept.is_empty() && hashing.is_empty() => return Ok(true),
-                    Ok(Message::Close { .. }) => return Ok(false),
-                    Ok(other) => return Err(HandbackError::Unexpected { message: other.kind(), state: "waiting to give" }),
-                    // Whoever only asked has gone.
-                    Err(HandbackError::Lost(_)) => return Ok(false),
-                    Err(error) => return Err(error),
-                }
+            let mut next = None;
+            for action in std::mem::take(&mut actions) {
+                next = self.perform(action, core.deadline()).await?.or(next);
             }
+            if core.is_over() {
+                return Ok(());
+            }
+            let event = match next {
+                Some(event) => event,
+                None => self.next_event(&core).await?,
+            };
+            core.handle(Instant::now(), event, &mut actions)?;
         }
     }
 
-    fn hash(&self, query: HashQuery) -> Result<Hashing, HandbackError> {
-        let volume = usize::from(query.volume.0);
-        let blocks = self.group.shared.volumes.get(volume).map_or(0, |v| blocks_of(v.size_bytes));
-        if query.end() > blocks {
-            return Err(SessionError::HashRange { volume: query.volume.0, end: query.end(), blocks }.into());
-        }
-        let hasher = self.node.hasher().map_err(self.io())?;
-        Ok(Box::pin(hasher.answer(Arc::clone(&self.newest), query)))
-    }
-
-    fn want(&mut self, want: &Want) -> Result<(), HandbackError> {
-        let volume = usize::from(want.volume.0);
-        let blocks = self.group.shared.volumes.get(volume).map_or(0, |v| blocks_of(v.size_bytes));
-        let end = want.extents.last().map_or(0, |e| e.end());
-        let map = self.give.get_mut(volume).filter(|_| end <= blocks);
-        let Some(map) = map else {
-            return Err(SessionError::HashRange { volume: want.volume.0, end, blocks }.into());
+    async fn next_event(&mut self, core: &Core) -> Result<Event, HandbackError> {
+        let deadline = core.deadline();
+        let due = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                None => std::future::pending().await,
+            }
         };
-        want.extents.iter().for_each(|extent| map.mark(extent.start.0, extent.blocks.into()));
-        Ok(())
+        let Self { line: Line { connection, recv, input, stop, .. }, gift, hashing, upload, .. } = self;
+        let events = async {
+            match gift {
+                Some(gift) => gift.events.recv().await,
+                None => None,
+            }
+        };
+        let happened = tokio::select! {
+            biased;
+            _ = stop.wait_for(|stop| *stop) => Err(HandbackError::Stopping),
+            Some(event) = events => return heard(event).map(|()| Event::Tick),
+            Some(hashes) = hashing.next() => return hashes.map(Event::Hashed).map_err(HandbackError::Storage),
+            stream = connection.accept_uni(), if core.wants_upload() => match stream {
+                Ok(stream) => {
+                    *upload = Some(stream);
+                    Ok(Event::Upload)
+                }
+                Err(error) => Err(HandbackError::Lost(one_line(&error))),
+            },
+            () = due => Ok(Event::Tick),
+            message = next_of(recv, input) => message.map(Event::Message),
+        };
+        match happened {
+            Err(HandbackError::Lost(why)) => Ok(Event::Gone(why)),
+            happened => happened,
+        }
     }
 
-    /// Takes the group over, so that the journal has nobody else's frames, sends, and hands over in the end.
-    async fn hand(&mut self) -> Result<(), HandbackError> {
-        let role = if self.fork.is_some() { GroupRole::Active } else { GroupRole::Replica };
-        let peer =
-            Peer { address: self.line.connection.remote_address(), since_unix_us: crate::clock::unix_us(), interval_ms: 0 };
-        let (events, inbox) = mpsc::channel(crate::group::SESSION_EVENTS_MAX);
-        self.events = inbox;
-        let stands = self.group.claim_handback(self.id, peer, (role, self.ready.generation), events).await?;
-        if stands != self.ready.newest {
-            // Something was committed since the primary compared.
-            return Err(HandbackError::Superseded);
-        }
-        reach(Step::GiveClaimed);
-        // The point that ends this carries the primary's token, so there is always something in it.
-        if let Some(first) = self.give.first_mut() {
-            first.mark(0, 1);
-        }
-        let (client, group) = (self.client.config.name.clone(), self.ask.group.clone());
-        let what = self.fork.as_ref().map_or_else(|| format!("point {}", self.ready.from), |_| "its active copy".to_owned());
-        tracing::warn!("{client}/{group}: giving {what} back to {}", self.line.connection.remote_address());
-        let (point, generation) = self.give().await?;
-        // Whoever still has the fork open finds its gate closed; nobody opens it again.
-        *self.group.active.lock().await = None;
-        if let Some(fork) = &self.fork {
-            let flattening = self.group.flattening.lock().take();
-            if let Some(flattening) = flattening {
-                flattening.stop().await;
+    /// Returns what came of it, if the core waits for that. `deadline` is the core's.
+    async fn perform(&mut self, action: Action, deadline: Option<Instant>) -> Result<Option<Event>, HandbackError> {
+        Ok(match action {
+            Action::Send(message) => {
+                self.line.tell(&message).await?;
+                None
             }
-            self.forget(&fork.name).await;
+            Action::Look => Some(Event::Looked(self.look().await?)),
+            Action::Hash(query) => {
+                let hashing = self.hash(query)?;
+                self.hashing.push_back(hashing);
+                None
+            }
+            Action::Keep => match self.upload.take() {
+                Some(stream) => Some(self.keep(stream).await?),
+                None => None,
+            },
+            Action::Name => match self.kept.take() {
+                Some(kept) => {
+                    let generation = self.ask.generation;
+                    let name = blocking(&self.ask.group, move || kept.name(generation)).await?;
+                    reach(Step::GiveNamed);
+                    let (client, group) = (&self.client.config.name, &self.ask.group);
+                    tracing::warn!("{client}/{group}: what its primary wrote of its own is kept as fork {name}");
+                    Some(Event::Named(name))
+                }
+                None => None,
+            },
+            Action::Want(want) => {
+                self.gift()?.want(&want);
+                None
+            }
+            Action::Claim => {
+                let address = self.line.connection.remote_address();
+                let peer = Peer { address, since_unix_us: crate::clock::unix_us(), interval_ms: 0 };
+                let gift = self.gift()?;
+                let (stands, what) = (gift.claim(peer).await?, gift.what());
+                reach(Step::GiveClaimed);
+                tracing::warn!("{}/{}: giving {what} back to {address}", self.client.config.name, self.ask.group);
+                Some(Event::Claimed(stands))
+            }
+            Action::Pass { pass, kind } => {
+                let bytes = in_time(deadline, self.pass(pass, kind)).await??;
+                reach(Step::GivePass);
+                Some(Event::Sent { bytes })
+            }
+            Action::Changed => Some(Event::Changed { bytes: self.gift()?.changed()? }),
+            Action::Hold => {
+                in_time(deadline, self.gift()?.hold()).await??;
+                reach(Step::GiveHeld);
+                Some(Event::Held)
+            }
+            Action::Seal { passes } => {
+                reach(Step::GiveApplied);
+                let handed = self.gift()?.hand(passes).await?;
+                if let Some((point, generation)) = handed {
+                    let (client, group) = (&self.client.config.name, &self.ask.group);
+                    tracing::warn!("{client}/{group}: handed back at point {point}; generation {generation} holds");
+                }
+                Some(Event::Handed(handed))
+            }
+            Action::CleanUp => {
+                self.clean_up().await?;
+                None
+            }
+        })
+    }
+
+    fn gift(&mut self) -> Result<&mut Gift, HandbackError> {
+        self.gift.as_mut().ok_or_else(|| GroupError::Changed { group: self.ask.group.clone() }.into())
+    }
+
+    fn io(&self) -> Result<IoThreads, HandbackError> {
+        let hasher = self.node.hasher().map_err(|source| HandbackError::Io { group: self.ask.group.clone(), source })?;
+        Ok(hasher.io().clone())
+    }
+
+    async fn look(&mut self) -> Result<Looked, HandbackError> {
+        let (standing, fork, to) = match look::permitted(&self.node, &self.client.config, self.client.key, &self.ask)? {
+            Permitted::Done { point, generation } => return Ok(Looked::Done { point, generation }),
+            Permitted::Failback(standing) => {
+                let fork = crate::node::in_use(&standing.group).await?;
+                (standing, Some(fork), None)
+            }
+            Permitted::Rollback(standing, point) => (standing, None, Some(point)),
+        };
+        let (id, ask) = (self.id, self.ask.clone());
+        let gift = blocking(&self.ask.group, move || look::look(standing, id, ask, (fork, to))).await?;
+        let looked = gift.looked();
+        self.gift = Some(gift);
+        Ok(looked)
+    }
+
+    fn hash(&mut self, query: HashQuery) -> Result<Hashing, HandbackError> {
+        let newest = Arc::clone(&self.gift()?.newest);
+        let hasher = self.node.hasher().map_err(|source| HandbackError::Io { group: self.ask.group.clone(), source })?;
+        Ok(Box::pin(hasher.answer(newest, query)))
+    }
+
+    /// Takes the primary's own blocks from a stream.
+    async fn keep(&mut self, mut stream: RecvStream) -> Result<Event, HandbackError> {
+        let (id, generation, gift) = (self.id, self.ask.generation, self.gift()?);
+        let (shared, newest) = (Arc::clone(&gift.group.shared), gift.ready.newest);
+        let keeping = blocking(&self.ask.group, move || Keeping::begin(&shared, id, generation, newest)).await?;
+        let io = self.io()?;
+        let kept = keeping.take(&mut stream, &io, &mut self.line.stop).await?;
+        reach(Step::GiveArrived);
+        let (frames, digest) = kept.told();
+        self.kept = Some(kept);
+        Ok(Event::Arrived { frames, digest })
+    }
+
+    /// Sends and stages one pass. Returns the bytes of its blocks.
+    async fn pass(&mut self, pass: u16, kind: proto::control::PassKind) -> Result<u64, HandbackError> {
+        let lost = |error: &dyn ToString| HandbackError::Lost(one_line(&error.to_string()));
+        let (io, connection) = (self.io()?, self.line.connection.clone());
+        let gift = self.gift()?;
+        let header = gift.header(pass, kind);
+        let (mut packer, bytes) = gift.packer(header);
+        let mut stream = connection.open_uni().await.map_err(|e| lost(&e))?;
+        stream.write_all(&header.encode()).await.map_err(|e| lost(&e))?;
+        let (mut reads, mut frames, mut ended) = (FuturesOrdered::new(), Vec::new(), false);
+        loop {
+            while !ended && reads.len() < READ_AHEAD {
+                match packer.wanted() {
+                    Some(wanted) => reads.push_back(gift.read(&io, wanted)?),
+                    None => ended = true,
+                }
+            }
+            let read = reads.next().await;
+            let is_last = read.is_none();
+            match read {
+                Some(read) => {
+                    let (volume, done) = read.map_err(|source| HandbackError::Io { group: gift.ask.group.clone(), source })?;
+                    done.iter().for_each(|(run, content)| packer.put(volume, *run, content, &mut frames));
+                }
+                None => packer.finish(&mut frames),
+            }
+            for (volume, packed) in frames.drain(..) {
+                stream.write_all(&packed.bytes).await.map_err(|e| lost(&e))?;
+                if gift.add(pass, volume, packed) {
+                    gift.stage().await?;
+                }
+            }
+            if is_last {
+                break;
+            }
+        }
+        gift.stage().await?;
+        stream.finish().map_err(|e| lost(&e))?;
+        Ok(bytes)
+    }
+
+    async fn clean_up(&mut self) -> Result<(), HandbackError> {
+        let gift = self.gift()?;
+        let group = Arc::clone(&gift.group);
+        if let Some(fork) = gift.retire().await {
+            let removed = blocking(&self.ask.group, move || give::forget(&group, &fork));
+            if let Err(error) = removed.await {
+                tracing::warn!("{}/{}: {error}; it is of no use any more", self.client.config.name, self.ask.group);
+            }
             reach(Step::GiveForkRemoved);
         }
         self.node.handed();
-        tracing::warn!("{client}/{group}: handed back at point {point}; generation {generation} holds");
-        self.line.tell(&Message::Handed { point, generation }).await
+        Ok(())
+    }
+}
+
+/// Work on files, where it holds nobody up.
+async fn blocking<T: Send + 'static>(
+    group: &Name,
+    work: impl FnOnce() -> Result<T, HandbackError> + Send + 'static,
+) -> Result<T, HandbackError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| GroupError::Closed { group: group.clone() })?
+}
+
+/// Within the time that guests may be held up.
+async fn in_time<T>(deadline: Option<Instant>, work: impl Future<Output = T>) -> Result<T, HandbackError> {
+    match deadline {
+        Some(deadline) => tokio::time::timeout_at(deadline.into(), work).await.map_err(|_| HandbackError::Slow),
+        None => Ok(work.await),
+    }
+}
+
+type Runs = (proto::VolumeIndex, Vec<(BlockExtent, blockdev::Buf)>);
+
+impl Gift {
+    /// Reads blocks on the threads that may wait.
+    fn read(
+        &self,
+        io: &IoThreads,
+        Wanted { volume, runs }: Wanted,
+    ) -> Result<impl Future<Output = std::io::Result<Runs>> + use<>, HandbackError> {
+        let source = self.source(volume).map_err(|source| HandbackError::Io { group: self.ask.group.clone(), source })?;
+        let read = io.call(move || async move {
+            let mut done = Vec::with_capacity(runs.len());
+            for run in runs {
+                done.push((run, read_blocks(&*source, run).await?));
+            }
+            Ok((volume, done))
+        });
+        Ok(async move { read.await.flatten() })
     }
 }

@@ -39,6 +39,10 @@ struct State {
 }
 
 impl Watch for Watcher {
+    fn in_one_thread(&self) -> bool {
+        true
+    }
+
     fn before(&self, op: &Op<'_>) -> io::Result<()> {
         let mut state = self.state.lock();
         if state.changes_left == Some(0) {

@@ -10,6 +10,7 @@ mod base;
 mod disk;
 #[cfg(test)]
 mod folding;
+mod handback;
 #[cfg(test)]
 mod lives;
 mod model;
@@ -25,7 +26,8 @@ mod tests;
 mod thinning;
 
 pub use disk::SimDisk;
-pub use replica::{Output, Replica, ReplicaError, SessionNo, StreamNo};
+pub use handback::KeptFork;
+pub use replica::{ActiveCopy, Output, Replica, ReplicaError, SessionNo, StreamNo};
 
 use std::cell::Cell;
 

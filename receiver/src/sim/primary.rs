@@ -223,6 +223,7 @@ pub(super) fn messages(replica: &mut Replica, session: SessionNo) -> Vec<Result<
         _ if number != session => None,
         Output::Control(bytes) => Some(Ok(Message::decode(&bytes[4..]).unwrap())),
         Output::Closed { code, reason } => Some(Err((code, reason))),
+        Output::PassOpen | Output::PassData(_) | Output::PassEnd | Output::Sealing { .. } => None,
     };
     replica.outputs().into_iter().filter_map(of).collect()
 }

@@ -5,17 +5,18 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-#[cfg(test)]
 use std::sync::Arc;
 
+use blockdev::BlockDevice;
 use proto::fencing::GroupRole;
 use proto::{Fingerprint, Generation, Name, Point, SessionToken};
 
+use super::handback::{KeptFork, in_use};
 use super::session::{Session, drive};
 use crate::config::{ClientConfig, Limits};
 use crate::core::{ClientPolicy, Core, Event};
 use crate::disk::Disk;
-use crate::group::{Group, GroupError};
+use crate::group::{Drained, Group, GroupError, Promoted};
 use crate::journal::GroupId;
 use crate::node::{Means, Node, SelectError, Slot};
 #[cfg(test)]
@@ -37,6 +38,19 @@ pub struct StreamNo(pub u64);
 pub enum Output {
     /// Bytes of the control stream: one whole message.
     Control(Vec<u8>),
+    /// It opens the next stream to its primary.
+    PassOpen,
+    /// Bytes of the stream that was opened last.
+    PassData(Vec<u8>),
+    /// That stream is complete.
+    PassEnd,
+    /// Nobody writes to the active copy now, and what it holds, or the earlier point that was asked for, is about to become this point.
+    Sealing {
+        /// The point.
+        point: Point,
+        /// The token of the handback.
+        session: SessionToken,
+    },
     /// The connection is closed once what came before has arrived. The session is over.
     Closed {
         /// Close code.
@@ -44,6 +58,22 @@ pub enum Output {
         /// Reason.
         reason: String,
     },
+}
+
+/// A group that is the running server.
+pub struct ActiveCopy {
+    /// Its generation.
+    pub generation: Generation,
+    /// The point that it began from.
+    pub point: Point,
+    /// Its disks, for its guests.
+    pub devices: Vec<Arc<dyn BlockDevice>>,
+}
+
+impl std::fmt::Debug for ActiveCopy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "ActiveCopy({} in generation {})", self.point, self.generation)
+    }
 }
 
 /// Why a replica does not do what it was asked.
@@ -112,7 +142,7 @@ impl Replica {
         };
         let id = self.node.next_session();
         let number = SessionNo(id.0);
-        self.sessions.insert(number, Session::new(id, client.name.clone(), key, Core::new(policy)));
+        self.sessions.insert(number, Session::new(id, client.clone(), key, Core::new(policy)));
         Some(number)
     }
 
@@ -177,11 +207,85 @@ impl Replica {
     pub fn promote(&mut self, group: &str, point: Option<Point>) -> Result<(Generation, Point), ReplicaError> {
         let group = self.node.select(group)?;
         let promoted = drive(&group, group.promote(point));
+        self.promoted(promoted)
+    }
+
+    fn promoted(&mut self, promoted: Result<Promoted, GroupError>) -> Result<(Generation, Point), ReplicaError> {
         for session in self.sessions.values_mut() {
             session.pump(&self.node);
         }
         let promoted = promoted?;
         Ok((promoted.generation, promoted.fork.point))
+    }
+
+    /// The disks of a group that is active, opened if they are not.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Group`] if it is not active, or cannot be opened.
+    pub fn active(&self, group: &str) -> Result<ActiveCopy, ReplicaError> {
+        let fork = in_use(&*self.node.select(group)?)?;
+        let devices = fork.devices().into_iter().map(|(_, device)| device).collect();
+        Ok(ActiveCopy { generation: fork.generation, point: fork.point, devices })
+    }
+
+    /// A session that gives disks back does a part of what takes time.
+    pub fn work(&mut self, session: SessionNo) {
+        self.with(session, |s, node| s.work(node));
+    }
+
+    /// Asks the primary that follows to take no more writes. Whether there is one.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Select`].
+    pub fn drain(&mut self, group: &str) -> Result<bool, ReplicaError> {
+        let group = self.node.select(group)?;
+        let asked = drive(&group, group.ask_to_drain())?;
+        self.sessions.values_mut().for_each(|session| session.pump(&self.node));
+        Ok(asked)
+    }
+
+    /// The point up to which a primary that was asked has committed all; `None` as long as it has not said so.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Select`]; [`GroupError::DrainLost`] if it takes writes again.
+    pub fn drained(&self, group: &str) -> Result<Option<Point>, ReplicaError> {
+        let group = self.node.select(group)?;
+        match *group.shared.drained.borrow() {
+            Drained::Waiting => Ok(None),
+            Drained::All(point) => Ok(Some(point)),
+            Drained::No | Drained::Lost => Err(GroupError::DrainLost { group: group.shared.folder.group.clone() }.into()),
+        }
+    }
+
+    /// As [`promote`](Self::promote), at the point that [`drained`](Self::drained) gave.
+    ///
+    /// # Errors
+    /// [`ReplicaError`]; [`GroupError::DrainLost`] if its primary takes writes again: nothing was changed then.
+    pub fn switch_over(&mut self, group: &str, point: Point) -> Result<(Generation, Point), ReplicaError> {
+        let group = self.node.select(group)?;
+        let promoted = drive(&group, group.promote_drained(point));
+        self.promoted(promoted)
+    }
+
+    /// Lets a primary that was asked take writes again.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Select`].
+    pub fn give_up_drain(&mut self, group: &str) -> Result<(), ReplicaError> {
+        let group = self.node.select(group)?;
+        drive(&group, group.give_up_drain());
+        group.turn();
+        self.sessions.values_mut().for_each(|session| session.pump(&self.node));
+        Ok(())
+    }
+
+    /// The forks that a group keeps of what its primary had written of its own. Looks only.
+    ///
+    /// # Errors
+    /// [`ReplicaError`].
+    pub fn kept(&self, group: &str) -> Result<Vec<KeptFork>, ReplicaError> {
+        let group = self.node.select(group)?;
+        Ok(super::handback::kept(&group.shared).map_err(GroupError::from)?)
     }
 
     /// Folds everything up to `point` into the base.

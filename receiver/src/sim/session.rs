@@ -10,18 +10,23 @@ use std::task::{Context, Poll, Waker};
 
 use blockdev::BlockDevice;
 use proto::fencing::GroupRole;
+use proto::handback::Ask;
 use proto::hashes::{HashQuery, Hashes, UNREADABLE, hash};
-use proto::{BLOCK_BYTES, EpochId, Fingerprint, Message, Name, Scrub, ScrubOutcome, Scrubbed};
+use proto::{BLOCK_BYTES, CloseCode, EpochId, Fingerprint, Message, Name, Scrub, ScrubOutcome, Scrubbed};
 use tokio::sync::{mpsc, watch};
 
+use super::handback::Handing;
 use super::replica::{Output, StreamNo};
 use super::{Sabotage, is_sabotaged};
 use crate::batch::Assembler;
+use crate::config::ClientConfig;
 use crate::core::{Action, Cause, Core, Event, SessionError, Stored};
 use crate::group::{Claimed, Group, GroupEvent, Peer, SessionId};
+use crate::handback::HandbackError;
 use crate::input::{ControlInput, PassInput};
 use crate::node::Node;
 use crate::scrub::{compare_now, is_damage};
+use crate::view::View;
 
 /// A batch is handed to the journal when it has this many bytes: small, as the disks are.
 const SIM_BATCH_BYTES: usize = 16 << 10;
@@ -36,6 +41,24 @@ pub(super) fn drive<T>(group: &Group, future: impl Future<Output = T>) -> T {
         }
         assert!(group.turn(), "the group has nothing to do and somebody waits for it");
     }
+}
+
+/// Answers a query from a view of its volume.
+pub(super) fn answer(view: &View, query: &HashQuery) -> Result<Hashes, Cause> {
+    let (mut hashes, mut at) = (Vec::new(), query.start.0);
+    while at < query.end() {
+        let blocks = u64::from(query.chunk_blocks).min(query.end() - at);
+        let mut content = vec![0; (blocks * BLOCK_BYTES) as usize];
+        let offset = at * BLOCK_BYTES;
+        let inside = (blocks * BLOCK_BYTES).min(view.size().saturating_sub(offset)) as usize;
+        match view.read_now(offset, content.get_mut(..inside).unwrap_or_default()) {
+            Ok(()) => hashes.push(hash(&content)),
+            Err(error) if is_damage(&error) => hashes.push(UNREADABLE),
+            Err(error) => return Err(Arc::new(error)),
+        }
+        at += blocks;
+    }
+    Ok(Hashes { id: query.id, hashes })
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,9 +78,12 @@ struct PassStream {
 #[derive(Debug)]
 pub(super) struct Session {
     id: SessionId,
+    config: ClientConfig,
     client: Name,
     key: Fingerprint,
     core: Core,
+    /// Of a primary that asked for its disks, in place of a hello.
+    handing: Option<Box<Handing>>,
     control: ControlInput,
     assembler: Assembler,
     /// Opened streams; the first is being read if `reading`.
@@ -71,12 +97,14 @@ pub(super) struct Session {
 }
 
 impl Session {
-    pub(super) fn new(id: SessionId, client: Name, key: Fingerprint, core: Core) -> Self {
+    pub(super) fn new(id: SessionId, config: ClientConfig, key: Fingerprint, core: Core) -> Self {
         Self {
             id,
-            client,
+            client: config.name.clone(),
+            config,
             key,
             core,
+            handing: None,
             control: ControlInput::default(),
             assembler: Assembler::default(),
             passes: VecDeque::new(),
@@ -103,6 +131,10 @@ impl Session {
             self.flush();
         }
         self.ended.get_or_insert_with(|| reason.to_owned());
+        if let Some(mut handing) = self.handing.take() {
+            // The primary is gone: nobody hears it.
+            handing.end(&HandbackError::Lost(reason.to_owned()));
+        }
         if let Some((group, _)) = self.group.take() {
             drive(&group, group.release(self.id, reason.to_owned()));
             group.turn();
@@ -113,7 +145,10 @@ impl Session {
         self.control.push(bytes);
         while self.ended.is_none() {
             match self.control.next() {
+                Ok(Some(message)) if self.handing.is_some() => self.hand(|handing| handing.message(node, message)),
+                Ok(Some(Message::Handback(ask))) if self.core.is_opening() => self.begin_handback(node, ask),
                 Ok(Some(message)) => self.handle(node, Event::Message(message)),
+                Err(error) if self.handing.is_some() => self.hand(|_| Err(error.into())),
                 Ok(None) => break,
                 Err(error) => self.fail(node, error.into()),
             }
@@ -155,7 +190,73 @@ impl Session {
         while self.ended.is_none() && self.step(node) {}
     }
 
+    fn begin_handback(&mut self, node: &Node, ask: Ask) {
+        match Handing::begin(node, self.config.clone(), (self.key, self.id), ask) {
+            Ok(handing) => {
+                self.handing = Some(Box::new(handing));
+                self.hand(|_| Ok(()));
+            }
+            Err((outputs, error)) => {
+                self.outputs.extend(outputs);
+                self.ended = Some(error.to_string());
+            }
+        }
+    }
+
+    /// Does something in the handback. It may end with that.
+    fn hand(&mut self, act: impl FnOnce(&mut Handing) -> Result<(), HandbackError>) {
+        let Some(handing) = &mut self.handing else { return };
+        let outputs = match act(handing) {
+            Ok(()) if handing.is_over() => {
+                let mut outputs = handing.take_outputs();
+                outputs.push(Output::Closed { code: CloseCode::Stopping as u16, reason: "handed back".to_owned() });
+                self.ended = Some("handed back".to_owned());
+                outputs
+            }
+            Ok(()) => handing.take_outputs(),
+            Err(error) => {
+                self.ended = Some(error.to_string());
+                handing.end(&error)
+            }
+        };
+        self.outputs.extend(outputs);
+        if self.ended.is_some() {
+            self.handing = None;
+        }
+    }
+
+    /// Does a part of what takes time in a handback.
+    pub(super) fn work(&mut self, node: &Node) {
+        self.hand(|handing| handing.step(node));
+    }
+
+    /// What a handback does by itself; returns whether there was anything.
+    fn step_handback(&mut self, node: &Node) -> bool {
+        self.hand(Handing::listen);
+        let (mut reads, is_open) = (false, !self.passes.is_empty());
+        self.hand(|handing| {
+            // A stream that nobody waits for stays in its window.
+            reads = is_open && handing.reads(node)?;
+            Ok(())
+        });
+        let (Some(pass), true) = (self.passes.front_mut(), reads && self.ended.is_none()) else { return false };
+        if let Some(bytes) = pass.unread.pop_front() {
+            self.hand(|handing| handing.data(&bytes));
+            return true;
+        }
+        let Some(end) = pass.end else { return false };
+        self.passes.pop_front();
+        self.hand(|handing| match end {
+            End::Finished => handing.data_end(node),
+            End::Reset => Err(HandbackError::Lost("the stream was reset".to_owned())),
+        });
+        true
+    }
+
     fn step(&mut self, node: &Node) -> bool {
+        if self.handing.is_some() {
+            return self.step_handback(node);
+        }
         if let Some((group, events)) = &mut self.group {
             group.turn();
             if let Ok(event) = events.try_recv() {
@@ -298,20 +399,7 @@ impl Session {
         let view =
             crate::view::fresh(&group.shared, index, usize::from(query.volume.0)).map_err(|error| Arc::new(error) as Cause)?;
         let view = view.ok_or_else(|| cause(std::io::ErrorKind::NotFound.into()))?;
-        let (mut hashes, mut at) = (Vec::new(), query.start.0);
-        while at < query.end() {
-            let blocks = u64::from(query.chunk_blocks).min(query.end() - at);
-            let mut content = vec![0; (blocks * BLOCK_BYTES) as usize];
-            let offset = at * BLOCK_BYTES;
-            let inside = (blocks * BLOCK_BYTES).min(view.size().saturating_sub(offset)) as usize;
-            match view.read_now(offset, content.get_mut(..inside).unwrap_or_default()) {
-                Ok(()) => hashes.push(hash(&content)),
-                Err(error) if is_damage(&error) => hashes.push(UNREADABLE),
-                Err(error) => return Err(cause(error)),
-            }
-            at += blocks;
-        }
-        Ok(Event::Hashed(Hashes { id: query.id, hashes }))
+        answer(&view, query).map(Event::Hashed)
     }
 
     /// Compares at once: the group has nothing else to do meanwhile. `None` if the session lost the group.

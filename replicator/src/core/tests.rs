@@ -37,6 +37,10 @@ impl Fixture {
         self.core.handle(self.now, event, &mut out).map(|()| out)
     }
 
+    fn hurry(&mut self) -> Vec<Action> {
+        self.on(Event::Hurry(Load::default()))
+    }
+
     fn tick(&mut self, open_bytes: u64) -> Vec<Action> {
         self.now += Duration::from_secs(1);
         self.on(Event::Tick(Load { open_bytes, ..Load::default() }))
@@ -404,4 +408,14 @@ fn an_adopted_image_is_compared_and_has_something_to_send() {
     fixture.epoch(1);
     assert_eq!(fixture.on(Event::Message(Message::Committed { point: point(1, 1) })), [Action::Committed(point(1, 1))]);
     assert_eq!(fixture.tick(0), []);
+}
+
+/// Would catch a session that broke while somebody waited for all to be committed, and that nobody makes again until that is given up.
+#[test]
+fn who_is_in_a_hurry_connects_too() {
+    let mut f = Fixture::new();
+    assert_eq!(f.hurry(), [Action::Connect]);
+    f.on(Event::Connected { session: token(1), cleared: None });
+    f.now += WELCOME_TIMEOUT;
+    assert_eq!(f.try_on(Event::Hurry(Load::default())), Err(SessionError::Silent));
 }

@@ -36,7 +36,7 @@ pub enum HandbackError {
         group: Name,
     },
     /// What was written last cannot be committed.
-    #[error("group {group}: what was written last was not committed within {} s: nothing was changed, try again", DRAIN_DEADLINE.as_secs())]
+    #[error("group {group}: what was written last was not done, or not committed, within {} s: nothing was changed, try again", DRAIN_DEADLINE.as_secs())]
     NotDrained {
         /// The group.
         group: Name,

@@ -1,5 +1,6 @@
-//! The conversation with the receiver, as messages, and why it ends.
+//! The connection of a handback, and why one ends.
 
+use blockdev::FrameStreamError;
 use proto::{CloseCode, DecodeError, Message};
 use quinn::{Connection, Endpoint, SendStream};
 use tokio::sync::mpsc;
@@ -11,7 +12,7 @@ use crate::record::RecordError;
 
 /// Why a conversation ends; becomes the reason of a [`HandbackError`].
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Broken {
+pub(crate) enum Broken {
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
@@ -34,8 +35,22 @@ pub(super) enum Broken {
     Disk(#[from] std::io::Error),
     #[error("the connection broke: {0}")]
     Lost(String),
+    #[error("what was written last was not done, and committed, in time")]
+    NotDrained,
+    #[error("the node is stopping")]
+    Stopping,
     #[error("the receiver did not answer within {} s", READY_DEADLINE.as_secs())]
     Silent,
+}
+
+impl From<FrameStreamError> for Broken {
+    fn from(error: FrameStreamError) -> Self {
+        match error {
+            FrameStreamError::Decode(error) => error.into(),
+            FrameStreamError::Volume { volume, volumes } => Self::Volume { volume, volumes },
+            FrameStreamError::Read(error) => Self::Lost(error.to_string()),
+        }
+    }
 }
 
 impl From<quinn::WriteError> for Broken {
@@ -63,16 +78,9 @@ impl Talk {
         Ok(self.control.write_all(&message.encode()).await?)
     }
 
+    /// The next message. Loses nothing when it is dropped.
     pub(super) async fn hear(&mut self) -> Result<Message, Broken> {
-        match self.messages.recv().await {
-            Some(Ok(Message::Close { reason, .. })) => Err(Broken::Refused(reason)),
-            Some(Ok(Message::Fenced { generation })) => {
-                Err(Broken::Refused(format!("generation {generation} holds, and this node has another on record")))
-            }
-            Some(Ok(message)) => Ok(message),
-            Some(Err(error)) => Err(error.into()),
-            None => Err(ControlError::Ended.into()),
-        }
+        self.messages.recv().await.unwrap_or(Err(ControlError::Ended)).map_err(Broken::from)
     }
 
     pub(super) fn end(&self) {

@@ -129,6 +129,16 @@ impl Oracle {
         Ok(())
     }
 
+    /// The image of a point, as it was verified last.
+    pub(crate) fn image(&self, point: Point) -> Option<&Images> {
+        self.sealed.get(&(point, self.verified.get(&point)?.0))
+    }
+
+    /// The newest point, and the session that cut it.
+    pub(crate) fn newest_writer(&self) -> Option<(Point, SessionToken)> {
+        self.verified.last_key_value().map(|(point, writer)| (*point, *writer))
+    }
+
     /// The newest point, as it was verified last.
     pub(crate) fn newest(&self) -> Option<(Point, &Images)> {
         let (point, writer) = self.verified.last_key_value()?;

@@ -24,6 +24,8 @@ pub(crate) struct Operation {
     range: std::ops::Range<usize>,
     /// Of a flush that began.
     covers: Option<Covered>,
+    /// It began when guests might not write, as was recorded.
+    was_stopped: bool,
     /// Changes that had reached a disk when it began.
     applied: usize,
     /// What it read.
@@ -109,7 +111,7 @@ impl Operation {
             }
         });
         let range = if kind == Kind::Flush { 0..0 } else { offset as usize..(offset + length) as usize };
-        Self { future, tag: None, volume, kind, range, covers: None, applied: 0, seen }
+        Self { future, tag: None, volume, kind, range, covers: None, was_stopped: false, applied: 0, seen }
     }
 
     /// Whether it is a flush.
@@ -120,6 +122,18 @@ impl Operation {
     /// Whether it is a flush that has yet to be polled.
     pub(crate) fn begins(&self) -> bool {
         self.is_flush() && self.tag.is_none()
+    }
+
+    /// Whether it has yet to be polled, and now it will be.
+    pub(crate) fn note_stopped(&mut self, is_stopped: bool) {
+        if self.tag.is_none() {
+            self.was_stopped = is_stopped;
+        }
+    }
+
+    /// Whether it is a change, and if so, whether guests might not write when it began.
+    pub(crate) fn change(&self) -> Option<bool> {
+        matches!(self.kind, Kind::Write | Kind::Zero).then_some(self.was_stopped)
     }
 
     /// What a flush that begins now covers.

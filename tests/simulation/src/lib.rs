@@ -7,6 +7,9 @@
 //!   break at any time or after so many bytes, and connections that only the primary knows to be gone, whose bytes still arrive;
 //! - processes: either killed, or its power lost with every unsynced sector kept or lost; a receiver killed at any change of its disk; clean
 //!   stops; a promotion;
+//! - in one seed of four (`world::life`) the whole life: promotions from any point, also while the primary lives, and with it writes at both sites;
+//!   switchovers, failbacks and rollbacks, again and again, with all of the faults in between; a guest of the active copy, whose data a power loss
+//!   takes as it takes the rest of the receiver's disk;
 //! - the primary's disks (`disk`, `CrashDevice`, `FaultDevice`): reads that fail; writes that fail after a part of their data; a sync that
 //!   fails, and with it all until the disk is opened again, with what it was to cover lost unless it is written again; for dirty logs
 //!   also writes that fail, with and without their data; a spill file without space, or one that cannot be read back;
@@ -24,6 +27,7 @@
 
 #![forbid(unsafe_code)]
 
+mod active;
 mod check;
 mod disk;
 mod guest;
@@ -32,6 +36,7 @@ mod places;
 mod plan;
 mod world;
 
+pub use plan::has_life;
 pub use world::{Outcome, Violation, run, run_flapping, run_traced};
 
 use receiver::sim as recovery;
@@ -52,6 +57,10 @@ pub enum Broken {
     AnswerFlushEarly,
     /// A primary of an old generation is let in.
     AcceptOldGeneration,
+    /// What an old primary had written of its own is overwritten before it is kept.
+    OverwriteBeforeKept,
+    /// Guests of a primary that takes its disks back are let in before it was handed them.
+    OpenGateEarly,
 }
 
 /// Breaks a rule in all simulations of this thread, or none.
@@ -61,6 +70,8 @@ pub fn break_rule(rule: Option<Broken>) {
         Some(Broken::SkipCopyBeforeWrite) => Some(primary::Sabotage::SkipCopyBeforeWrite),
         Some(Broken::SkipDirtyLog) => Some(primary::Sabotage::SkipDirtyLog),
         Some(Broken::AnswerFlushEarly) => Some(primary::Sabotage::AnswerFlushEarly),
+        Some(Broken::OverwriteBeforeKept) => Some(primary::Sabotage::OverwriteBeforeKept),
+        Some(Broken::OpenGateEarly) => Some(primary::Sabotage::OpenGateEarly),
         _ => None,
     });
     recovery::sabotage(match rule {

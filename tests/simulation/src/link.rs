@@ -12,6 +12,7 @@ use proto::SessionToken;
 use rand::Rng;
 use rand::rngs::SmallRng;
 
+use crate::primary::Primary;
 use crate::recovery::{Replica, SessionNo, StreamNo};
 
 /// What travels as one on a path that has a rate: a datagram.
@@ -90,6 +91,8 @@ impl Lane {
 #[derive(Debug, Default)]
 struct Stream {
     number: Option<StreamNo>,
+    /// The primary knows of it.
+    opened: bool,
     lane: Lane,
     ended: bool,
 }
@@ -119,6 +122,8 @@ pub(crate) struct Link {
     to_receiver: Lane,
     streams: VecDeque<Stream>,
     to_primary: Lane,
+    /// Streams of the receiver, in a handback.
+    back_streams: VecDeque<Stream>,
     there: Departures,
     back: Departures,
     /// Bytes that it still carries.
@@ -129,9 +134,10 @@ pub(crate) struct Link {
 
 impl Link {
     pub(crate) fn new(session: SessionNo, token: SessionToken, path: &Path, now: Instant) -> Self {
-        let (to_receiver, streams, to_primary) = Default::default();
+        let (to_receiver, streams, to_primary, back_streams) = Default::default();
         let (there, back) = (Departures { free_at: now }, Departures { free_at: now });
-        Self { session, token, to_receiver, streams, to_primary, there, back, left: path.bytes_per_connection, closed: false }
+        let (left, closed) = (path.bytes_per_connection, false);
+        Self { session, token, to_receiver, streams, to_primary, back_streams, there, back, left, closed }
     }
 
     pub(crate) fn send(&mut self, path: &Path, now: Instant, bytes: &[u8]) {
@@ -158,9 +164,26 @@ impl Link {
         self.back.send(path, now, bytes, &mut self.to_primary);
     }
 
+    pub(crate) fn answer_open(&mut self) {
+        self.back_streams.push_back(Stream::default());
+    }
+
+    pub(crate) fn answer_data(&mut self, path: &Path, now: Instant, bytes: &[u8]) {
+        if let Some(stream) = self.back_streams.back_mut() {
+            self.back.send(path, now, bytes, &mut stream.lane);
+        }
+    }
+
+    pub(crate) fn answer_end(&mut self) {
+        if let Some(stream) = self.back_streams.back_mut() {
+            stream.ended = true;
+        }
+    }
+
     /// Whether nothing is under way.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.to_receiver.is_empty() && self.to_primary.is_empty() && self.streams.iter().all(|s| s.lane.is_empty() && !s.ended)
+        let streams = self.streams.iter().chain(&self.back_streams).all(|s| s.lane.is_empty() && !s.ended);
+        self.to_receiver.is_empty() && self.to_primary.is_empty() && streams
     }
 
     /// Bytes on their way to the receiver.
@@ -175,18 +198,42 @@ impl Link {
 
     /// When something arrives next.
     pub(crate) fn next_arrival(&self) -> Option<Instant> {
-        let lanes = self.streams.iter().map(|s| &s.lane).chain([&self.to_receiver, &self.to_primary]);
+        let streams = self.streams.iter().chain(&self.back_streams).map(|s| &s.lane);
+        let lanes = streams.chain([&self.to_receiver, &self.to_primary]);
         lanes.filter_map(Lane::next_arrival).min()
     }
 
-    /// Bytes for the primary, if there are any.
-    pub(crate) fn take_answer(&mut self, now: Instant, rng: &mut SmallRng) -> Option<Vec<u8>> {
-        self.to_primary.take(now, &mut self.left, rng)
+    /// Delivers something to the primary. Whether anything had arrived there.
+    pub(crate) fn deliver_back(&mut self, primary: &mut Primary, now: Instant, rng: &mut SmallRng) -> bool {
+        let streams = self.back_streams.len();
+        let choice = if streams == 0 { 0 } else { rng.random_range(0..=streams) };
+        if choice == streams {
+            let bytes = self.to_primary.take(now, &mut self.left, rng);
+            if let Some(bytes) = &bytes {
+                primary.control(now, bytes);
+            }
+            return bytes.is_some();
+        }
+        for stream in self.back_streams.iter_mut().take(choice + 1).filter(|s| !s.opened) {
+            stream.opened = true;
+            primary.pass_open();
+        }
+        let stream = &mut self.back_streams[choice];
+        if let Some(bytes) = stream.lane.take(now, &mut self.left, rng) {
+            primary.pass_data(now, choice, &bytes);
+            return true;
+        }
+        let ends = stream.lane.is_empty() && stream.ended;
+        if ends {
+            self.back_streams.remove(choice);
+            primary.pass_end(now, choice);
+        }
+        ends
     }
 
     /// Whether more may come for the primary.
     pub(crate) fn owes_answer(&self) -> bool {
-        !self.to_primary.is_empty()
+        !self.to_primary.is_empty() || self.back_streams.iter().any(|s| !s.lane.is_empty())
     }
 
     /// Delivers something to the receiver, if anything has arrived there.

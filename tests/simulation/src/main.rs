@@ -64,6 +64,10 @@ fn main() -> ExitCode {
                             total.flips += outcome.flips;
                             total.compared_bytes += outcome.compared_bytes;
                             total.scrubbed_bytes += outcome.scrubbed_bytes;
+                            total.switched += outcome.switched;
+                            total.handed += outcome.handed;
+                            total.own_blocks += outcome.own_blocks;
+                            total.measured += outcome.measured;
                             promotions.fetch_add(outcome.promoted.into(), Ordering::Relaxed);
                         }
                         Err(violation) => {
@@ -85,7 +89,8 @@ fn main() -> ExitCode {
     let total = total.into_inner();
     println!(
         "{} seeds without a violation in {:.0} s: {} points, {} crashes, {} broken connections, {} partitions, {} faults of the primary's \
-         disks, {} flipped bits, {} promotions, {} MiB compared, {} MiB scrubbed, {} flushes that waited for the receiver",
+         disks, {} flipped bits, {} MiB compared, {} MiB scrubbed, {} flushes that waited for the receiver; {} seeds with promotions, {} \
+         switchovers, {} times disks given back or rolled back ({} measured), {} own blocks kept",
         cli.seeds,
         started.elapsed().as_secs_f64(),
         total.points,
@@ -94,10 +99,14 @@ fn main() -> ExitCode {
         total.partitions,
         total.disk_faults,
         total.flips,
-        promotions.into_inner(),
         total.compared_bytes >> 20,
         total.scrubbed_bytes >> 20,
-        total.flushes
+        total.flushes,
+        promotions.into_inner(),
+        total.switched,
+        total.handed,
+        total.measured,
+        total.own_blocks
     );
     ExitCode::SUCCESS
 }

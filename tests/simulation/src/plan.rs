@@ -12,6 +12,8 @@ use crate::primary::PrimaryConfig;
 
 /// One seed in so many has flushes that wait for the receiver.
 const SEEDS_A_FLUSH_SYNC: u64 = 3;
+/// One seed in so many has the whole life of a server.
+const SEEDS_A_LIFE: u64 = 4;
 /// What a connection carries besides the blocks of an epoch that holds everything: greetings, hashes, headers.
 const OVERHEAD_BYTES: u64 = 32 << 10;
 
@@ -27,6 +29,14 @@ pub(crate) struct Plan {
     pub(crate) is_noise: bool,
     /// Whether anything fails but the path.
     pub(crate) faults: bool,
+    /// Whether the group is promoted, given back and rolled back again and again.
+    pub(crate) lives: bool,
+}
+
+/// Whether a seed has the whole life of a server: promotions, failbacks, switchovers, rollbacks.
+#[must_use]
+pub fn has_life(seed: u64) -> bool {
+    seed % SEEDS_A_LIFE == SEEDS_A_LIFE - 1
 }
 
 pub(crate) fn name(text: &str) -> Name {
@@ -86,7 +96,7 @@ impl Plan {
         // A connection that breaks by what it carries is to carry something.
         let is_noise = path.bytes_per_connection.is_some();
         let disks = sizes.iter().map(|bytes| content(*bytes, is_noise, rng)).collect();
-        Self { config, disks, path, is_noise, faults: rng.random_bool(0.9) }
+        Self { config, disks, path, is_noise, faults: rng.random_bool(0.9), lives: has_life(seed) }
     }
 
     /// Nothing fails but the path: each connection on it carries `bytes_per_connection` and breaks. The disks are of 64 to 128 blocks, half
@@ -97,6 +107,6 @@ impl Plan {
         let delay = config.interval.mul_f64(rng.random_range(0.0..1.0));
         let path = Path { delay, bytes_per_connection: Some(bytes_per_connection), ..Path::default() };
         let disks = sizes.iter().map(|bytes| content(*bytes, true, rng)).collect();
-        Self { config, disks, path, is_noise: true, faults: false }
+        Self { config, disks, path, is_noise: true, faults: false, lives: false }
     }
 }

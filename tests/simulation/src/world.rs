@@ -1,6 +1,7 @@
 //! One run: the two sites, the guest, the faults, and the end in which everything must arrive.
 
 mod faults;
+mod life;
 mod network;
 mod rise;
 mod rot;
@@ -19,9 +20,10 @@ use rand::{Rng, SeedableRng};
 use replicator::Durability;
 
 use self::faults::Hurt;
+use self::life::Life;
 use self::rot::Rot;
 use crate::check::Oracle;
-use crate::disk::{Applied, Mishaps};
+use crate::disk::{Applied, Mishaps, set_tag};
 use crate::guest::{Covered, Operation};
 use crate::link::{Link, Path};
 use crate::plan::{GROUP, Plan};
@@ -64,8 +66,16 @@ pub struct Outcome {
     pub scrubbed_bytes: u64,
     /// Flushes answered because the receiver had what they cover.
     pub flushes: usize,
-    /// Whether it ended with a promotion.
+    /// Whether there was a promotion.
     pub promoted: bool,
+    /// Switchovers in which nothing was lost.
+    pub switched: usize,
+    /// Disks given back, or rolled back.
+    pub handed: usize,
+    /// Blocks of old primaries that were kept, or stayed.
+    pub own_blocks: usize,
+    /// Failbacks of which the bytes that moved were measured.
+    pub measured: usize,
 }
 
 impl Outcome {
@@ -173,7 +183,9 @@ struct World {
     mends_receiver: bool,
     /// A sync was made to fail at some time.
     sync_failed: bool,
+    /// While a copy is active: the newest point when it was activated.
     promoted: Option<Point>,
+    life: Life,
     oracle: Oracle,
     outcome: Outcome,
 }
@@ -187,7 +199,7 @@ fn folder() -> tempfile::TempDir {
 
 impl World {
     fn new(seed: u64, plan: Plan, rng: SmallRng, traced: bool) -> Self {
-        let Plan { config, disks, path, is_noise, faults } = plan;
+        let Plan { config, disks, path, is_noise, faults, lives } = plan;
         let log = |disk: &Vec<u8>| Arc::new(CrashDevice::new(vec![0; dirty_log_bytes(disk.len() as u64) as usize]));
         let logs: Vec<_> = disks.iter().map(log).collect();
         let folder = folder();
@@ -229,6 +241,7 @@ impl World {
             sync_failed: false,
             mends_receiver: false,
             promoted: None,
+            life: Life::new(lives),
             oracle: Oracle::default(),
             outcome: Outcome::default(),
         }
@@ -252,7 +265,7 @@ impl World {
             let done = self.one(self.faults, true);
             done.map_err(|what| self.violation(what))?;
         }
-        let promote = self.faults && self.rng.random_bool(0.3);
+        let promote = self.faults && !self.life.lives && self.rng.random_bool(0.3);
         if promote && let Err(what) = self.promote() {
             return Err(self.violation(what));
         }
@@ -282,6 +295,9 @@ impl World {
             95 => self.scrub(),
             96.. if self.wanted => self.connect()?,
             _ => {}
+        }
+        if self.life.lives {
+            self.live(guest)?;
         }
         self.check_scrub()?;
         self.check_bounds()
@@ -333,13 +349,19 @@ impl World {
             self.operations[index].set_covers(covers);
         }
         let applied = self.applied.lock().len();
+        self.operations[index].note_stopped(self.record.lock().is_stopped());
         if let Poll::Ready(result) = self.operations[index].poll(primary.tag(), applied) {
-            let fenced = primary.is_fenced();
+            let fenced = primary.is_fenced() || self.life.lives;
             let mut ended = self.operations.swap_remove(index);
+            if let (Ok(()), Some(was_stopped)) = (&result, ended.change()) {
+                self.wrote_here(was_stopped)?;
+            }
             match (result, ended.take_covers()) {
                 (Ok(()), Some(covers)) if self.config.durability == Durability::FlushSync => self.flushed(&covers)?,
                 // Nothing that it flushes can be committed any more, and it is told.
                 (Err(_), Some(_)) if fenced => {}
+                // Another site is the server, or is about to be.
+                (Err(error), None) if fenced && error.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {}
                 (Err(error), _) if self.is_explained(&error.to_string()) => self.say(|| format!("the guest gets: {error}")),
                 (Err(error), _) => return Err(format!("a guest operation failed: {error}")),
                 (Ok(()), _) => ended.check_read(&self.base, &self.applied.lock())?,
@@ -362,6 +384,7 @@ impl World {
         if let (Some(window), Some(link)) = (self.path.window_bytes, &self.link) {
             primary.set_room(window.saturating_sub(link.under_way()));
         }
+        set_tag(primary.tag());
         primary.poll(self.now, |count| rng.random_range(0..count));
         self.take_outputs()
     }
@@ -376,6 +399,7 @@ impl World {
             let next = arrival.into_iter().chain(healed).fold(primary.deadline(self.now), Instant::min);
             self.now = self.now.max(next.min(self.now + Duration::from_secs(30)));
         }
+        set_tag(primary.tag());
         primary.tick(self.now);
         self.take_outputs()
     }

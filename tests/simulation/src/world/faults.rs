@@ -155,6 +155,7 @@ impl World {
                 self.heal_journal()?;
                 self.forget_link();
                 (self.replica, self.ghost) = (None, None);
+                self.life_falls();
                 self.disk.restart();
             }
         }
@@ -220,6 +221,7 @@ impl World {
         self.say(|| "the receiver's node is restarted".to_owned());
         self.heal_journal()?;
         (self.replica, self.ghost) = (None, None);
+        self.life_falls();
         self.disk.restart();
         self.break_link("restart")
     }
@@ -229,6 +231,7 @@ impl World {
         self.heal_journal()?;
         self.outcome.crashes += 1;
         (self.replica, self.ghost) = (None, None);
+        self.life_falls();
         let power = self.rng.random_bool(0.5);
         self.say(|| format!("the receiver is killed{}", if power { ", its power lost" } else { "" }));
         if power {

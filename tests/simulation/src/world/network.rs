@@ -4,6 +4,7 @@ use proto::SessionToken;
 use rand::Rng;
 
 use super::{KEY, World};
+use crate::disk::set_tag;
 use crate::guest::image;
 use crate::link::Link;
 use crate::primary::{Output, Primary};
@@ -20,8 +21,10 @@ impl World {
         let Some(session) = replica.connect(KEY.parse().map_err(|_| "the key")?) else {
             return Err("the key is not known".to_owned());
         };
-        let token = SessionToken(self.rng.random());
+        // A handback has its token already.
+        let token = primary.handback_line().unwrap_or_else(|| SessionToken(self.rng.random()));
         self.oracle.connected(token);
+        self.life.connected(session, primary.hands_back());
         self.link = Some(Link::new(session, token, &self.path, self.now));
         self.wanted = false;
         primary.connected(self.now, token);
@@ -41,36 +44,42 @@ impl World {
             (Some(link), _) => link.deliver(replica, self.now, &mut self.rng),
             (None, _) => return Ok(()),
         }
-        let outputs = replica.outputs();
-        if self.disk.is_dead() {
-            // Nobody heard what it said since it died.
-            return self.receiver_falls();
-        }
-        for (session, output) in outputs {
-            let link = self.link.as_mut().filter(|l| l.session == session);
-            match (output, link) {
-                (recovery::Output::Control(bytes), Some(link)) => link.answer(&self.path, self.now, &bytes),
-                (recovery::Output::Closed { code, reason }, Some(link)) => {
-                    link.closed = true;
-                    self.say(|| format!("the receiver closes: {code} {reason}"));
-                }
-                _ => {}
-            }
-        }
-        // What is committed must be right at once, before anybody hears of it.
-        self.check(false)?;
-        // The one epoch whose sync failed may turn out to be on the disk after all.
-        let doubtful = u64::from(self.sync_failed);
-        if let Some(last) = self.promoted
-            && self.oracle.newest().is_some_and(|(newest, _)| newest.epoch.0 > last.epoch.0 + doubtful)
-        {
-            return Err(format!("after the promotion from {last} another point was committed"));
-        }
+        self.take_answers()?;
         if self.link.as_ref().is_some_and(Link::is_used_up) {
             self.break_link("it has carried all that it carries")
         } else {
             Ok(())
         }
+    }
+
+    /// What the receiver says goes on its way. What it did must be right at once, before anybody hears of it.
+    pub(super) fn take_answers(&mut self) -> Result<(), String> {
+        let outputs = self.replica.as_mut().map(recovery::Replica::outputs).unwrap_or_default();
+        for (session, output) in &outputs {
+            if let recovery::Output::Sealing { point, session: token } = output {
+                self.sealing(*session, *point, *token)?;
+            }
+        }
+        if self.disk.is_dead() {
+            // Nobody heard what it said since it died.
+            return self.receiver_falls();
+        }
+        for (session, output) in outputs {
+            let Some(link) = self.link.as_mut().filter(|l| l.session == session) else { continue };
+            match output {
+                recovery::Output::Control(bytes) => link.answer(&self.path, self.now, &bytes),
+                recovery::Output::PassOpen => link.answer_open(),
+                recovery::Output::PassData(bytes) => link.answer_data(&self.path, self.now, &bytes),
+                recovery::Output::PassEnd => link.answer_end(),
+                recovery::Output::Closed { code, reason } => {
+                    link.closed = true;
+                    self.say(|| format!("the receiver closes: {code} {reason}"));
+                }
+                recovery::Output::Sealing { .. } => {}
+            }
+        }
+        self.check(false)?;
+        self.check_writer()
     }
 
     /// Bytes reach the primary.
@@ -79,10 +88,10 @@ impl World {
         if self.path.is_cut(self.now) {
             return Ok(());
         }
-        match link.take_answer(self.now, &mut self.rng) {
-            Some(bytes) => primary.control(self.now, &bytes),
-            None if link.closed && !link.owes_answer() => return self.break_link("closed"),
-            None => {}
+        set_tag(primary.tag());
+        let arrived = link.deliver_back(primary, self.now, &mut self.rng);
+        if !arrived && link.closed && !link.owes_answer() {
+            return self.break_link("closed");
         }
         self.take_outputs()?;
         if self.link.as_ref().is_some_and(Link::is_used_up) {
@@ -113,6 +122,9 @@ impl World {
                 (Output::Committed(point), _) => {
                     self.oracle.told(point)?;
                 }
+                (Output::InBetween { newest, kept }, _) => self.in_between(newest, kept)?,
+                (Output::Handed { point, generation }, _) => self.handed(point, generation)?,
+                (Output::HandedBack(end), _) => self.handed_back(&end)?,
                 _ => {}
             }
         }
@@ -147,6 +159,7 @@ impl World {
         }
         let jitter = self.rng.random_range(0.0..1.0);
         if let Some(primary) = &mut self.primary {
+            set_tag(primary.tag());
             primary.lost(self.now, jitter, false);
         }
         self.take_outputs()

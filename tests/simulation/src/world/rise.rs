@@ -50,7 +50,10 @@ impl World {
         if let Some(replica) = &self.replica {
             let broken = replica.groups().into_iter().find_map(|(group, error)| Some((group, error?)));
             match broken {
-                None => self.oracle.check(replica, GROUP, false, self.rot.as_ref().map(Rot::file))?,
+                None => {
+                    self.oracle.check(replica, GROUP, false, self.rot.as_ref().map(Rot::file))?;
+                    self.revive_active()?;
+                }
                 // It cannot be opened on a full disk; the next start after that opens it.
                 Some(_) if self.full => {}
                 // The sync that failed was one of its start's: a person starts it again.

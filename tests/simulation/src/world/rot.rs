@@ -175,7 +175,7 @@ impl World {
     fn start_on(&self, store: &Path, damaged: Option<&str>) -> Result<Found, String> {
         let replica = Replica::open(store, Disk::default(), vec![Self::client()?], Self::limits()).map_err(|e| e.to_string())?;
         if let Some((_, Some(error))) = replica.groups().first() {
-            let is_named = damaged.is_none_or(|file| error.contains(file) || error.contains("it ends at point"));
+            let is_named = damaged.is_none_or(|file| error.contains(file) || error.contains("it ends at "));
             return Err(if is_named { format!("refused: {error}") } else { format!("an error that does not name it: {error}") });
         }
         let (generation, ..) = replica.generation(GROUP).map_err(|e| e.to_string())?;

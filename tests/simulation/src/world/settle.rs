@@ -1,4 +1,4 @@
-//! The end of a run: a promotion perhaps, then no faults, and everything must arrive.
+//! The end of a run: a promotion perhaps, then no faults, and everything must arrive; in a whole life, the primary must have its disks back.
 
 use super::{CLIENT, STEPS_TO_SETTLE, World};
 use crate::plan::GROUP;
@@ -38,10 +38,14 @@ impl World {
         if self.hurt.log || self.hurt.sync {
             self.primary_falls(false)?;
         }
+        self.mend_life()?;
         for _ in 0..STEPS_TO_SETTLE {
             self.step += 1;
             self.one(false, false)?;
             let Some(primary) = &self.primary else { continue };
+            if self.life.lives && (self.promoted.is_some() || primary.hands_back() || !primary.takes_writes()) {
+                continue;
+            }
             if self.promoted.is_some() {
                 if primary.is_fenced() {
                     break;
@@ -54,6 +58,10 @@ impl World {
             }
         }
         let Some(primary) = &self.primary else { return Err("the primary is down".to_owned()) };
+        if self.life.lives && (self.promoted.is_some() || !primary.takes_writes()) {
+            let phase = primary.phase();
+            return Err(format!("the primary does not have its disks back after {STEPS_TO_SETTLE} steps, it is {phase}"));
+        }
         if self.promoted.is_some() {
             if !primary.is_fenced() {
                 return Err(format!("the old primary was not fenced in {STEPS_TO_SETTLE} steps, it is {}", primary.phase()));
