@@ -202,8 +202,10 @@ async fn epochs(world: Rc<World>, seed: u64) -> BTreeSet<usize> {
             continue;
         }
         apply(&mut image, &queue);
-        let images = world.images.borrow();
-        let found = (newest..images.len()).find(|at| images[*at] == image);
+        let found = {
+            let images = world.images.borrow();
+            (newest..images.len()).find(|at| images[*at] == image)
+        };
         let found = found.unwrap_or_else(|| panic!("epoch {epoch} is none of the images from {newest} on"));
         // The cut says of which instant it is, and never of a later one.
         assert!(cut as usize <= found + 1, "epoch {epoch} is image {found} and says {cut}");
@@ -211,7 +213,6 @@ async fn epochs(world: Rc<World>, seed: u64) -> BTreeSet<usize> {
         seen.insert(found);
         world.ledger.committed(Point { generation: Generation(1), epoch });
         epoch = epoch.next();
-        drop(images);
         for _ in 0..random.random_range(0..30) {
             tokio::task::yield_now().await;
         }
