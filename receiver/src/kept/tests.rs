@@ -47,7 +47,9 @@ fn scene(space_max_bytes: Option<u64>) -> Scene {
     };
     let folder = store.create_group(&"a".parse().unwrap(), &"db".parse().unwrap(), block).unwrap();
     let image: Vec<u8> = (0..SIZE).map(|i| (i / 7) as u8).collect();
-    std::fs::write(folder.base(&"root".parse().unwrap()), &image).unwrap();
+    let base = folder.base(&"root".parse().unwrap());
+    std::fs::write(&base, &image).unwrap();
+    crate::base::write_sums(&base);
     let (group, usage) = opened(folder, space_max_bytes);
     Scene { dir, group, usage, image, io: IoThreads::new(1).unwrap() }
 }

@@ -125,7 +125,7 @@ impl Handing {
         client: ClientConfig,
         (key, id): (Fingerprint, SessionId),
         ask: Ask,
-    ) -> Result<Self, (Vec<Output>, Box<HandbackError>)> {
+    ) -> Result<Self, Box<(Vec<Output>, HandbackError)>> {
         let mut actions = Vec::new();
         let core = Core::begin(&mut actions);
         let (gift, keeping, kept, sending) = (None, None, None, None);
@@ -133,7 +133,7 @@ impl Handing {
         let mut this = Self { core, client, key, id, ask, gift, keeping, kept, sending, holding, now, outputs };
         match this.perform(node, actions) {
             Ok(()) => Ok(this),
-            Err(error) => Err((this.end(&error), Box::new(error))),
+            Err(error) => Err(Box::new((this.end(&error), error))),
         }
     }
 

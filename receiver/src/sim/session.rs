@@ -196,7 +196,8 @@ impl Session {
                 self.handing = Some(Box::new(handing));
                 self.hand(|_| Ok(()));
             }
-            Err((outputs, error)) => {
+            Err(refused) => {
+                let (outputs, error) = *refused;
                 self.outputs.extend(outputs);
                 self.ended = Some(error.to_string());
             }

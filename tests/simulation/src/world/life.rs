@@ -269,9 +269,9 @@ impl World {
         };
         if let Some(point) = drained {
             self.life.drains = None;
-            let stopped = self.primary.as_ref().is_some_and(|primary| !primary.takes_writes() && !primary.is_fenced());
-            // Nothing of what its guests were told is done is missing, unless it began to take writes again meanwhile.
-            if let Some((point, image)) = self.oracle.newest().filter(|_| stopped && self.role() == Some(GroupRole::Replica)) {
+            // Nothing of what its guests were told is done is missing: else it had begun a new session, and there is no switchover.
+            let stands = self.primary.is_some() && self.role() == Some(GroupRole::Replica);
+            if let Some(image) = self.oracle.image(point).filter(|_| stands) {
                 if let Some(((volume, block), _)) = differing(&self.images(), image).first_key_value() {
                     return Err(format!("block {block} of volume {volume} is not in {point}, from which it is switched over"));
                 }
