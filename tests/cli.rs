@@ -357,7 +357,7 @@ fn every_command_has_help_with_examples_and_usage_is_2() {
         &["nonesuch"][..],
         &["points"],
         &["failover", "db"],
-        &["failover", "db", "--export", "unix:x", "--point", "1"],
+        &["failover", "db", "--export", "unix:x", "--point", "neither a point nor a name"],
         &["status", "--bogus"],
     ] {
         assert_eq!(twinsite().args(wrong).output().unwrap().status.code(), Some(2), "{wrong:?}");
