@@ -204,6 +204,8 @@ pub(crate) fn queues(group: &Group) -> Vec<QueueStatus> {
 pub(crate) fn of(group: &Group) -> GroupStatus {
     let shared = &group.shared;
     let retention = crate::retention::keeper::status(shared);
+    // Before the lock is taken: who takes it twice waits for ever once somebody waits in between to change the state.
+    let (queues, flatten) = (queues(group), group.flattened());
     let state = shared.state.read();
     let committed = state.points.last().map(PointInfo::from);
     let now = crate::clock::unix_us();
@@ -227,9 +229,9 @@ pub(crate) fn of(group: &Group) -> GroupStatus {
         space_max_bytes: shared.space_max,
         bytes_received: shared.bytes_received.load(Ordering::Relaxed),
         index_bytes: state.index.memory_bytes() + shared.frames.table.read().memory_bytes(),
-        active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point, flatten: group.flattened() }),
+        active: state.fork.as_ref().map(|f| ActiveStatus { fork: f.name.clone(), point: f.point, flatten: flatten.clone() }),
         kept: shared.kept.all(),
-        queues: queues(group),
+        queues,
         last_error: state.last_error.clone(),
         scrub: ScrubStatus {
             compared_bytes: shared.findings.compared_bytes.load(Ordering::Relaxed),

@@ -252,3 +252,30 @@ fn who_shows_a_copy_onward_is_told_what_changed() {
         group.stop().await;
     });
 }
+
+/// Would catch a status that takes the state's lock twice: once the group's thread waits in between to change the state, both wait for ever.
+#[test]
+fn the_status_is_told_while_the_state_changes() {
+    let scene = Scene::new();
+    let group = scene.open();
+    let (ended, watched) = std::sync::mpsc::channel();
+    let changing = {
+        let (group, ended) = (group.clone(), ended.clone());
+        std::thread::spawn(move || {
+            for n in 0..200_000 {
+                group.shared.state.write().journal_bytes = n;
+            }
+            ended.send(()).unwrap();
+        })
+    };
+    let asking = std::thread::spawn(move || {
+        while !changing.is_finished() {
+            crate::status::of(&group);
+        }
+        ended.send(()).unwrap();
+    });
+    for _ in 0..2 {
+        watched.recv_timeout(std::time::Duration::from_secs(60)).expect("nobody waits for ever");
+    }
+    asking.join().unwrap();
+}
