@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use support::nbd::Nbd;
 use support::node::Pair;
-use support::{Process, eventually, need, noise, run, scratch, text};
+use support::{Process, eventually, flip, need, noise, run, scratch, text};
 
 const MIB: u64 = 1 << 20;
 /// Not a multiple of a qcow2 cluster.
@@ -160,13 +160,21 @@ fn an_export_that_fails_leaves_no_file() {
     assert_eq!(cut_off.ended(SOON).code(), Some(1));
     assert!(!to.exists() && partial().is_none());
 
-    // A byte of a frame in the middle of the journal.
-    let segment = pair.store.join("primary/db/journal/0000000001.seg");
-    let mut bytes = std::fs::read(&segment).expect("a segment");
-    let middle = bytes.len() / 2;
-    bytes[middle] ^= 1;
-    std::fs::write(&segment, bytes).expect("a segment");
+    // Under the running node, as a start would find it: a byte of what was written between two points, which no later frame replaces.
     pair.receiver.start();
+    let end = |pair: &Pair| {
+        pair.primary.settled("db");
+        let segments = std::fs::read_dir(pair.store.join("primary/db/journal")).expect("the journal");
+        let newest = segments.map(|entry| entry.expect("an entry").path()).max().expect("a segment");
+        (std::fs::metadata(&newest).expect("a segment").len(), newest)
+    };
+    let mut root = Nbd::connect(&pair.sockets[0], "root").expect("the disk");
+    let (before, older) = end(&pair);
+    root.write(7 * MIB, &noise(1000, MIB as usize)).expect("a write");
+    drop(root);
+    let (after, segment) = end(&pair);
+    let start = if older == segment { before } else { 0 };
+    flip(&segment, start.midpoint(after));
     let failed = pair.receiver.ask(&["export", "db", "--to", path(&to)]);
     assert!(!failed.status.success() && text(&failed).contains("the node's log says why"), "{}", text(&failed));
     println!("{}", text(&failed));

@@ -6,7 +6,6 @@
 
 mod support;
 
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +20,7 @@ use receiver::journal::{PLACED_SEAL_BYTES, SEGMENT_HEADER_BYTES, segment_path};
 use serde_json::Value;
 use support::nbd::Nbd;
 use support::node::{COMMIT_WITHIN, Pair};
-use support::{eventually, noise, scratch, text};
+use support::{eventually, flip, noise, scratch, text};
 
 const MIB: u64 = 1 << 20;
 /// The second disk ends within a block.
@@ -102,14 +101,6 @@ fn newest_frame(segment: &Path) -> (u64, u64, u64) {
 
 fn first_segment(pair: &Pair) -> PathBuf {
     segment_path(&pair.store.join("primary/db/journal"), 1)
-}
-
-fn flip(path: &Path, offset: u64) {
-    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).expect("the file");
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, offset).expect("a byte");
-    byte[0] ^= 0x10;
-    file.write_all_at(&byte, offset).expect("a byte");
 }
 
 /// Stops when dropped, so that a failure elsewhere ends its thread too.

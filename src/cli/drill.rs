@@ -33,7 +33,7 @@ pub(crate) struct DrillArgs {
     #[arg(required = true)]
     group: Option<String>,
     /// Try this point, not the newest: GENERATION.EPOCH, or a name of one
-    #[arg(long, value_name = "POINT")]
+    #[arg(long, value_name = "POINT", value_parser = super::point)]
     point: Option<String>,
     /// Try this kept fork (see twinsite forks)
     #[arg(long, conflicts_with = "point")]

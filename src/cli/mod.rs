@@ -188,7 +188,7 @@ nevertheless; --yes does not. A hook before it that fails stops it, unless
         /// GROUP, or CLIENT/GROUP
         group: String,
         /// Activate this point, not the newest: GENERATION.EPOCH, or a name of one
-        #[arg(long, value_name = "POINT")]
+        #[arg(long, value_name = "POINT", value_parser = point)]
         point: Option<String>,
         /// Where the disks are served: unix:PATH or tcp:IP:PORT
         #[arg(long, value_name = "ADDRESS", required_unless_present = "preview")]
@@ -297,7 +297,7 @@ rollback can be rolled back. Only blocks that differ are moved.")]
         /// The group
         group: String,
         /// The point: GENERATION.EPOCH, or the name that it has at the receiver
-        #[arg(long, value_name = "POINT")]
+        #[arg(long, value_name = "POINT", value_parser = point)]
         point: String,
         /// Go on if the hook before it fails
         #[arg(long)]
@@ -478,6 +478,14 @@ pub(crate) struct Control {
     /// The node's control socket, if the configuration is not at hand
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+}
+
+/// A point or the name of one, which the node knows or not; what can be neither is a usage error.
+fn point(text: &str) -> Result<String, String> {
+    let either = text.parse::<proto::Point>().is_ok() || text.parse::<Name>().is_ok();
+    either
+        .then(|| text.to_owned())
+        .ok_or_else(|| "a point is GENERATION.EPOCH, for example 3.18211, or the name of one".to_owned())
 }
 
 /// Runs the command line.

@@ -18,13 +18,23 @@ pub(crate) mod views;
 pub(crate) mod writers;
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// From one question of [`eventually`] to the next.
 const ASK_EVERY: Duration = Duration::from_millis(10);
+
+/// Flips one bit of the byte at `offset`.
+#[track_caller]
+pub(crate) fn flip(path: &Path, offset: u64) {
+    let file = OpenOptions::new().read(true).write(true).open(path).expect("the file");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).expect("a byte");
+    byte[0] ^= 0x10;
+    file.write_all_at(&byte, offset).expect("a byte");
+}
 
 /// Fails with one line unless the test runs as root.
 pub(crate) fn need_root() {

@@ -36,7 +36,7 @@ pub(crate) struct ExportArgs {
     /// GROUP, or CLIENT/GROUP
     group: String,
     /// This point, not the newest: GENERATION.EPOCH, or a name of one
-    #[arg(long, value_name = "POINT")]
+    #[arg(long, value_name = "POINT", value_parser = super::point)]
     point: Option<String>,
     /// This kept fork, whole (see twinsite forks)
     #[arg(long, conflicts_with = "point")]
