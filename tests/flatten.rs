@@ -1,7 +1,7 @@
 //! An activated copy becomes a plain raw file while its guest writes, whatever is killed meanwhile.
 //!
 //! Would catch: a copied block that undoes a guest's write, a bit on disk before its data, a kill after which the fork cannot be opened
-//! or begins from nothing, a data file that is not what the export shows, an export that still needs the journal.
+//! or begins from nothing, an answered write that goes with the process, a data file that is not what the export shows, an export that still needs the journal.
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
@@ -48,7 +48,7 @@ impl Oracle {
     }
 }
 
-/// Writes until told to stop or the node is gone. Every write is flushed before the next: a kill loses nothing that was answered.
+/// Writes until told to stop or the node is gone. Few writes are flushed: a kill of the process loses nothing that was answered, flushed or not.
 fn write(socket: &Path, oracle: &Mutex<Oracle>, seed: u64, stop: &AtomicBool) -> u64 {
     let (mut rng, mut count) = (SmallRng::seed_from_u64(seed), 0);
     let Ok(mut nbd) = Nbd::connect(socket, "root") else { return 0 };
@@ -57,7 +57,8 @@ fn write(socket: &Path, oracle: &Mutex<Oracle>, seed: u64, stop: &AtomicBool) ->
         let blocks = rng.random_range(1..=16_usize);
         let at = rng.random_range(0..=oracle.image.len() / BLOCK - blocks) * BLOCK;
         let data = if rng.random_range(0..5) == 0 { vec![0; blocks * BLOCK] } else { noise(rng.random(), blocks * BLOCK) };
-        match nbd.write(at as u64, &data).and_then(|()| nbd.flush()) {
+        let flushes = rng.random_range(0..8) == 0;
+        match nbd.write(at as u64, &data).and_then(|()| if flushes { nbd.flush() } else { Ok(()) }) {
             Ok(()) => oracle.image[at..at + data.len()].copy_from_slice(&data),
             Err(error) if is_lost(&error) => {
                 oracle.unsure = Some((at, data));
@@ -173,6 +174,7 @@ fn flattening_can_be_left_out() {
     assert!(flatten(&pair).is_null(), "{:#}", pair.receiver.copy("primary", "db"));
     assert!(read(&copy, 4 * MIB as usize)[..MIB as usize] == noise(1, MIB as usize));
     let fork = pair.store.join("primary/db/forks/active-2");
-    let names: Vec<_> = std::fs::read_dir(&fork).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(names.len(), 2, "{names:?}");
+    let mut names: Vec<_> = std::fs::read_dir(&fork).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["root.map", "root.raw", "root.recent"]);
 }

@@ -89,6 +89,11 @@ impl Disk {
         Self(Some(watch))
     }
 
+    /// Whether there is a watcher.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// See [`Watch::in_one_thread`].
     #[cfg(any(test, feature = "simulation"))]
     pub(crate) fn in_one_thread(&self) -> bool {

@@ -1,8 +1,8 @@
 //! One volume of a fork.
 //!
 //! A block is either wholly in the fork's data file (it is resident: written, or copied by flattening) or wholly the view's. A write of part of a block that is not the
-//! fork's yet copies the block up under an exclusive lock. A bit is set in memory when the data is in the file, and on disk
-//! by a flush, after the data was synced.
+//! fork's yet copies the block up under an exclusive lock. A bit is set in memory, and in the file that a killed process leaves (`recent`), when the data is in
+//! the file, and on disk by a flush, after the data was synced.
 
 use std::io;
 use std::ops::Range;
@@ -16,6 +16,7 @@ use proto::units::BLOCK_BYTES;
 use super::data::Data;
 use super::map::MapFile;
 use super::own::Own;
+use super::recent::Recent;
 use super::under::Under;
 use crate::view::View;
 
@@ -28,6 +29,8 @@ pub struct ForkDevice {
     flat: AtomicBool,
     pub(super) data: Data,
     map: MapFile,
+    /// `None` if nobody may write, or no kernel says when it was started.
+    recent: Option<Recent>,
     pub(super) own: RwLock<Own>,
     pub(super) locks: RangeLocks,
     /// The map of touched regions, once there is one; held by whoever changes it.
@@ -53,13 +56,20 @@ pub(crate) enum Gate {
 
 impl ForkDevice {
     /// `under` may be missing only if all of `own` is resident.
-    pub(super) fn with(under: Option<Under>, data: Data, map: MapFile, own: Own, touched: Option<MapFile>) -> Self {
+    pub(super) fn with(
+        under: Option<Under>,
+        data: Data,
+        (map, recent): (MapFile, Option<Recent>),
+        own: Own,
+        touched: Option<MapFile>,
+    ) -> Self {
         let is_flat = own.is_flat();
         Self {
             under: RwLock::new(under.filter(|_| !is_flat)),
             flat: AtomicBool::new(is_flat),
             data,
             map,
+            recent,
             own: RwLock::new(own),
             locks: RangeLocks::default(),
             touching: tokio::sync::Mutex::new(touched),
@@ -149,10 +159,19 @@ impl ForkDevice {
         (resident, stop.saturating_mul(BLOCK_BYTES).min(end))
     }
 
-    fn mark(&self, blocks: Range<u64>) {
-        if !blocks.is_empty() {
-            self.own.write().mark_written(blocks);
+    /// The data of these blocks is in the file.
+    fn mark(&self, blocks: Range<u64>) -> io::Result<()> {
+        if blocks.is_empty() {
+            return Ok(());
         }
+        let mut own = self.own.write();
+        if let Some(recent) = &self.recent
+            && !own.is_written(&blocks)
+        {
+            recent.note(&own.written.blocks, &blocks).inspect_err(|_| own.note_changed(&blocks))?;
+        }
+        own.mark_written(blocks);
+        Ok(())
     }
 
     /// A change that failed may have been made in part: who follows must look again.
@@ -181,8 +200,7 @@ impl ForkDevice {
         let under = self.under_or_gone()?;
         let content = under.read(offset, Buf::zeroed(length as usize)).await?;
         self.data.write(offset, content).await?;
-        self.mark(block..block + 1);
-        Ok(())
+        self.mark(block..block + 1)
     }
 
     /// Locks the blocks of a range for a change and copies up those it covers in part.
@@ -211,7 +229,7 @@ impl ForkDevice {
         let _guard = self.prepare(offset, length).await?;
         let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
         let data = self.data.write(offset, data).await.inspect_err(|_| self.note_failed(&blocks))?;
-        self.mark(blocks);
+        self.mark(blocks)?;
         Ok(data)
     }
 
@@ -223,8 +241,7 @@ impl ForkDevice {
         let _guard = self.prepare(offset, length).await?;
         let blocks = offset / BLOCK_BYTES..(offset + length).div_ceil(BLOCK_BYTES);
         self.data.write_zeroes(offset, length, mode).await.inspect_err(|_| self.note_failed(&blocks))?;
-        self.mark(blocks);
-        Ok(())
+        self.mark(blocks)
     }
 
     pub(super) async fn flush_all(&self) -> io::Result<()> {
@@ -371,11 +388,7 @@ impl BlockDevice for ForkDevice {
             return None;
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
-        let result = self.data.try_write(offset, data)?;
-        match result {
-            Ok(()) => self.mark(blocks),
-            Err(_) => self.note_failed(&blocks),
-        }
-        Some(result)
+        let result = self.data.try_write(offset, data)?.inspect_err(|_| self.note_failed(&blocks));
+        Some(result.and_then(|()| self.mark(blocks)))
     }
 }

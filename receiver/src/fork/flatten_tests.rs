@@ -11,7 +11,7 @@ use tokio::sync::Semaphore;
 
 use super::map::MapFile;
 use super::own::regions_bytes;
-use super::tests::{Op, SIZE, Scene, op, read_all, scene};
+use super::tests::{Op, SIZE, Scene, another_boot, op, read_all, scene};
 use super::*;
 
 const BLOCKS: u64 = SIZE.div_ceil(BLOCK_BYTES);
@@ -73,6 +73,8 @@ enum Step {
     Copy(u64, u64, bool),
     /// Nothing is flushed, nothing settled: what a process leaves that is killed.
     Kill,
+    /// The machine starts again, with the data that the disk happened to have: here all.
+    PowerLoss,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -80,6 +82,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => op().prop_map(Step::Guest),
         5 => (0..BLOCKS, 1..12_u64, any::<bool>()).prop_map(|(first, n, synced)| Step::Copy(first, (first + n).min(BLOCKS), synced)),
         1 => Just(Step::Kill),
+        1 => Just(Step::PowerLoss),
     ]
 }
 
@@ -115,14 +118,14 @@ proptest! {
         let (mut oracle, mut model) = (scene.image.clone(), BTreeSet::new());
         // Whether a kill may have made blocks count as written that were only copied.
         let mut is_exact = true;
-        // What a kill may lose: blocks changed since the last flush read as they are now or as before, which the page cache decides. Here the
-        // process dies and the kernel does not: written data stays, unwritten bits do not.
+        // What a loss of power may lose: blocks changed since the last flush read as they are now or as before, which the page cache decides. Here
+        // written data stays, unwritten bits do not. A kill loses nothing.
         let mut flushed = (oracle.clone(), model.clone());
         let mut copied_bits: BTreeSet<u64> = BTreeSet::new();
         let io = IoThreads::new(1).unwrap();
         let mut device = scene.open();
         for step in steps {
-            let mut reopen = false;
+            let (mut reopen, power_lost) = (false, matches!(step, Step::PowerLoss));
             match &step {
                 Step::Guest(op) => {
                     let range = match op {
@@ -140,6 +143,10 @@ proptest! {
                 }
                 Step::Copy(..) => {}
                 Step::Kill => {
+                    reopen = true;
+                    is_exact &= device.own.read().touched.is_empty();
+                }
+                Step::PowerLoss => {
                     reopen = true;
                     // Of blocks whose bit is not on disk the view is seen again, unless a copied bit is.
                     for block in model.clone() {
@@ -163,11 +170,14 @@ proptest! {
                 match &step {
                     Step::Guest(op) => guest(&shared, op).await,
                     Step::Copy(first, end, synced) => copy(&this, &shared, *first..*end, *synced).await,
-                    Step::Kill => {}
+                    Step::Kill | Step::PowerLoss => {}
                 }
             }).unwrap();
             if reopen {
                 drop(device);
+                if power_lost {
+                    another_boot(&scene.raw());
+                }
                 device = scene.open();
             }
             // Bits on disk: everything copied by the last synced copy, as the file says.
@@ -259,9 +269,9 @@ fn a_fork_becomes_flat_behind_its_guest_and_needs_its_view_no_more() {
     assert!(io.block_on(move || async move { read_all(&reader).await }).unwrap() == oracle);
 }
 
-/// Would catch a write that a flat copy shows after a kill and that its map does not know of: going back would leave it out.
+/// Would catch a write that a flat copy shows after a loss of power and that its map does not know of: going back would leave it out.
 #[test]
-fn what_was_written_before_it_was_flat_counts_as_written_after_a_kill() {
+fn what_was_written_before_it_was_flat_counts_as_written_after_a_power_loss() {
     let scene = Arc::new(holey());
     let fork = Arc::new(super::open(&scene.group.shared, proto::Generation(2), &scene.fork).unwrap());
     let io = IoThreads::new(1).unwrap();
@@ -276,6 +286,7 @@ fn what_was_written_before_it_was_flat_counts_as_written_after_a_kill() {
     }
     // Not stopped in order: nothing is settled.
     drop((flattening, fork));
+    another_boot(&scene.raw());
     assert!(std::fs::read(scene.raw()).unwrap()[..4096] == [7; 4096], "the copy shows it");
     assert_eq!(written(&scene.open()), BTreeSet::from([0]));
 }

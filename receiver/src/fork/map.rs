@@ -83,7 +83,7 @@ pub(crate) struct MapHeader {
 }
 
 impl MapHeader {
-    fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut out = MAP_MAGIC.to_vec();
         out.extend_from_slice(&1_u32.to_le_bytes());
         out.extend_from_slice(&[0; 4]);
@@ -225,7 +225,7 @@ pub(crate) fn page_of(set: &DirtyMap, number: u64) -> Box<[u8; MAP_PAGE_BYTES]> 
     page
 }
 
-fn load(file: &File, set: &mut DirtyMap) -> io::Result<()> {
+pub(super) fn load(file: &File, set: &mut DirtyMap) -> io::Result<()> {
     let header = MAP_HEADER_BYTES as u64;
     let end = file.metadata()?.len();
     let mut at = header;

@@ -1,6 +1,7 @@
 //! A fork: a writable overlay on the views of one point. The activated copy is one.
 //!
-//! Per volume `forks/<name>/<volume>.raw`, sparse, and `<volume>.map`, which says which blocks were written. Creating one
+//! Per volume `forks/<name>/<volume>.raw`, sparse, and `<volume>.map`, which says which blocks were written; `<volume>.recent` says it of those that
+//! were not flushed, until the machine is started again. Creating one
 //! costs the same for any size of disk. Flattening (`flatten`) adds `<volume>.flat`, `<volume>.touched` and, when nothing is missing
 //! any more, the file `flat`: from then on the fork is plain raw files and pins neither journal nor base.
 
@@ -12,17 +13,18 @@ mod flatten_tests;
 mod follow;
 mod map;
 mod own;
+mod recent;
 #[cfg(test)]
 mod tests;
 mod under;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, FileError};
 use proto::units::BLOCK_BYTES;
-use proto::{Generation, Name, Point};
+use proto::{DirtyMap, Generation, Name, Point};
 
 use data::Data;
 pub use device::ForkDevice;
@@ -33,6 +35,8 @@ pub(crate) use follow::Follower;
 pub use map::{MAP_HEADER_BYTES, MAP_MAGIC, MAP_PAGE_BYTES, MapError, layout};
 pub(crate) use map::{MapFile, MapHeader};
 use own::Own;
+pub use recent::RECENT_MAGIC;
+use recent::{Boot, Recent};
 pub(crate) use under::Under;
 
 use crate::disk::Disk;
@@ -173,16 +177,23 @@ fn open_volume(
     if !path.exists() {
         return Err(ForkError::Missing { path });
     }
-    let (map, written) = MapFile::open(&shared.disk, &file("map"), &header(shared, fork.point, spec.size_bytes))?;
+    let of_volume = header(shared, fork.point, spec.size_bytes);
+    let (map, written) = MapFile::open(&shared.disk, &file("map"), &of_volume)?;
+    let (recent, recently) = open_recent(&shared.disk, &file("recent"), &of_volume, access)?;
     let data = Data::open(&shared.disk, &path, spec.size_bytes, access)?;
     let copied = match (&under, file("flat").exists()) {
         (None, _) => None,
-        (Some(_), true) => Some(MapFile::open(&shared.disk, &file("flat"), &header(shared, fork.point, spec.size_bytes))?.1),
-        (Some(_), false) => return Ok(ForkDevice::with(under, data, map, Own::new(spec.size_bytes, written), None)),
+        (Some(_), true) => Some(MapFile::open(&shared.disk, &file("flat"), &of_volume)?.1),
+        (Some(_), false) => {
+            let mut own = Own::new(spec.size_bytes, written);
+            own.recover(&recently);
+            return Ok(ForkDevice::with(under, data, (map, recent), own, None));
+        }
     };
     let regions = header(shared, fork.point, own::regions_bytes(spec.size_bytes));
     let (touched_map, touched) = MapFile::open(&shared.disk, &file("touched"), &regions)?;
     let mut own = Own::flattened(spec.size_bytes, written, copied, &touched);
+    own.recover(&recently);
     if !touched.is_empty() {
         // What a killed process wrote is made durable before a bit says that it is there.
         shared.disk.open_file(&path).and_then(|raw| raw.sync_data()).map_err(at(&path, "sync the fork's data"))?;
@@ -197,7 +208,28 @@ fn open_volume(
         tracing::warn!("{}: not stopped in order: {suspect_bytes} bytes at most count as written since the fork", path.display());
         clear().map_err(at(&path, "settle what may have been written to"))?;
     }
-    Ok(ForkDevice::with(under, data, map, own, Some(touched_map)))
+    Ok(ForkDevice::with(under, data, (map, recent), own, Some(touched_map)))
+}
+
+/// What a process that was killed left of blocks that were not flushed, and where this one notes its own.
+fn open_recent(disk: &Disk, path: &Path, of: &MapHeader, access: Access) -> Result<(Option<Recent>, DirtyMap), ForkError> {
+    let none = || Ok((None, DirtyMap::new(of.size_bytes)));
+    // Who watches a disk means a loss of power by a crash.
+    if disk.is_watched() {
+        return none();
+    }
+    let boot = match Boot::current() {
+        Ok(boot) => boot,
+        Err(error) => {
+            tracing::warn!("{}: what is not flushed is lost if the node is killed: no boot id: {error}", path.display());
+            return none();
+        }
+    };
+    match access {
+        Access::Write => Recent::open(path, of, boot).map(|(recent, set)| (Some(recent), set)),
+        Access::Read => Recent::read(path, of, boot).map(|set| (None, set)),
+    }
+    .map_err(|source| at(path, "open what was written and not flushed")(source).into())
 }
 
 fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {

@@ -195,6 +195,28 @@ impl Own {
         }
     }
 
+    /// Whether all of a range is written already.
+    pub(super) fn is_written(&self, blocks: &Range<u64>) -> bool {
+        let mut at = blocks.start;
+        while at < blocks.end
+            && let Some(run) = self.written.blocks.next_run(at, u32::MAX).filter(|r| r.start.0 == at)
+        {
+            at = run.end();
+        }
+        at >= blocks.end
+    }
+
+    /// Blocks that a guest changed before the process was killed that had the fork open.
+    pub(super) fn recover(&mut self, recent: &DirtyMap) {
+        let mut at = 0;
+        while let Some(run) = recent.next_run(at, u32::MAX) {
+            at = run.end();
+            if !self.is_written(&(run.start.0..run.end())) {
+                self.mark_written(run.start.0..run.end());
+            }
+        }
+    }
+
     /// Blocks that a guest changed.
     pub(super) fn mark_written(&mut self, blocks: Range<u64>) {
         if let Copies::Some { resident, .. } = &mut self.copies {

@@ -62,6 +62,14 @@ impl Scene {
     }
 }
 
+/// As if the machine had been started again since.
+pub(super) fn another_boot(raw: &Path) {
+    let recent = raw.with_extension("recent");
+    let mut content = std::fs::read(&recent).unwrap();
+    content[RECENT_MAGIC.len()] ^= 1;
+    std::fs::write(&recent, content).unwrap();
+}
+
 #[derive(Clone, Debug)]
 pub(super) enum Op {
     Write(u64, u64, u8),
@@ -161,6 +169,7 @@ fn what_was_not_flushed_is_not_claimed() {
     .unwrap();
     assert_eq!(device.own_bytes(), 3 * BLOCK_BYTES);
     drop(device);
+    another_boot(&scene.raw());
     // The data that was not synced is lost: a hole. The map on disk does not claim it.
     let mut raw = std::fs::read(scene.raw()).unwrap();
     raw[10 * 4096..11 * 4096].fill(0);
@@ -171,6 +180,42 @@ fn what_was_not_flushed_is_not_claimed() {
     let mut image = scene.image.clone();
     image[..5000].fill(1);
     assert!(found == image);
+}
+
+/// The process is killed before a flush: the guest has its answers, connects again and flushes, and all of it must be there; also when it is killed again.
+#[test]
+fn what_was_not_flushed_survives_a_kill() {
+    let scene = scene();
+    let io = IoThreads::new(1).unwrap();
+    let mut image = scene.image.clone();
+    for round in 0..3_u8 {
+        let device = scene.open();
+        for n in 0..8_u64 {
+            let (at, fill) = ((n * 5 + u64::from(round)) * BLOCK_BYTES + n * 100, round * 16 + n as u8 + 1);
+            let length = (BLOCK_BYTES * (n % 3) + 50).min(SIZE - at);
+            image[at as usize..(at + length) as usize].fill(if n == 7 { 0 } else { fill });
+            let device = Arc::clone(&device);
+            io.block_on(move || async move {
+                if n == 7 {
+                    device.trim(at, length).await.unwrap();
+                } else if n % 2 == 0 || device.try_write(at, &vec![fill; length as usize]).is_none() {
+                    device.write(at, Buf::copy_of(&vec![fill; length as usize])).await.unwrap();
+                }
+            })
+            .unwrap();
+        }
+        // Nothing is flushed when a device is dropped, and nothing else knows what was written.
+        drop(device);
+        let again = scene.open();
+        let reader = Arc::clone(&again);
+        assert!(io.block_on(move || async move { read_all(&reader).await }).unwrap() == image, "killed {round} times");
+    }
+    // What was recovered is in the map after a flush, whatever becomes of the machine.
+    let device = scene.open();
+    io.block_on(move || async move { device.flush().await.unwrap() }).unwrap();
+    std::fs::remove_file(scene.raw().with_extension("recent")).unwrap();
+    let device = scene.open();
+    assert!(io.block_on(move || async move { read_all(&device).await }).unwrap() == image);
 }
 
 /// Many unaligned writers to the same blocks at once: no byte outside a write is ever lost.
