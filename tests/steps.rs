@@ -1,4 +1,4 @@
-//! SIGKILL at every step of failover, switchover, failback, rollback, fold and flatten, on either side of it.
+//! SIGKILL at every step of failover, switchover, failback, rollback, fold, thin and flatten, on either side of it.
 //!
 //! A node is told at which step of `blockdev::steps` it is to die, and dies there of its own SIGKILL; started again, it is told the next one. So each
 //! transition is killed at one step after the other, and continues by itself or is repeated by the same command, until it comes to its end. After
@@ -77,6 +77,8 @@ const ROLLBACK_AGAIN: (Step, u32) = (Step::GiveSealed, 1);
 const FOLD: Deaths =
     &[(Step::FoldBegun, 1), (Step::FoldRun, 5), (Step::FoldWritten, 1), (Step::FoldSynced, 1), (Step::FoldEnded, 1)];
 const FOLD_AGAIN: Deaths = &[(Step::FoldSegmentRemoved, 1)];
+const THIN: Deaths =
+    &[(Step::ThinBuilt, 1), (Step::ThinNamed, 1), (Step::ThinSynced, 1), (Step::ThinSegmentRemoved, 1), (Step::ThinNamed, 2)];
 const FLATTEN: Deaths = &[
     (Step::FlattenBegun, 1),
     (Step::FlattenPiece, 1),
@@ -104,6 +106,7 @@ fn every_step_of_the_table_is_died_at() {
         &[ROLLBACK_AGAIN],
         FOLD,
         FOLD_AGAIN,
+        THIN,
         FLATTEN,
         &[FLAT],
     ];
@@ -391,6 +394,47 @@ fn a_fold_continues_after_each_step() {
         let status = scene.pair.receiver.copy("primary", "db")["retention"].clone();
         let name = scene.remembered.keys().next().expect("a point");
         (status["base"] == name.as_str() && status["folding"].is_null()).then_some(status)
+    });
+    assert!(status["last_error"].is_null(), "{status:#}");
+    scene.pair.primary.settled("db");
+    verified(&scene.pair);
+    scene.pair.receiver.kill();
+    scene.store_is_sound(false, "in the end");
+    scene.pair.receiver.cli(&["check", scene.pair.store.to_str().expect("UTF-8")]);
+}
+
+#[test]
+fn thinning_continues_after_each_step() {
+    let mut scene = Scene::new(DISKS);
+    let first = scene.remembered.keys().next().expect("a point").clone();
+    scene.pair.receiver.cli(&["points", "db", "--name", &first, "kept"]);
+    scene.pair.receiver.kill();
+    // Segments are of 1 MiB.
+    configure(&scene, "retention = [\"all for 1s\", \"2s for 1h\"]\nspace_max = \"64MiB\"\n", "");
+    for &(step, nth) in THIN {
+        let when = format!("receiver died at '{step}' ({nth})");
+        scene.pair.receiver.dies_next_at(step, nth);
+        scene.pair.receiver.launch();
+        // Time goes by as the primary counts it, in cuts.
+        eventually(&when, COMMIT_WITHIN, || {
+            scene.write(3);
+            (!scene.pair.receiver.runs()).then_some(())
+        });
+        scene.pair.receiver.died_at(step);
+        scene.store_is_sound(false, &when);
+        println!("{when}: the points that stay are what they were");
+        scene.pair.receiver.start();
+        let point = scene.remember();
+        scene.remembered.retain(|name, _| *name == point);
+        scene.pair.receiver.cli(&["points", "db", "--unname", "kept"]);
+        scene.pair.receiver.cli(&["points", "db", "--name", &point, "kept"]);
+        scene.pair.receiver.kill();
+    }
+    scene.pair.receiver.start();
+    let status = eventually("points are left out", COMMIT_WITHIN, || {
+        scene.write(3);
+        let status = scene.pair.receiver.copy("primary", "db")["retention"].clone();
+        (status["thinned_points"].as_u64() > Some(0)).then_some(status)
     });
     assert!(status["last_error"].is_null(), "{status:#}");
     scene.pair.primary.settled("db");

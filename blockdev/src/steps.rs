@@ -76,6 +76,11 @@ steps! {
     FoldEnded = "fold: end recorded",
     FoldSegmentRemoved = "fold: a segment removed",
 
+    ThinBuilt = "thin: segment built, without its name",
+    ThinNamed = "thin: segment named, folder not synced",
+    ThinSynced = "thin: folder synced, what it stands for still there",
+    ThinSegmentRemoved = "thin: a segment removed",
+
     FlattenBegun = "flatten: maps made",
     FlattenPiece = "flatten: a piece copied",
     FlattenSynced = "flatten: copies synced, without their bits",

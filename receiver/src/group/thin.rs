@@ -13,6 +13,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use blockdev::steps::{Step, reach};
 use proto::codec::DecodeError;
 use proto::frame::{FRAME_HEADER_BYTES, FrameHeader, encode_data};
 use proto::seal::Tally;
@@ -109,9 +110,11 @@ impl Worker {
             self.journal.replace(thinned.segment);
             state.journal_bytes = self.journal.bytes();
         }
+        reach(Step::ThinNamed);
         self.count();
-        let synced = shared.disk.sync_folder(&folder);
-        Ok(synced.map_err(|source| JournalError::Io { path: folder, what: "sync", source })?)
+        shared.disk.sync_folder(&folder).map_err(|source| JournalError::Io { path: folder, what: "sync", source })?;
+        reach(Step::ThinSynced);
+        Ok(())
     }
 }
 
@@ -150,7 +153,7 @@ impl Shared {
 
     fn write_range(&self, range: &Range<'_>, progress: Progress<'_>) -> Result<Thinned, GroupError> {
         let path = building_path(&self.folder.journal(), range.plan.first);
-        let built = range.write(&path, progress);
+        let built = range.write(&path, progress).inspect(|_| reach(Step::ThinBuilt));
         if built.is_err()
             && path.exists()
             && let Err(error) = self.disk.remove_file(&path)
@@ -177,6 +180,7 @@ impl Shared {
         let mut any = false;
         for path in paths.filter(|path| path.exists()) {
             self.remove(&path)?;
+            reach(Step::ThinSegmentRemoved);
             any = true;
         }
         if any {
