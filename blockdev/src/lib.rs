@@ -31,7 +31,7 @@ pub use fault::{Fault, FaultDevice, Operation};
 pub use file::{FileDevice, FileError, OpenOptions, UncachedReader};
 pub use frames::{ArrivedFrame, FrameReader, FrameStreamError};
 pub use memory::MemoryDevice;
-pub use priority::{prefer_latency, yield_to_others};
+pub use priority::{prefer_latency, prefer_throughput, yield_to_others};
 pub use ranges::{RangeGuard, RangeLocks};
 pub use scan::{Piece, SCAN_PIECE_BYTES, scan};
 pub use switch::SwitchDevice;

@@ -1,4 +1,4 @@
-//! Puts a thread behind all others: for work that nobody waits for.
+//! How long a thread is kept waiting for a processor, and which disk requests wait: guests come before what nobody waits for.
 
 use std::io;
 
@@ -26,6 +26,8 @@ pub fn yield_to_others() -> io::Result<()> {
     Ok(())
 }
 
+/// What a thread that moves much asks of the scheduler: long turns, so that a thread which is woken comes before it. The kernel's most.
+const LONG_SLICE_NS: u64 = 100_000_000;
 /// What a thread that guests wait for asks of the scheduler: to be run soon after it is woken, for a short while. The kernel's least.
 const SLICE_NS: u64 = 100_000;
 
@@ -49,13 +51,26 @@ struct SchedAttr {
 /// # Errors
 /// The system's. The thread works as well, and waits longer for a processor that is busy.
 pub fn prefer_latency() -> io::Result<()> {
+    set_slice(SLICE_NS)
+}
+
+/// Makes the calling thread one that whoever is woken comes before: its slice of time becomes long, its share stays what it is. See
+/// [`prefer_latency`].
+///
+/// # Errors
+/// The system's. The thread works as well, and others wait longer for its processor.
+pub fn prefer_throughput() -> io::Result<()> {
+    set_slice(LONG_SLICE_NS)
+}
+
+fn set_slice(slice_ns: u64) -> io::Result<()> {
     let size = size_of::<SchedAttr>() as u32;
     let mut attr = SchedAttr::default();
     // SAFETY: the kernel writes at most `size` bytes, which `attr` has; 0 is the calling thread.
     if unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, size, 0) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    (attr.size, attr.runtime) = (size, SLICE_NS);
+    (attr.size, attr.runtime) = (size, slice_ns);
     // SAFETY: the kernel reads `attr.size` bytes, which `attr` has, and writes to that field at most.
     if unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw mut attr, 0) } != 0 {
         return Err(io::Error::last_os_error());
@@ -83,6 +98,10 @@ mod tests {
             let (slice, nice) = slice_ns();
             // 0 where the kernel knows of no slices.
             assert!(slice == SLICE_NS || slice == 0, "{slice}");
+            assert_eq!(nice, NICE);
+            prefer_throughput().unwrap();
+            let (slice, nice) = slice_ns();
+            assert!(slice == LONG_SLICE_NS || slice == 0, "{slice}");
             assert_eq!(nice, NICE);
         })
         .join()

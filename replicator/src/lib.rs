@@ -290,6 +290,9 @@ impl Replicator {
             if let Err(error) = rustix::process::setpriority_process(None, CAPTURE_NICE) {
                 tracing::debug!(%error, "the capture thread keeps its priority");
             }
+            if let Err(error) = blockdev::prefer_throughput() {
+                tracing::debug!(%error, "the capture thread keeps its slice of time");
+            }
         });
         let sizes: Vec<u64> = volumes.iter().map(|v| v.device.size()).collect();
         let limits = CopyLimits { memory_bytes: tuning.freeze_budget_bytes, spill_bytes: tuning.spill_limit_bytes };

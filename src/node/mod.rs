@@ -178,6 +178,10 @@ fn yield_to_guests() {
     if let Err(error) = rustix::process::setpriority_process(None, REPLICATION_NICE) {
         tracing::debug!(%error, "a thread keeps its priority");
     }
+    // Threads that these start do as they do.
+    if let Err(error) = blockdev::prefer_throughput() {
+        tracing::debug!(%error, "a thread keeps its slice of time");
+    }
 }
 
 fn lock_state(state_dir: &std::path::Path) -> anyhow::Result<File> {
