@@ -18,7 +18,7 @@ use support::model::{Disks, export_is, fenced, hand_back_well, images_are, verif
 use support::nbd::{Nbd, is_lost};
 use support::node::COMMIT_WITHIN;
 use support::scene::{Scene, Side};
-use support::{eventually, noise};
+use support::{eventually, noise, text};
 
 const MIB: u64 = 1 << 20;
 /// The second disk ends within a block.
@@ -298,7 +298,7 @@ fn written_on() -> (Scene, String, String) {
 
 #[test]
 fn a_rollback_is_repeated_after_each_step_of_the_primary() {
-    let (mut scene, before, _) = written_on();
+    let (mut scene, before, after) = written_on();
     let rollback = ["rollback", "db", "--point", &before, "--yes"];
     scene.pair.primary.kill();
     for &(step, nth) in ROLLBACK_AT_PRIMARY {
@@ -320,6 +320,23 @@ fn a_rollback_is_repeated_after_each_step_of_the_primary() {
     scene.pair.primary.start();
     scene.model.disks = scene.remembered[&before].clone();
     scene.goes_on("rolled back");
+
+    // Who asks for another point than the one that broke at its very end is told where the disks are.
+    let step = Step::TakeHanded;
+    scene.pair.primary.kill();
+    scene.pair.primary.dies_next_at(step, 1);
+    scene.pair.primary.start();
+    scene.follows();
+    let running = scene.dies_of([Side::Primary, Side::Primary], &["rollback", "db", "--point", &after, "--yes"], step);
+    Scene::broke(running, "primary died when it went forward");
+    scene.pair.primary.start();
+    let told = text(&scene.pair.primary.ask(&rollback));
+    assert!(told.contains(&format!("the disks are at point {after}, where an earlier try had brought them")), "{told}");
+    scene.model.disks = scene.remembered[&after].clone();
+    scene.goes_on("forward");
+    hand_back_well(&scene.pair, &rollback[..rollback.len() - 1]);
+    scene.model.disks = scene.remembered[&before].clone();
+    scene.goes_on("back again");
     verified(&scene.pair);
     scene.pair.receiver.kill();
     scene.store_is_sound(false, "rolled back");

@@ -71,7 +71,7 @@ impl Handback {
         let mut core = Core::new(self.wish(target, true));
         Conversation::new(self, &mut core).run().await.map_err(|error| self.failed(&error))?;
         if let Some((point, generation)) = core.handed() {
-            return Ok(HandbackPlan::done(group, point, generation));
+            return Ok(HandbackPlan::done(group, target, point, generation));
         }
         let ready = core.ready().copied().ok_or_else(|| HandbackError::Stopping { group: group.clone() })?;
         let is_failback = target == HandbackTarget::Failback;
@@ -95,7 +95,9 @@ impl Handback {
         let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: group.clone() })?;
         let mut core = Core::new(Wish { named: Some(name), ..self.wish(HandbackTarget::Failback, true) });
         Conversation::new(self, &mut core).run().await.map_err(|error| self.failed(&error))?;
-        let point = core.handed().map(|(point, _)| point).or(core.ready().map(|ready| ready.from));
+        // Who is told that an earlier try had come to its end does not learn where the name is: it is taken for the one of that try.
+        let handed = core.handed().map(|(point, _)| self.broken().flatten().unwrap_or(point));
+        let point = handed.or(core.ready().map(|ready| ready.from));
         point.ok_or(HandbackError::Stopping { group })
     }
 
@@ -187,7 +189,15 @@ impl Handback {
 
     fn token(&self) -> Option<(SessionToken, bool)> {
         match self.record.get().stopped {
-            Some(Stopped::Handback { token, kept }) => Some((token, kept)),
+            Some(Stopped::Handback { token, kept, .. }) => Some((token, kept)),
+            _ => None,
+        }
+    }
+
+    /// Where one that broke was to bring the disks, if there is one.
+    fn broken(&self) -> Option<Option<Point>> {
+        match self.record.get().stopped {
+            Some(Stopped::Handback { to, .. }) => Some(to),
             _ => None,
         }
     }
@@ -198,13 +208,17 @@ impl Handback {
 
     async fn run(&self, target: HandbackTarget) -> Result<Point, HandbackError> {
         let mut core = Core::new(self.wish(target, false));
+        let broken = self.broken();
         self.shared.handing.store(true, Ordering::SeqCst);
         let done = Conversation::new(self, &mut core).run().await;
         self.shared.handing.store(false, Ordering::SeqCst);
         let stopping = || HandbackError::Stopping { group: self.shared.group.clone() };
-        match done {
-            Ok(()) => core.handed().map(|(point, _)| point).ok_or_else(stopping),
-            Err(error) => {
+        match (done, broken) {
+            (Ok(()), Some(at)) if core.found_ended() && at != target.point() => {
+                Err(HandbackError::Elsewhere { group: self.shared.group.clone(), at })
+            }
+            (Ok(()), _) => core.handed().map(|(point, _)| point).ok_or_else(stopping),
+            (Err(error), _) => {
                 let mut actions = Vec::new();
                 core.fail(self.token().is_some(), &mut actions);
                 for action in actions {

@@ -75,6 +75,9 @@ pub(crate) enum Stopped {
         token: SessionToken,
         /// What was written here of its own is kept there.
         kept: bool,
+        /// The point that they go back to; `None`: what the active copy has become.
+        #[serde(default)]
+        to: Option<Point>,
     },
 }
 
@@ -214,7 +217,7 @@ mod tests {
         record.update(|r| r.generation = Generation(7)).unwrap();
         let cleared = Some(Point { generation: Generation(1 << 48), epoch: proto::EpochId(u64::MAX) });
         record.update(|r| (r.sessions, r.cleared) = ([SessionToken([255; 16]); 2], cleared)).unwrap();
-        let stopped = Some(Stopped::Handback { token: SessionToken([255; 16]), kept: false });
+        let stopped = Some(Stopped::Handback { token: SessionToken([255; 16]), kept: false, to: cleared });
         record.update(|r| (r.generation, r.stopped) = (Generation(1 << 48), stopped)).unwrap();
         assert_eq!(open().unwrap().get().stopped, stopped);
         record.update(|r| (r.generation, r.stopped) = (Generation(7), None)).unwrap();

@@ -177,8 +177,8 @@ impl<'a> Conversation<'a> {
             }
             Action::Total(bytes) => self.of.state.lock().0.total_bytes = bytes,
             Action::Record { kept } => {
-                let token = self.core.wish().token;
-                self.of.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept }))?;
+                let (token, to) = (self.core.wish().token, self.core.wish().target.point());
+                self.of.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept, to }))?;
                 reach(if kept { Step::TakeKeptRecorded } else { Step::TakeBegun });
             }
             Action::SendOwn(own) => {

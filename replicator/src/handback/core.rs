@@ -151,11 +151,12 @@ pub(crate) struct Core {
     ready: Option<Ready>,
     parked: bool,
     handed: Option<(Point, Generation)>,
+    found_ended: bool,
 }
 
 impl Core {
     pub(crate) fn new(wish: Wish) -> Self {
-        Self { wish, state: State::Beginning, ready: None, parked: false, handed: None }
+        Self { wish, state: State::Beginning, ready: None, parked: false, handed: None, found_ended: false }
     }
 
     pub(crate) fn wish(&self) -> &Wish {
@@ -170,6 +171,11 @@ impl Core {
     /// The point that both sites hold in the end, and the generation from there on. Who only asks is told so of an earlier conversation.
     pub(crate) fn handed(&self) -> Option<(Point, Generation)> {
         self.handed
+    }
+
+    /// Whether an earlier conversation had come to its end, whatever this one asked for.
+    pub(crate) fn found_ended(&self) -> bool {
+        self.found_ended
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -244,6 +250,7 @@ impl Core {
             (State::Asking { .. }, Event::Message(Message::Ready(ready))) => Ok(self.asked(ready, out)),
             // An earlier conversation came to its end, and this side did not hear it. What was marked since is not known to be of it.
             (State::Asking { .. }, Event::Message(Message::Handed { point, generation })) => {
+                self.found_ended = true;
                 Ok(self.ended(point, generation, true, out))
             }
             (State::Comparing, Event::Message(Message::Hashes(hashes))) => {

@@ -14,6 +14,20 @@ pub enum HandbackTarget {
     Rollback(Point),
 }
 
+impl HandbackTarget {
+    /// The earlier point.
+    pub(crate) fn point(self) -> Option<Point> {
+        match self {
+            Self::Failback => None,
+            Self::Rollback(point) => Some(point),
+        }
+    }
+
+    fn of(to: Option<Point>) -> String {
+        to.map_or_else(|| "what the active copy had become".to_owned(), |point| format!("point {point}"))
+    }
+}
+
 /// Why disks are not given back.
 #[derive(Debug, thiserror::Error)]
 pub enum HandbackError {
@@ -40,6 +54,14 @@ pub enum HandbackError {
     NotDrained {
         /// The group.
         group: Name,
+    },
+    /// One that broke had come to its end, and went elsewhere.
+    #[error("group {group}: the disks are at {}, where an earlier try had brought them: `twinsite status {group}`, then ask again", HandbackTarget::of(*at))]
+    Elsewhere {
+        /// The group.
+        group: Name,
+        /// The point that they went back to; `None`: what the active copy had become.
+        at: Option<Point>,
     },
     /// The driver is gone.
     #[error("group {group}: the node is stopping")]
@@ -79,9 +101,9 @@ pub struct HandbackPlan {
 
 impl HandbackPlan {
     /// Of one that the receiver has brought to its end already: nothing moves, and the generation is raised.
-    pub(super) fn done(group: Name, point: Point, generation: Generation) -> Self {
+    pub(super) fn done(group: Name, target: HandbackTarget, point: Point, generation: Generation) -> Self {
         let before = Generation(generation.0.saturating_sub(1));
-        Self { group, generation: before, from: point, newest: point, receive_bytes: 0, own_bytes: 0 }
+        Self { group, generation: before, from: target.point().unwrap_or(point), newest: point, receive_bytes: 0, own_bytes: 0 }
     }
 }
 

@@ -118,7 +118,7 @@ impl Primary {
 
     fn handback_token(&self) -> Option<(SessionToken, bool)> {
         match self.record.lock().newest.stopped {
-            Some(Stopped::Handback { token, kept }) => Some((token, kept)),
+            Some(Stopped::Handback { token, kept, .. }) => Some((token, kept)),
             _ => None,
         }
     }
@@ -355,7 +355,8 @@ impl Primary {
     }
 
     fn handback_perform(&mut self, now: Instant, action: Action) -> Result<Option<Event>, Broken> {
-        let token = self.handing.as_ref().map_or_else(SessionToken::default, |h| h.core.wish().token);
+        let wish = self.handing.as_ref().map(|h| h.core.wish());
+        let (token, to) = wish.map_or_else(Default::default, |wish| (wish.token, wish.target.point()));
         match (action, &mut self.handing) {
             (Action::Step(_) | Action::Total(_), _) => {}
             (Action::CloseGate, _) => self.gate.close(Closed::Handback),
@@ -385,7 +386,7 @@ impl Primary {
             }
             (Action::Send(message), _) => self.outputs.push_back(Output::Control(message.encode())),
             (Action::Record { kept }, handing) => {
-                self.record.lock().change(|record| record.stopped = Some(Stopped::Handback { token, kept }));
+                self.record.lock().change(|record| record.stopped = Some(Stopped::Handback { token, kept, to }));
                 let newest = handing.as_ref().and_then(|handing| handing.core.ready()).map(|ready| ready.newest);
                 self.outputs.extend(newest.map(|newest| Output::InBetween { newest, kept }));
             }
