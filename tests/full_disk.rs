@@ -1,8 +1,8 @@
 //! The receiver's disk is full, and then it is not: what both ends say, who is held up, and how long replication takes to go on by
-//! itself once there is space.
+//! itself once there is space. And an active copy whose store is full.
 //!
 //! Would catch: a group that waits for a restart, a retry that comes later than the documents say, an outage that only one end
-//! tells, a guest or another client that pays for it.
+//! tells, a guest or another client that pays for it; a copy that cannot be opened, or not be written to though it has all its blocks.
 
 mod support;
 
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use support::nbd::Nbd;
 use support::node::{COMMIT_WITHIN, Node, group_config, receiver_config};
 use support::site::{Site, small_ext4};
 use support::writers::{Target, Writers};
@@ -205,4 +206,80 @@ fn a_node_starts_and_stops_on_a_full_store() {
     let status = site.primary.committed("db");
     assert!(status["error"].is_null() && status["state"] == "streaming", "{status:#}");
     site.copy_equals("db", &image);
+}
+
+/// Waits until a [`Filler`] has taken the last block of the file system at `path`.
+#[track_caller]
+fn filled(path: &Path) {
+    let free = || rustix::fs::statvfs(path).expect("a file system").f_bavail;
+    eventually("the last block is taken", Duration::from_secs(20), || (free() == 0).then_some(()));
+}
+
+/// Would catch a copy that does not open, or that refuses or loses what a guest writes, where it needs no new block for it.
+#[test]
+fn an_active_copy_goes_on_on_a_full_store() {
+    need_root();
+    need(&[("mount", "mount"), ("umount", "mount"), ("mkfs.ext4", "e2fsprogs")]);
+    let _alone = one_at_a_time();
+    let mut site = Site::new();
+    let _space = small_ext4(&site.folder.path().join("small.img"), &site.store, STORE_MIB);
+    let image = site.image("image.raw", DISK_BYTES);
+    site.primary.configure(&site.group("db", &image));
+    site.receiver.start();
+    site.primary.start();
+    let mut content = noise(3, DISK_BYTES as usize);
+    site.write("db", 0, &content);
+    site.primary.committed("db");
+    site.primary.stop();
+    site.receiver.stop();
+    let config = std::fs::read_to_string(site.receiver.config()).expect("the configuration");
+    let without = config.replacen("[receiver]\n", "[receiver]\nflatten = false\n", 1);
+    std::fs::write(site.receiver.config(), without).expect("the configuration");
+    site.receiver.start();
+    let copy = site.folder.path().join("copy.sock");
+    site.receiver.failover("db", None, &copy);
+    let connect = || Nbd::connect(&copy, "data").expect("the copy");
+    let same = |content: &[u8]| {
+        let mut nbd = connect();
+        let differs =
+            (0..).zip(content.chunks(MIB as usize)).find(|(n, piece)| nbd.read(n * MIB, MIB as u32).expect("a read") != *piece);
+        assert!(differs.is_none(), "the MiB {:?} differs", differs.map(|(n, _)| n));
+    };
+
+    // The machine was started again since, and there is no space to begin the file of what is not flushed.
+    let fork = site.store.join("primary/db/forks/active-2");
+    site.receiver.kill();
+    let filler = Filler::start(site.store.join(".filler"));
+    std::fs::write(fork.join("data.recent"), "").expect("the file");
+    filled(&site.store);
+    site.receiver.start();
+    same(&content);
+    let warned =
+        site.receiver.log().lines().filter(|l| l.contains("data.recent: ") && l.contains("free space in the store")).count();
+    assert_eq!(warned, 1, "{}", site.receiver.log());
+    site.receiver.kill();
+    filler.end();
+
+    // All of it is copied; then every write finds its block, and its bits, on the disk.
+    std::fs::write(site.receiver.config(), config).expect("the configuration");
+    site.receiver.start();
+    let is_flat = |site: &Site| site.receiver.copy("primary", "db")["active"]["flatten"]["state"] == "flat";
+    eventually("it is flat", Duration::from_secs(60), || is_flat(&site).then_some(()));
+    let filler = Filler::start(site.store.join(".filler"));
+    filled(&site.store);
+    for flush in [true, false] {
+        let mut nbd = connect();
+        for at in (0..DISK_BYTES).step_by(MIB as usize / 4).map(|at| at as usize + if flush { 0 } else { 8192 }) {
+            let block = noise(at as u64 + 7, 4096);
+            nbd.write(at as u64, &block).expect("a write to a block that is there");
+            content[at..at + 4096].copy_from_slice(&block);
+        }
+        if flush {
+            nbd.flush().expect("a flush");
+        }
+        site.receiver.kill();
+        site.receiver.start();
+        same(&content);
+    }
+    filler.end();
 }

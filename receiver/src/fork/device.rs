@@ -29,7 +29,7 @@ pub struct ForkDevice {
     flat: AtomicBool,
     pub(super) data: Data,
     map: MapFile,
-    /// `None` if nobody may write, or no kernel says when it was started.
+    /// `None` if nobody may write, or the fork was flat when it was opened, or there is no space for it, or no kernel says when it was started.
     recent: Option<Recent>,
     pub(super) own: RwLock<Own>,
     pub(super) locks: RangeLocks,
@@ -144,6 +144,11 @@ impl ForkDevice {
             .ok_or_else(|| io::Error::other("the view of the fork is gone, and not all of it was copied: this is a defect"))
     }
 
+    /// Gets space for the bits of all blocks.
+    pub(super) fn allocate_map(&self) -> io::Result<()> {
+        self.map.allocate()
+    }
+
     /// From here on the data file is the whole disk, and the view is not needed any more.
     pub(super) fn set_flat(&self) {
         self.flat.store(true, Ordering::Release);
@@ -165,7 +170,8 @@ impl ForkDevice {
             return Ok(());
         }
         let mut own = self.own.write();
-        if let Some(recent) = &self.recent
+        // Once the copy is flat, that the block is there is on the disk, and that its region was touched: nothing is lost by a kill, and a full disk is no obstacle.
+        if let Some(recent) = self.recent.as_ref().filter(|_| !own.is_flat())
             && !own.is_written(&blocks)
         {
             recent.note(&own.written.blocks, &blocks).inspect_err(|_| own.note_changed(&blocks))?;

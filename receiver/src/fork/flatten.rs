@@ -218,6 +218,8 @@ impl Work {
             let (touched, _) = MapFile::open_or_create(&self.shared.disk, &file("touched"), &regions).map_err(ForkError::from)?;
             let (map, _) =
                 MapFile::open_or_create(&self.shared.disk, &file("flat"), &of(device.size())).map_err(ForkError::from)?;
+            // A copy that is whole takes writes on a full disk too.
+            touched.allocate().and_then(|()| device.allocate_map())?;
             reach(Step::FlattenBegun);
             device.begin_copies(touched).await;
             if let Err(Stopped) = self.copy_volume(device, &map, &folder).await? {

@@ -203,6 +203,14 @@ impl MapFile {
         Self::open(disk, path, header)
     }
 
+    /// Gets space on the disk for all pages, so that none of them is refused for want of it later; where the file system cannot, they take theirs as they come.
+    pub(crate) fn allocate(&self) -> io::Result<()> {
+        match self.file.allocate(self.file.bytes()?) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            done => done,
+        }
+    }
+
     pub(crate) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }

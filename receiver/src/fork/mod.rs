@@ -179,7 +179,11 @@ fn open_volume(
     }
     let of_volume = header(shared, fork.point, spec.size_bytes);
     let (map, written) = MapFile::open(&shared.disk, &file("map"), &of_volume)?;
-    let (recent, recently) = open_recent(&shared.disk, &file("recent"), &of_volume, access)?;
+    // All of a flat fork's bits were made durable before it was marked as such.
+    let (recent, recently) = match under {
+        Some(_) => open_recent(&shared.disk, &file("recent"), &of_volume, access)?,
+        None => (None, DirtyMap::new(spec.size_bytes)),
+    };
     let data = Data::open(&shared.disk, &path, spec.size_bytes, access)?;
     let copied = match (&under, file("flat").exists()) {
         (None, _) => None,
@@ -225,11 +229,25 @@ fn open_recent(disk: &Disk, path: &Path, of: &MapHeader, access: Access) -> Resu
             return none();
         }
     };
-    match access {
+    let found = match access {
         Access::Write => Recent::open(path, of, boot).map(|(recent, set)| (Some(recent), set)),
         Access::Read => Recent::read(path, of, boot).map(|set| (None, set)),
+    };
+    match found {
+        // Only a file that is begun anew needs space: there was nothing in it.
+        Err(error) if is_out_of_space(&error) => {
+            tracing::warn!(
+                "{}: what is not flushed is lost if the node is killed: {error}: free space in the store",
+                path.display()
+            );
+            none()
+        }
+        found => found.map_err(|source| at(path, "open what was written and not flushed")(source).into()),
     }
-    .map_err(|source| at(path, "open what was written and not flushed")(source).into())
+}
+
+fn is_out_of_space(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {
