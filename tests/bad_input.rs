@@ -18,7 +18,7 @@ use support::nbd::Nbd;
 use support::node::{Node, free_address, group_config, receiver_config};
 use support::peer::{FalsePrimary, FalseReceiver};
 use support::site::{Site, small_tmpfs};
-use support::{eventually, need, need_root, noise, run, scratch, sparse, text};
+use support::{eventually, need, need_root, noise, one_at_a_time, run, scratch, sparse, text};
 
 const MIB: u64 = 1 << 20;
 
@@ -66,6 +66,7 @@ fn a_disk_of_another_size_is_refused_and_its_copy_kept() {
 fn a_full_store_stops_no_guest_and_recovers_when_there_is_space() {
     need_root();
     need(&[("mount", "mount"), ("umount", "mount")]);
+    let _alone = one_at_a_time();
     let mut site = Site::new();
     let _space = small_tmpfs(&site.store, 24);
     let image = site.image("image.raw", 64 * MIB);
@@ -97,6 +98,7 @@ fn a_full_store_stops_no_guest_and_recovers_when_there_is_space() {
 fn a_full_store_can_be_activated_once_it_has_a_little_space() {
     need_root();
     need(&[("mount", "mount"), ("umount", "mount")]);
+    let _alone = one_at_a_time();
     let mut site = Site::new();
     let _space = small_tmpfs(&site.store, 8);
     let image = site.image("image.raw", 64 * MIB);
@@ -143,6 +145,7 @@ fn a_full_store_can_be_activated_once_it_has_a_little_space() {
 fn a_full_disk_at_the_primary_is_the_guests_error_alone() {
     need_root();
     need(&[("mount", "mount"), ("umount", "mount")]);
+    let _alone = one_at_a_time();
     let mut site = Site::new();
     let small = site.folder.path().join("small");
     let _space = small_tmpfs(&small, 8);
@@ -276,6 +279,7 @@ fn sides_of_other_builds_are_told_at_both_ends() {
 fn a_full_state_folder_at_the_primary_costs_the_guest_nothing() {
     need_root();
     need(&[("mount", "mount"), ("umount", "mount")]);
+    let _alone = one_at_a_time();
     let mut site = Site::new();
     let state = site.folder.path().join("small-state");
     let _space = small_tmpfs(&state, 2);
@@ -399,6 +403,7 @@ fn two_failovers_at_once_have_one_outcome() {
 fn a_full_disk_of_one_group_leaves_the_others_committing() {
     need_root();
     need(&[("mount", "mount"), ("umount", "mount")]);
+    let _alone = one_at_a_time();
     let mut site = Site::new();
     let mut other = Node::new(site.folder.path(), "other");
     let config = receiver_config(&site.listen, &site.store, "primary", &site.primary.key());

@@ -373,6 +373,17 @@ fn configure(scene: &Scene, lines: &str, receiver: &str) {
     scene.pair.receiver.configure(&format!("{section}{lines}"));
 }
 
+/// Both ends agree, nothing that was remembered is lost, and `check` finds nothing; `retention` is what the status says of it.
+#[track_caller]
+fn is_whole_in_the_end(scene: &mut Scene, retention: &serde_json::Value) {
+    assert!(retention["last_error"].is_null(), "{retention:#}");
+    scene.pair.primary.settled("db");
+    verified(&scene.pair);
+    scene.pair.receiver.kill();
+    scene.store_is_sound(false, "in the end");
+    scene.pair.receiver.cli(&["check", scene.pair.store.to_str().expect("UTF-8")]);
+}
+
 #[test]
 fn a_fold_continues_after_each_step() {
     let mut scene = Scene::new(DISKS);
@@ -412,12 +423,7 @@ fn a_fold_continues_after_each_step() {
         let name = scene.remembered.keys().next().expect("a point");
         (status["base"] == name.as_str() && status["folding"].is_null()).then_some(status)
     });
-    assert!(status["last_error"].is_null(), "{status:#}");
-    scene.pair.primary.settled("db");
-    verified(&scene.pair);
-    scene.pair.receiver.kill();
-    scene.store_is_sound(false, "in the end");
-    scene.pair.receiver.cli(&["check", scene.pair.store.to_str().expect("UTF-8")]);
+    is_whole_in_the_end(&mut scene, &status);
 }
 
 #[test]
@@ -453,12 +459,7 @@ fn thinning_continues_after_each_step() {
         let status = scene.pair.receiver.copy("primary", "db")["retention"].clone();
         (status["thinned_points"].as_u64() > Some(0)).then_some(status)
     });
-    assert!(status["last_error"].is_null(), "{status:#}");
-    scene.pair.primary.settled("db");
-    verified(&scene.pair);
-    scene.pair.receiver.kill();
-    scene.store_is_sound(false, "in the end");
-    scene.pair.receiver.cli(&["check", scene.pair.store.to_str().expect("UTF-8")]);
+    is_whole_in_the_end(&mut scene, &status);
 }
 
 #[test]

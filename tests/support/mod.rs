@@ -62,12 +62,31 @@ pub(crate) fn scratch() -> tempfile::TempDir {
     folder
 }
 
-/// Held by tests that use loop devices and mounts: two at once would only be slow.
+/// Held by tests that use loop devices and mounts: two at once would only be slow, and what is mounted when one begins is of tests that were killed.
 pub(crate) fn one_at_a_time() -> File {
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(std::env::temp_dir().join("twinsite-tests.lock"));
     let file = file.expect("the lock file");
     rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).expect("the lock");
+    clear_leftovers();
     file
+}
+
+/// Unmounts what tests that were killed have left in the folder of temporary files: `mkfs.btrfs` fails as long as any disk is mounted whose
+/// server is dead.
+fn clear_leftovers() {
+    let scratch = format!("{}/ts-", std::env::temp_dir().display());
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("the mounts");
+    for at in mounts.lines().rev().filter_map(|line| line.split(' ').nth(1)).filter(|at| at.starts_with(&scratch)) {
+        eprintln!("left by a test that was killed: {at}");
+        run("umount", &["--lazy", at]);
+    }
+    // Without loop devices there is nothing to detach, and whoever needs them says so.
+    let Ok(loops) = Command::new("losetup").args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"]).output() else {
+        return;
+    };
+    for line in text(&loops).lines().filter(|line| line.contains(&scratch)) {
+        run("losetup", &["--detach", line.split_whitespace().next().expect("a name")]);
+    }
 }
 
 /// Asks until there is an answer; fails when `within` has passed, telling what was waited for.
