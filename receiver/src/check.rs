@@ -17,7 +17,7 @@ use crate::journal::{
     self, Bad, Expected, Item, JournalError, Mark, Payloads, Walker, list_journal, list_segments, segment_path,
 };
 use crate::store::{GroupFolder, Store, StoreError};
-use crate::superblock::{FILE_NAME, Superblock, SuperblockFile, Volume};
+use crate::superblock::{FILE_NAME, OtherSlot, Superblock, SuperblockFile, Volume};
 
 /// Progress is told after so many bytes at least.
 const PROGRESS_BYTES: u64 = 16 << 20;
@@ -169,8 +169,8 @@ impl GroupCheck<'_, '_> {
         let read = File::open(&path).map_err(|e| e.to_string());
         let read = read.and_then(|file| SuperblockFile::read(&file, &path).map_err(|e| e.to_string()));
         let block = match read {
-            Ok((_, block, damaged)) => {
-                if let Some((offset, error)) = damaged {
+            Ok((_, block, other)) => {
+                if let OtherSlot::Damaged(offset, error) = other {
                     self.find(&path, offset as u64, format!("{error}; the other slot of the superblock holds"));
                 }
                 block

@@ -1,7 +1,7 @@
 //! The superblock of a group: who owns it, who may write, what it consists of.
 //!
 //! Two checksummed slots, written one after the other at every change. In between, and after a torn write, the other slot
-//! holds the state before or after the change, whole. Because a finished change is in both slots, one slot
+//! holds the state before or after the change, whole. Because a finished change is in both slots, and whoever opens the file finishes it, one slot
 //! that rots later never takes a raised generation back.
 
 use std::fs::File;
@@ -186,6 +186,17 @@ pub enum SuperblockError {
     },
 }
 
+/// What is in the slot that does not hold.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum OtherSlot {
+    /// The same state: the last change was finished.
+    Same,
+    /// The state before a change that was not finished.
+    Former,
+    /// Nothing that can be read, at this offset.
+    Damaged(usize, DecodeError),
+}
+
 /// Which slot to believe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Choice {
@@ -367,10 +378,11 @@ impl SuperblockFile {
         Ok(this)
     }
 
-    /// Reads the superblock and decides which slot holds. A damaged slot is written anew by the next change only.
+    /// Reads the superblock and decides which slot holds. If the other one is damaged, or has the state before a change that was not finished, it is written
+    /// anew: what is answered with from now on must not be in one slot alone.
     ///
     /// # Errors
-    /// [`SuperblockError`] names file and offset.
+    /// [`SuperblockError`] names file and offset. That the other slot cannot be written is none: what holds is known.
     pub fn open(disk: &Disk, folder: &Path) -> Result<Self, SuperblockError> {
         let path = folder.join(FILE_NAME);
         let io = |what| {
@@ -379,19 +391,28 @@ impl SuperblockFile {
         };
         // What is read here is answered with from now on.
         let file = disk.open_settled(&path).map_err(io("open"))?;
-        let (sequence, current, damaged) = Self::read(file.file(), &path)?;
-        if let Some((offset, error)) = damaged {
-            tracing::warn!(
-                "{}: the superblock slot at offset {offset} is damaged ({error}); the other one holds",
-                path.display()
-            );
+        let (sequence, current, other) = Self::read(file.file(), &path)?;
+        let mut this = Self { path, file, sequence, current, poisoned: false };
+        match &other {
+            OtherSlot::Same => return Ok(this),
+            OtherSlot::Former => {}
+            OtherSlot::Damaged(offset, error) => {
+                let path = this.path.display();
+                tracing::warn!("{path}: the superblock slot at offset {offset} is damaged ({error}); the other one holds");
+            }
         }
-        Ok(Self { path, file, sequence, current, poisoned: false })
+        match this.put(&this.current) {
+            Ok(sequence) => this.sequence = sequence,
+            Err(error) => tracing::warn!(
+                "{}: the other slot of the superblock cannot be written: {error}; its next change tries again",
+                this.path.display()
+            ),
+        }
+        Ok(this)
     }
 
-    /// Both slots as they are; used by `check` too. The last value is a damaged slot, if the other one holds.
-    #[allow(clippy::type_complexity, reason = "two callers, both take it apart at once")]
-    pub(crate) fn read(file: &File, path: &Path) -> Result<(u64, Superblock, Option<(usize, DecodeError)>), SuperblockError> {
+    /// Both slots as they are, used by `check` too: sequence and state of the one that holds, and what is in the other.
+    pub(crate) fn read(file: &File, path: &Path) -> Result<(u64, Superblock, OtherSlot), SuperblockError> {
         let slot = |offset: usize| -> Result<Result<(u64, Superblock), DecodeError>, SuperblockError> {
             let mut bytes = vec![0; SLOT_BYTES];
             let n = crate::disk::read_up_to(file, &mut bytes, offset as u64).map_err(|source| SuperblockError::Io {
@@ -404,13 +425,24 @@ impl SuperblockFile {
         };
         let (first, second) = (slot(0)?, slot(SLOT_BYTES)?);
         let sequence = |s: &Result<(u64, Superblock), _>| s.as_ref().ok().map(|(sequence, _)| *sequence);
+        let beside = |block: &Superblock, offset, other: Result<(u64, Superblock), DecodeError>| match other {
+            Ok((_, other)) if other == *block => OtherSlot::Same,
+            Ok(_) => OtherSlot::Former,
+            Err(error) => OtherSlot::Damaged(offset, error),
+        };
         match (choose(sequence(&first), sequence(&second)), first, second) {
-            (Choice::First, Ok((s, block)), other) => Ok((s, block, other.err().map(|e| (SLOT_BYTES, e)))),
-            (Choice::Second, other, Ok((s, block))) => Ok((s, block, other.err().map(|e| (0, e)))),
+            (Choice::First, Ok((s, block)), other) => {
+                let other = beside(&block, SLOT_BYTES, other);
+                Ok((s, block, other))
+            }
+            (Choice::Second, other, Ok((s, block))) => {
+                let other = beside(&block, 0, other);
+                Ok((s, block, other))
+            }
             (_, Ok((first, _)), Ok((second, _))) => Err(SuperblockError::Sequence { path: path.to_owned(), first, second }),
             (_, Err(first), Err(second)) => Err(SuperblockError::BothBad { path: path.to_owned(), first, second }),
-            (_, Ok((s, block)), Err(e)) => Ok((s, block, Some((SLOT_BYTES, e)))),
-            (_, Err(e), Ok((s, block))) => Ok((s, block, Some((0, e)))),
+            (_, Ok((s, block)), Err(e)) => Ok((s, block, OtherSlot::Damaged(SLOT_BYTES, e))),
+            (_, Err(e), Ok((s, block))) => Ok((s, block, OtherSlot::Damaged(0, e))),
         }
     }
 
@@ -437,19 +469,26 @@ impl SuperblockFile {
     /// [`SuperblockError`]; the change may or may not have reached the disk, and the file refuses further changes.
     pub fn write(&mut self, block: Superblock) -> Result<(), SuperblockError> {
         self.check()?;
-        // The first write must hit the slot that does not hold the current sequence.
         for _ in 0..2 {
-            let sequence = self.sequence.wrapping_add(1);
-            let offset = if sequence.is_multiple_of(2) { SLOT_BYTES as u64 } else { 0 };
-            let written = self.file.write_all_at(&block.encode(sequence), offset).and_then(|()| self.file.sync_data());
-            if let Err(source) = written {
-                self.poisoned = true;
-                return Err(SuperblockError::Io { path: self.path.clone(), what: "write", source });
+            match self.put(&block) {
+                Ok(sequence) => self.sequence = sequence,
+                Err(source) => {
+                    self.poisoned = true;
+                    return Err(SuperblockError::Io { path: self.path.clone(), what: "write", source });
+                }
             }
-            self.sequence = sequence;
         }
         self.current = block;
         Ok(())
+    }
+
+    /// Writes the slot that does not hold the current sequence, durably. Returns its sequence number.
+    fn put(&self, block: &Superblock) -> io::Result<u64> {
+        let sequence = self.sequence.wrapping_add(1);
+        let offset = if sequence.is_multiple_of(2) { SLOT_BYTES as u64 } else { 0 };
+        self.file.write_all_at(&block.encode(sequence), offset)?;
+        self.file.sync_data()?;
+        Ok(sequence)
     }
 }
 

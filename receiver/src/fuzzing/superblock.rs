@@ -11,7 +11,7 @@ use proto::{EpochId, Generation, Point, SessionToken};
 use super::{CHANGES_MAX, damage, mend};
 use crate::disk::Disk;
 use crate::superblock::{
-    BaseSeal, FILE_BYTES, FILE_NAME, ForkInUse, SLOT_BYTES, Superblock, SuperblockError, SuperblockFile, Volume,
+    BaseSeal, FILE_BYTES, FILE_NAME, ForkInUse, OtherSlot, SLOT_BYTES, Superblock, SuperblockError, SuperblockFile, Volume,
 };
 
 /// A slot as it was written, its sequence number, and what it says.
@@ -36,7 +36,16 @@ pub fn superblock(scratch: &Path, data: &[u8]) {
     let path = scratch.join(FILE_NAME);
     std::fs::write(&path, &bytes).unwrap();
     let opened = SuperblockFile::open(&Disk::default(), scratch);
-    assert_eq!(std::fs::read(&path).unwrap(), bytes, "opening changes nothing");
+    let left = std::fs::read(&path).unwrap();
+    match &opened {
+        Ok(file) => {
+            let (_, block, other) = SuperblockFile::read(&std::fs::File::open(&path).unwrap(), &path).unwrap();
+            assert_eq!((&block, other), (file.get(), OtherSlot::Same), "both slots say what is believed");
+            let kept = |slot: usize| left.get(slot..slot + SLOT_BYTES) == bytes.get(slot..slot + SLOT_BYTES);
+            assert!(kept(0) || kept(SLOT_BYTES), "the slot that holds is left alone");
+        }
+        Err(_) => assert_eq!(left, bytes, "what is refused is left alone"),
+    }
     if mended {
         if let Ok(file) = opened {
             reads_back(scratch, file);

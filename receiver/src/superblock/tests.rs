@@ -84,6 +84,33 @@ fn a_change_torn_anywhere_leaves_the_old_or_the_new() {
     assert!(seen_new);
 }
 
+/// Would catch a promotion that was answered for after a kill in the middle of it, and that a flipped bit then takes back.
+#[test]
+fn a_change_that_was_not_finished_is_finished_by_who_opens_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = Superblock { generation: Generation(1), fork: None, role: GroupRole::Replica, ..block() };
+    let path = dir.path().join(FILE_NAME);
+    let mut file = SuperblockFile::create(&Disk::default(), dir.path(), old).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    file.write(block()).unwrap();
+    let after = std::fs::read(&path).unwrap();
+    // Killed after the first of its two writes, which is to the first slot; after a part of the second.
+    for torn in [SLOT_BYTES, SLOT_BYTES + SLOT_BYTES / 2] {
+        for slot in [0, SLOT_BYTES] {
+            let mut image = before.clone();
+            image[..torn].copy_from_slice(&after[..torn]);
+            std::fs::write(&path, &image).unwrap();
+            assert_eq!(SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get(), &block());
+            let mut image = std::fs::read(&path).unwrap();
+            image[slot + 100] ^= 1;
+            std::fs::write(&path, &image).unwrap();
+            assert_eq!(SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get(), &block(), "{torn} {slot}");
+            let (_, _, other) = SuperblockFile::read(&File::open(&path).unwrap(), &path).unwrap();
+            assert_eq!(other, OtherSlot::Same, "{torn} {slot}");
+        }
+    }
+}
+
 /// Slots whose numbers are at their end, alone or both: a change is possible, durable and survives being torn.
 #[test]
 fn a_change_at_the_highest_sequence_number_is_a_change_like_any_other() {
@@ -100,6 +127,10 @@ fn a_change_at_the_highest_sequence_number_is_a_change_like_any_other() {
             std::fs::write(&path, &before).unwrap();
             let mut file = SuperblockFile::open(&Disk::default(), dir.path()).unwrap();
             assert_eq!(*file.get(), old);
+            // A slot that is not whole was written anew.
+            before = std::fs::read(&path).unwrap();
+            let newest = file.sequence;
+            assert_eq!(before[at(newest)..][..SLOT_BYTES], old.encode(newest));
             file.write(block()).unwrap();
             assert_eq!(*SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get(), block());
             // Torn in the middle of its first write: the old state, never a mixture.
