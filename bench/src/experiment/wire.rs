@@ -1,4 +1,4 @@
-//! PostgreSQL under pgbench at a fixed rate on a replicated disk: bytes on the wire against dirty bytes, and the lag.
+//! PostgreSQL under pgbench at a fixed rate on a replicated disk: bytes on the wire against dirty bytes, what the receiver writes for them, and the lag.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
@@ -11,17 +11,21 @@ use crate::block::Disk;
 use crate::chart::{Bar, Chart, Panel};
 use crate::child::Daemon;
 use crate::context::Bench;
-use crate::node::{self, Primary};
+use crate::node::{self, Primary, Receiver};
 use crate::postgres::Cluster;
 use crate::report::{Check, Report, Table};
 use crate::stats::{percentile, ratio};
-use crate::tools;
+use crate::{procfs, tools};
 
 const SETTLE_MAX: Duration = Duration::from_secs(600);
 /// Transactions a second.
 const RATE: u32 = 400;
 /// Less of the rate than this and the load was not the one promised.
 const RATE_REACHED_PERCENT: f64 = 95.0;
+/// Most bytes that the receiver may write to its disk for one that it receives.
+const WRITTEN_MAX: f64 = 1.1;
+/// PostgreSQL's own time between two checkpoints; no longer, so that a long run does not wait for half of its time.
+const CYCLE_MAX_S: u32 = 300;
 
 /// What is measured at one interval.
 struct Phase {
@@ -44,6 +48,9 @@ struct Figures {
     epochs: u64,
     epochs_merged: u64,
     copied_before_write: u64,
+    received_bytes: u64,
+    /// By the receiver's process, to its disk.
+    written_bytes: u64,
     lag_samples: usize,
     lag_p50_ms: f64,
     lag_p99_ms: f64,
@@ -56,17 +63,22 @@ impl Figures {
         100.0 * (1.0 - bytes as f64 / self.dirty_bytes as f64)
     }
 
+    /// Bytes written at the receiver for each that it received.
+    fn written(&self) -> f64 {
+        ratio(self.written_bytes as f64, self.received_bytes as f64)
+    }
+
     fn mbit_per_s(&self, bytes: u64) -> f64 {
         ratio(bytes as f64 * 8.0 / 1e6, self.seconds)
     }
 }
 
 impl Phase {
-    /// Seconds of a checkpoint cycle: the window holds two whole ones, because a page that the load dirties is written twice, to
+    /// Seconds of a checkpoint cycle: the window holds at least two whole ones, because a page that the load dirties is written twice, to
     /// the log at once and to its table by a checkpoint later, and a window without checkpoints would see the first half only.
     /// PostgreSQL takes no less than 30 s.
     fn cycle_s(&self) -> u32 {
-        (self.seconds / 2).max(30)
+        (self.seconds / 2).clamp(30, CYCLE_MAX_S)
     }
 }
 
@@ -82,8 +94,10 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let size = 4_u64 << 30;
     let disk = bench.path("disk.raw");
     File::create(&disk).and_then(|f| f.set_len(size)).with_context(|| format!("{}: cannot be made", disk.display()))?;
-    let (receiver, primary) = node::pair_of_one(bench, "w", &disk, "1s")?;
-    let _receiver = receiver.start(bench)?;
+    let (mut receiver, primary) = node::pair_of_one(bench, "w", &disk, "1s")?;
+    // What is written is to be of commits alone.
+    receiver.keep("[\"all for 365d\"]")?;
+    let receiving = receiver.start(bench)?;
     let mount = bench.path("mnt");
     let cluster = Cluster::new(bench, &mount)?;
     let mut all = Vec::new();
@@ -97,7 +111,8 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
             attached.make_ext4(bench)?;
         }
         attached.mount(bench, &mount)?;
-        all.push(measure(bench, &cluster, &primary, &mut daemon, phase, (at == 0).then_some(scale))?);
+        let site = (&receiver, receiving.pid());
+        all.push(measure(bench, &cluster, (&primary, &mut daemon), site, phase, (at == 0).then_some(scale))?);
         drop(attached);
         daemon.stop()?;
     }
@@ -108,8 +123,8 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
 fn measure(
     bench: &Bench,
     cluster: &Cluster,
-    primary: &Primary,
-    daemon: &mut Daemon,
+    (primary, daemon): (&Primary, &mut Daemon),
+    (receiver, pid): (&Receiver, u32),
     phase: &Phase,
     fill: Option<u32>,
 ) -> Result<Figures> {
@@ -125,7 +140,8 @@ fn measure(
     bench.sync()?;
     primary.settle(daemon, SETTLE_MAX)?;
     eprintln!("wire: pgbench at {RATE} tps for {cycle} s and then {} s, {} epochs", phase.seconds, phase.interval);
-    let (mut before, mut start, mut lags) = (primary.status()?, Instant::now(), Vec::new());
+    let stored = || Ok::<_, anyhow::Error>((procfs::written(pid)?, receiver.copy()?.received_bytes));
+    let (mut before, mut start, mut lags, mut stored_before) = (primary.status()?, Instant::now(), Vec::new(), stored()?);
     let (lead_in, mut measuring) = (Duration::from_secs(cycle.into()), false);
     let tps = cluster.load(bench, RATE, cycle + phase.seconds, &mut || {
         let status = primary.status()?;
@@ -133,6 +149,7 @@ fn measure(
         // The first cycle has no write-back of the one before: what counts begins with the second.
         if !measuring && start.elapsed() >= lead_in {
             (before, start, measuring) = (status, Instant::now(), true);
+            stored_before = stored()?;
         }
         Ok(())
     })?;
@@ -140,7 +157,7 @@ fn measure(
     let seconds = start.elapsed().as_secs_f64();
     // What was dirty at the end belongs to the load too.
     primary.settle(daemon, SETTLE_MAX)?;
-    let after = primary.status()?;
+    let (after, stored_after) = (primary.status()?, stored()?);
     server.stop()?;
     Ok(Figures {
         interval: phase.interval,
@@ -153,6 +170,8 @@ fn measure(
         epochs: after.epochs_committed.saturating_sub(before.epochs_committed),
         epochs_merged: after.epochs_merged.saturating_sub(before.epochs_merged),
         copied_before_write: after.copied_before_write.saturating_sub(before.copied_before_write),
+        received_bytes: stored_after.1.saturating_sub(stored_before.1),
+        written_bytes: stored_after.0.saturating_sub(stored_before.0),
         lag_samples: lags.len(),
         lag_p50_ms: percentile(&lags, 50.0),
         lag_p99_ms: percentile(&lags, 99.0),
@@ -161,8 +180,19 @@ fn measure(
 }
 
 fn report(phases: &[Phase], all: &[Figures], parameters: serde_json::Value, tools: Vec<tools::Tool>) -> Report {
-    let head =
-        ["epochs of", "tps", "dirty MiB", "zero MiB", "frames MiB", "saved %", "UDP MiB", "saved %", "UDP Mbit/s", "epochs"];
+    let head = [
+        "epochs of",
+        "tps",
+        "dirty MiB",
+        "zero MiB",
+        "frames MiB",
+        "saved %",
+        "UDP MiB",
+        "saved %",
+        "UDP Mbit/s",
+        "epochs",
+        "written for each received",
+    ];
     let mut bytes = Table::new("bytes, from the load alone", &head);
     let mut lag =
         Table::new("lag, sampled every 10 ms or so during the load", &["epochs of", "p50 ms", "p99 ms", "largest ms", "samples"]);
@@ -180,6 +210,7 @@ fn report(phases: &[Phase], all: &[Figures], parameters: serde_json::Value, tool
             format!("{:.1}", f.saved(f.udp_bytes)),
             format!("{:.1}", f.mbit_per_s(f.udp_bytes)),
             f.epochs.to_string(),
+            format!("{:.3}", f.written()),
         ]);
         lag.row(vec![
             f.interval.to_owned(),
@@ -194,6 +225,12 @@ fn report(phases: &[Phase], all: &[Figures], parameters: serde_json::Value, tool
             checks.push(Check::at_least(format!("{name}: UDP payload less than dirty bytes"), f.saved(f.udp_bytes), 80.0, "%"));
         }
         checks.push(Check::at_most(format!("{name}: lag p99"), f.lag_p99_ms, phase.lag_p99_max_ms, "ms"));
+        checks.push(Check::at_most(
+            format!("{name}: bytes that the receiver writes for each received"),
+            f.written(),
+            WRITTEN_MAX,
+            "times",
+        ));
         let reached = 100.0 * f.tps / f64::from(RATE);
         checks.push(Check::at_least(format!("{name}: of the rate of {RATE} tps reached"), reached, RATE_REACHED_PERCENT, "%"));
         for (title, bytes) in [("dirty", f.dirty_bytes), ("frames", f.frame_bytes), ("UDP", f.udp_bytes)] {
