@@ -316,6 +316,11 @@ impl World {
         let Some(image) = self.oracle.image(newest) else {
             return Err(format!("the receiver says its newest point is {newest}, and it is none"));
         };
+        // A guest's writes may have been under way when it was asked for; from here on there are none.
+        let began = self.images();
+        if let Some(moves) = &mut self.life.moves {
+            moves.began = began;
+        }
         self.life.own = Some(differing(&self.images(), image));
         Ok(())
     }
