@@ -2,6 +2,9 @@
 //!
 //! One file of two sectors of 512 bytes, written in turn: a change never touches the one that holds, and needs no space on a full
 //! disk. A sector is a magic, a sequence number, a length, JSON, zeroes, and a CRC-32 of all before it.
+//!
+//! Who may write is in both sectors when a change of it is done, and whoever opens the record finishes that: a sector that rots later never lets guests
+//! write who may not. With a session or a clearing that is a change too old, more is compared and nothing is lost, so those are in one sector.
 
 use std::fs::{self, File};
 use std::io;
@@ -81,6 +84,13 @@ pub(crate) enum Stopped {
     },
 }
 
+impl Recorded {
+    /// Whether both say the same of who may write.
+    pub(crate) fn agrees_with(&self, other: &Self) -> bool {
+        (self.generation, self.stopped) == (other.generation, other.stopped)
+    }
+}
+
 impl Stopped {
     /// Why guests are held up, if they are: a primary whose guests are to go on writing lets them do so, but never on disks that are in between.
     pub(crate) fn holds_up(self, writes_when_fenced: bool) -> Option<Closed> {
@@ -150,9 +160,20 @@ impl Record {
             }
             written |= sector.iter().any(|b| *b != 0);
         }
-        let newest = sectors.iter().filter_map(decode).max_by_key(|(sequence, _)| *sequence);
+        let mut whole: Vec<(u64, Recorded)> = sectors.iter().filter_map(decode).collect();
+        whole.sort_by_key(|(sequence, _)| *sequence);
+        let newest = whole.pop();
         let (sequence, stored) = match newest {
-            Some(newest) => newest,
+            Some((mut sequence, stored)) => {
+                if !whole.first().is_some_and(|(_, other)| other.agrees_with(&stored)) {
+                    match put(&file, &stored, sequence + 1) {
+                        Ok(()) => sequence += 1,
+                        // What holds is known; the next change tries again.
+                        Err(error) => tracing::warn!("{}: the other sector cannot be written: {error}", path.display()),
+                    }
+                }
+                (sequence, stored)
+            }
             None if written => return Err(RecordError::Damaged { path }),
             None => {
                 // Its space is taken now, so that a full disk never keeps a session from being recorded.
@@ -188,18 +209,24 @@ impl Record {
         if changed == state.stored {
             return Ok(());
         }
-        let sequence = state.sequence + 1;
-        let offset = (sequence % 2) * SECTOR_BYTES as u64;
-        let written = encode(&changed, sequence)
-            .and_then(|sector| self.file.write_all_at(&sector, offset))
-            .and_then(|()| self.file.sync_data());
-        if let Err(source) = written {
-            state.poisoned = true;
-            return Err(RecordError::Io { path: self.path.clone(), source });
+        let writes = if changed.agrees_with(&state.stored) { 1 } else { 2 };
+        for _ in 0..writes {
+            let sequence = state.sequence + 1;
+            if let Err(source) = put(&self.file, &changed, sequence) {
+                state.poisoned = true;
+                return Err(RecordError::Io { path: self.path.clone(), source });
+            }
+            state.sequence = sequence;
         }
-        (state.stored, state.sequence) = (changed, sequence);
+        state.stored = changed;
         Ok(())
     }
+}
+
+/// Writes a sector durably, over the one that was written before the last.
+fn put(file: &File, recorded: &Recorded, sequence: u64) -> io::Result<()> {
+    file.write_all_at(&encode(recorded, sequence)?, (sequence % 2) * SECTOR_BYTES as u64)?;
+    file.sync_data()
 }
 
 #[cfg(test)]
@@ -229,14 +256,58 @@ mod tests {
         // The newer sector is torn: the older one holds. Both: refused.
         let path = folder.join(FILE);
         let whole = fs::read(&path).unwrap();
+        let newer = if record.state.lock().sequence % 2 == 0 { 0 } else { SECTOR_BYTES };
         for offset in 0..SECTOR_BYTES {
             let mut torn = whole.clone();
-            torn[offset] ^= 1;
+            torn[newer + offset] ^= 1;
             fs::write(&path, &torn).unwrap();
             assert_eq!(open().unwrap().get().cleared, None, "offset {offset}");
-            torn[SECTOR_BYTES + offset] ^= 1;
+            torn[SECTOR_BYTES - newer + offset] ^= 1;
             fs::write(&path, &torn).unwrap();
             assert!(matches!(open(), Err(RecordError::Damaged { .. })));
+        }
+    }
+
+    /// Would catch a bit that flips and lets guests write again who may not, or holds up those who may; also after a kill in the middle of a change.
+    #[test]
+    fn no_rotten_sector_changes_who_may_write() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Record::open(dir.path()).unwrap();
+        let path = dir.path().join(FILE);
+        let rot = |sector: usize| {
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[sector * SECTOR_BYTES + 30] ^= 1;
+            fs::write(&path, &bytes).unwrap();
+        };
+        open().update(|r| r.generation = Generation(1)).unwrap();
+        let handback = Stopped::Handback { token: SessionToken([1; 16]), kept: true, to: None };
+        for stopped in [Some(Stopped::Fenced(Generation(2))), None, Some(Stopped::Drained), Some(handback), None] {
+            for sector in [0, 1] {
+                let generation = Generation(open().get().generation.0 + 1);
+                let before = fs::read(&path).unwrap();
+                open().update(|r| (r.generation, r.stopped) = (generation, stopped)).unwrap();
+                rot(sector);
+                let found = open().get();
+                assert_eq!((found.generation, found.stopped), (generation, stopped), "sector {sector} rots");
+                // Damage is mended, so the other one may go next.
+                rot(1 - sector);
+                assert_eq!(open().get(), found, "then the other");
+
+                // Only the first sector of the change came to the disk, and was believed at a start.
+                let after = fs::read(&path).unwrap();
+                fs::write(&path, &before).unwrap();
+                open().update(|r| (r.generation, r.stopped) = (generation, stopped)).unwrap();
+                let sequence = open().state.lock().sequence;
+                let first = (sequence as usize - 1) % 2;
+                let mut image = fs::read(&path).unwrap();
+                let range = (1 - first) * SECTOR_BYTES..(2 - first) * SECTOR_BYTES;
+                image[range.clone()].copy_from_slice(&before[range]);
+                fs::write(&path, &image).unwrap();
+                assert_eq!(open().get(), found, "cut off");
+                rot(first);
+                assert_eq!(open().get(), found, "cut off, then rotten");
+                fs::write(&path, &after).unwrap();
+            }
         }
     }
 }

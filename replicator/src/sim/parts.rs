@@ -21,7 +21,9 @@ impl DurableRecord {
     pub(super) fn change(&mut self, change: impl FnOnce(&mut Recorded)) {
         let mut changed = self.newest.clone();
         change(&mut changed);
-        if changed != self.newest {
+        if !changed.agrees_with(&self.newest) {
+            (self.newest, self.older) = (changed.clone(), changed);
+        } else if changed != self.newest {
             self.older = std::mem::replace(&mut self.newest, changed);
         }
     }
