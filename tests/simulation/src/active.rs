@@ -56,7 +56,7 @@ pub(crate) struct Active {
     pub(crate) changes: u64,
     operations: Vec<Operation>,
     devices: Vec<Arc<dyn BlockDevice>>,
-    /// Blocks that its guest changed since it was activated.
+    /// Blocks that its guest changed since it was activated, or began to: a kill may have come before the answer.
     pub(crate) written: std::collections::BTreeSet<(usize, u64)>,
 }
 
@@ -199,13 +199,18 @@ impl Active {
         let operation = &mut self.operations[index];
         if !std::mem::replace(&mut operation.begun, true) {
             match &mut operation.kind {
-                Kind::Change(number) => self.since.push(Change {
-                    number: *number,
-                    volume: operation.volume,
-                    offset: operation.range.start,
-                    data: operation.data.clone(),
-                    done: false,
-                }),
+                Kind::Change(number) => {
+                    let (volume, range) = (operation.volume, &operation.range);
+                    self.since.push(Change {
+                        number: *number,
+                        volume,
+                        offset: range.start,
+                        data: operation.data.clone(),
+                        done: false,
+                    });
+                    let blocks = range.start as u64 / BLOCK_BYTES..(range.end as u64).div_ceil(BLOCK_BYTES);
+                    self.written.extend(blocks.map(|block| (volume, block)));
+                }
                 Kind::Flush(covers) => *covers = self.since.iter().filter(|c| c.done).map(|c| c.number).collect(),
                 Kind::Read(_) => {}
             }
@@ -233,8 +238,6 @@ impl Active {
         match kind {
             Kind::Change(number) => {
                 self.image[volume][range.clone()].copy_from_slice(&data);
-                let blocks = range.start as u64 / BLOCK_BYTES..(range.end as u64).div_ceil(BLOCK_BYTES);
-                self.written.extend(blocks.map(|block| (volume, block)));
                 self.since.iter_mut().filter(|c| c.number == number).for_each(|c| c.done = true);
                 Ok(Ok(true))
             }
