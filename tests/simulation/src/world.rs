@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use blockdev::{CrashDevice, FaultDevice, MemoryDevice};
 use parking_lot::Mutex;
-use proto::Point;
+use proto::{Generation, Point};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use replicator::Durability;
@@ -183,6 +183,8 @@ struct World {
     mends_receiver: bool,
     /// A sync was made to fail at some time.
     sync_failed: bool,
+    /// The generation that the receiver stood at when its process ended last.
+    stood: Generation,
     /// While a copy is active: the newest point when it was activated.
     promoted: Option<Point>,
     life: Life,
@@ -239,6 +241,7 @@ impl World {
             full: false,
             sync_fails: false,
             sync_failed: false,
+            stood: Generation(0),
             mends_receiver: false,
             promoted: None,
             life: Life::new(lives),

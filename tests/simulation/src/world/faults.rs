@@ -7,6 +7,7 @@ use super::World;
 use crate::disk::INJECTED;
 use crate::guest::Operation;
 use crate::link::Link;
+use crate::plan::GROUP;
 
 const NO_SPACE: i32 = 28;
 const IO_ERROR: i32 = 5;
@@ -230,6 +231,9 @@ impl World {
     pub(super) fn receiver_falls(&mut self) -> Result<(), String> {
         self.heal_journal()?;
         self.outcome.crashes += 1;
+        if let Some((generation, ..)) = self.replica.as_ref().and_then(|replica| replica.generation(GROUP).ok()) {
+            self.stood = generation;
+        }
         (self.replica, self.ghost) = (None, None);
         self.life_falls();
         let power = self.rng.random_bool(0.5);

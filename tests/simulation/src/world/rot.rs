@@ -160,7 +160,8 @@ impl World {
             Err(refused) if refused.starts_with("refused: ") => return Ok(()),
             Err(error) => return Err(error),
         };
-        if found.generation != whole.generation {
+        // A change that the kill interrupted may count or not; what the process stood at may not be lost.
+        if !(self.stood..=whole.generation).contains(&found.generation) {
             return Err(format!("generation {} became {}", whole.generation, found.generation));
         }
         let missing: Vec<_> = whole.points.keys().filter(|point| !found.points.contains_key(point)).collect();
