@@ -169,6 +169,7 @@ impl World {
         self.outcome.crashes += 1;
         self.primary_gone();
         if power {
+            self.drainer_falls();
             let keep = self.rng.random_range(0.0..=1.0);
             for disk in self.volumes.iter().chain(&self.logs) {
                 disk.crash(|| self.rng.random_bool(keep));

@@ -57,6 +57,8 @@ pub(super) struct Life {
     sealed: BTreeSet<[u8; 16]>,
     /// Since that step all writes are to be committed for a switchover.
     drains: Option<usize>,
+    /// What the primary's disks held when it lost power while it drained: what its guests did not flush may be gone from them, not from the copy.
+    drained: Option<Images>,
     /// What only the old primary has.
     own: Option<Blocks>,
     /// It is to be kept by now.
@@ -245,9 +247,16 @@ impl World {
         let asked = replica.drain(GROUP).map_err(|error| error.to_string())?;
         if asked {
             self.say(|| "a switchover begins".to_owned());
-            self.life.drains = Some(self.step);
+            (self.life.drains, self.life.drained) = (Some(self.step), None);
         }
         self.take_answers()
+    }
+
+    /// The primary loses its power now.
+    pub(super) fn drainer_falls(&mut self) {
+        if self.life.drains.is_some() && self.life.drained.is_none() && self.record.lock().is_stopped() {
+            self.life.drained = Some(self.images());
+        }
     }
 
     /// Promotes once the primary has committed all.
@@ -272,7 +281,8 @@ impl World {
             // Nothing of what its guests were told is done is missing: else it had begun a new session, and there is no switchover.
             let stands = self.primary.is_some() && self.role() == Some(GroupRole::Replica);
             if let Some(image) = self.oracle.image(point).filter(|_| stands) {
-                if let Some(((volume, block), _)) = differing(&self.images(), image).first_key_value() {
+                let ours = self.life.drained.take().unwrap_or_else(|| self.images());
+                if let Some(((volume, block), _)) = differing(&ours, image).first_key_value() {
                     return Err(format!("block {block} of volume {volume} is not in {point}, from which it is switched over"));
                 }
                 self.outcome.switched += 1;
