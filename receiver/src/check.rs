@@ -17,7 +17,7 @@ use crate::journal::{
     self, Bad, Expected, Item, JournalError, Mark, Payloads, Walker, list_journal, list_segments, segment_path,
 };
 use crate::store::{GroupFolder, Store, StoreError};
-use crate::superblock::{FILE_NAME, OtherSlot, Superblock, SuperblockFile, Volume};
+use crate::superblock::{FILE_NAME, OtherSlot, SLOT_BYTES, Slots, Superblock, SuperblockFile, Volume};
 
 /// Progress is told after so many bytes at least.
 const PROGRESS_BYTES: u64 = 16 << 20;
@@ -121,7 +121,7 @@ fn bytes_of(folder: &GroupFolder) -> u64 {
     let segments =
         numbers.iter().filter_map(|n| std::fs::metadata(segment_path(&journal, *n)).ok()).map(|m| m.len()).sum::<u64>();
     let path = folder.path.join(FILE_NAME);
-    let block = File::open(&path).ok().and_then(|file| SuperblockFile::read(&file, &path).ok()).map(|(_, block, _)| block);
+    let block = File::open(&path).ok().and_then(|file| SuperblockFile::read(&file, &path).ok()).map(|slots| slots.block);
     let base = |volume: &Volume| {
         let path = folder.base(&volume.name);
         if base::sums_path(&path).exists() { base::data_bytes(&path, volume.size_bytes).unwrap_or(0) } else { 0 }
@@ -169,9 +169,9 @@ impl GroupCheck<'_, '_> {
         let read = File::open(&path).map_err(|e| e.to_string());
         let read = read.and_then(|file| SuperblockFile::read(&file, &path).map_err(|e| e.to_string()));
         let block = match read {
-            Ok((_, block, other)) => {
-                if let OtherSlot::Damaged(offset, error) = other {
-                    self.find(&path, offset as u64, format!("{error}; the other slot of the superblock holds"));
+            Ok(Slots { holds, block, other, .. }) => {
+                if let OtherSlot::Damaged(error) = other {
+                    self.find(&path, (SLOT_BYTES - holds) as u64, format!("{error}; the other slot of the superblock holds"));
                 }
                 block
             }

@@ -186,6 +186,17 @@ pub enum SuperblockError {
     },
 }
 
+/// What the file has.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    /// The offset of the slot that holds.
+    pub(crate) holds: usize,
+    sequence: u64,
+    /// What holds.
+    pub(crate) block: Superblock,
+    pub(crate) other: OtherSlot,
+}
+
 /// What is in the slot that does not hold.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum OtherSlot {
@@ -193,8 +204,8 @@ pub(crate) enum OtherSlot {
     Same,
     /// The state before a change that was not finished.
     Former,
-    /// Nothing that can be read, at this offset.
-    Damaged(usize, DecodeError),
+    /// Nothing that can be read.
+    Damaged(DecodeError),
 }
 
 /// Which slot to believe.
@@ -359,6 +370,8 @@ fn get_text<'a>(r: &mut Reader<'a>, field_bytes: usize) -> Result<&'a str, Decod
 pub struct SuperblockFile {
     path: PathBuf,
     file: DiskFile,
+    /// The offset of the slot that holds.
+    holds: usize,
     sequence: u64,
     current: Superblock,
     poisoned: bool,
@@ -373,7 +386,7 @@ impl SuperblockFile {
         let path = folder.join(FILE_NAME);
         let file =
             disk.create_file(&path).map_err(|source| SuperblockError::Io { path: path.clone(), what: "create", source })?;
-        let mut this = Self { path, file, sequence: 0, current: block.clone(), poisoned: false };
+        let mut this = Self { path, file, holds: SLOT_BYTES, sequence: 0, current: block.clone(), poisoned: false };
         this.write(block)?;
         Ok(this)
     }
@@ -391,28 +404,28 @@ impl SuperblockFile {
         };
         // What is read here is answered with from now on.
         let file = disk.open_settled(&path).map_err(io("open"))?;
-        let (sequence, current, other) = Self::read(file.file(), &path)?;
-        let mut this = Self { path, file, sequence, current, poisoned: false };
+        let Slots { holds, sequence, block: current, other } = Self::read(file.file(), &path)?;
+        let mut this = Self { path, file, holds, sequence, current: current.clone(), poisoned: false };
+        let path = this.path.display();
         match &other {
             OtherSlot::Same => return Ok(this),
             OtherSlot::Former => {}
-            OtherSlot::Damaged(offset, error) => {
-                let path = this.path.display();
-                tracing::warn!("{path}: the superblock slot at offset {offset} is damaged ({error}); the other one holds");
+            OtherSlot::Damaged(error) => {
+                tracing::warn!(
+                    "{path}: the superblock slot at offset {} is damaged ({error}); the other one holds",
+                    SLOT_BYTES - holds
+                );
             }
         }
-        match this.put(&this.current) {
-            Ok(sequence) => this.sequence = sequence,
-            Err(error) => tracing::warn!(
-                "{}: the other slot of the superblock cannot be written: {error}; its next change tries again",
-                this.path.display()
-            ),
+        if let Err(error) = this.put(&current) {
+            let path = this.path.display();
+            tracing::warn!("{path}: the other slot of the superblock cannot be written: {error}; its next change tries again");
         }
         Ok(this)
     }
 
-    /// Both slots as they are, used by `check` too: sequence and state of the one that holds, and what is in the other.
-    pub(crate) fn read(file: &File, path: &Path) -> Result<(u64, Superblock, OtherSlot), SuperblockError> {
+    /// Both slots as they are, used by `check` too.
+    pub(crate) fn read(file: &File, path: &Path) -> Result<Slots, SuperblockError> {
         let slot = |offset: usize| -> Result<Result<(u64, Superblock), DecodeError>, SuperblockError> {
             let mut bytes = vec![0; SLOT_BYTES];
             let n = crate::disk::read_up_to(file, &mut bytes, offset as u64).map_err(|source| SuperblockError::Io {
@@ -425,24 +438,22 @@ impl SuperblockFile {
         };
         let (first, second) = (slot(0)?, slot(SLOT_BYTES)?);
         let sequence = |s: &Result<(u64, Superblock), _>| s.as_ref().ok().map(|(sequence, _)| *sequence);
-        let beside = |block: &Superblock, offset, other: Result<(u64, Superblock), DecodeError>| match other {
-            Ok((_, other)) if other == *block => OtherSlot::Same,
-            Ok(_) => OtherSlot::Former,
-            Err(error) => OtherSlot::Damaged(offset, error),
+        let choice = choose(sequence(&first), sequence(&second));
+        let believe = |holds, (sequence, block): (u64, Superblock), other: Result<(u64, Superblock), DecodeError>| {
+            let other = match other {
+                Ok((_, other)) if other == block => OtherSlot::Same,
+                Ok(_) => OtherSlot::Former,
+                Err(error) => OtherSlot::Damaged(error),
+            };
+            Slots { holds, sequence, block, other }
         };
-        match (choose(sequence(&first), sequence(&second)), first, second) {
-            (Choice::First, Ok((s, block)), other) => {
-                let other = beside(&block, SLOT_BYTES, other);
-                Ok((s, block, other))
-            }
-            (Choice::Second, other, Ok((s, block))) => {
-                let other = beside(&block, 0, other);
-                Ok((s, block, other))
-            }
+        match (choice, first, second) {
+            (Choice::Second, other, Ok(second)) => Ok(believe(SLOT_BYTES, second, other)),
+            (Choice::First, Ok(first), other) => Ok(believe(0, first, other)),
             (_, Ok((first, _)), Ok((second, _))) => Err(SuperblockError::Sequence { path: path.to_owned(), first, second }),
             (_, Err(first), Err(second)) => Err(SuperblockError::BothBad { path: path.to_owned(), first, second }),
-            (_, Ok((s, block)), Err(e)) => Ok((s, block, OtherSlot::Damaged(SLOT_BYTES, e))),
-            (_, Err(e), Ok((s, block))) => Ok((s, block, OtherSlot::Damaged(0, e))),
+            (_, Ok(first), other @ Err(_)) => Ok(believe(0, first, other)),
+            (_, other @ Err(_), Ok(second)) => Ok(believe(SLOT_BYTES, second, other)),
         }
     }
 
@@ -470,25 +481,22 @@ impl SuperblockFile {
     pub fn write(&mut self, block: Superblock) -> Result<(), SuperblockError> {
         self.check()?;
         for _ in 0..2 {
-            match self.put(&block) {
-                Ok(sequence) => self.sequence = sequence,
-                Err(source) => {
-                    self.poisoned = true;
-                    return Err(SuperblockError::Io { path: self.path.clone(), what: "write", source });
-                }
+            if let Err(source) = self.put(&block) {
+                self.poisoned = true;
+                return Err(SuperblockError::Io { path: self.path.clone(), what: "write", source });
             }
         }
         self.current = block;
         Ok(())
     }
 
-    /// Writes the slot that does not hold the current sequence, durably. Returns its sequence number.
-    fn put(&self, block: &Superblock) -> io::Result<u64> {
-        let sequence = self.sequence.wrapping_add(1);
-        let offset = if sequence.is_multiple_of(2) { SLOT_BYTES as u64 } else { 0 };
-        self.file.write_all_at(&block.encode(sequence), offset)?;
+    /// Writes the slot that does not hold, durably; then it does.
+    fn put(&mut self, block: &Superblock) -> io::Result<()> {
+        let (sequence, offset) = (self.sequence.wrapping_add(1), SLOT_BYTES - self.holds);
+        self.file.write_all_at(&block.encode(sequence), offset as u64)?;
         self.file.sync_data()?;
-        Ok(sequence)
+        (self.sequence, self.holds) = (sequence, offset);
+        Ok(())
     }
 }
 

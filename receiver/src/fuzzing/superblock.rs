@@ -39,8 +39,8 @@ pub fn superblock(scratch: &Path, data: &[u8]) {
     let left = std::fs::read(&path).unwrap();
     match &opened {
         Ok(file) => {
-            let (_, block, other) = SuperblockFile::read(&std::fs::File::open(&path).unwrap(), &path).unwrap();
-            assert_eq!((&block, other), (file.get(), OtherSlot::Same), "both slots say what is believed");
+            let slots = SuperblockFile::read(&std::fs::File::open(&path).unwrap(), &path).unwrap();
+            assert_eq!((&slots.block, slots.other), (file.get(), OtherSlot::Same), "both slots say what is believed");
             let kept = |slot: usize| left.get(slot..slot + SLOT_BYTES) == bytes.get(slot..slot + SLOT_BYTES);
             assert!(kept(0) || kept(SLOT_BYTES), "the slot that holds is left alone");
         }

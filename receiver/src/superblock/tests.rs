@@ -105,8 +105,8 @@ fn a_change_that_was_not_finished_is_finished_by_who_opens_the_file() {
             image[slot + 100] ^= 1;
             std::fs::write(&path, &image).unwrap();
             assert_eq!(SuperblockFile::open(&Disk::default(), dir.path()).unwrap().get(), &block(), "{torn} {slot}");
-            let (_, _, other) = SuperblockFile::read(&File::open(&path).unwrap(), &path).unwrap();
-            assert_eq!(other, OtherSlot::Same, "{torn} {slot}");
+            let slots = SuperblockFile::read(&File::open(&path).unwrap(), &path).unwrap();
+            assert_eq!(slots.other, OtherSlot::Same, "{torn} {slot}");
         }
     }
 }
