@@ -321,22 +321,26 @@ fn a_rollback_is_repeated_after_each_step_of_the_primary() {
     scene.model.disks = scene.remembered[&before].clone();
     scene.goes_on("rolled back");
 
-    // Who asks for another point than the one that broke at its very end is told where the disks are.
+    // Who asks for another point than the one that broke at its very end is told where the disks are, also if it is asked for by its name.
+    scene.pair.receiver.cli(&["points", "db", "--name", &before, "earlier"]);
     let step = Step::TakeHanded;
-    scene.pair.primary.kill();
-    scene.pair.primary.dies_next_at(step, 1);
-    scene.pair.primary.start();
-    scene.follows();
-    let running = scene.dies_of([Side::Primary, Side::Primary], &["rollback", "db", "--point", &after, "--yes"], step);
-    Scene::broke(running, "primary died when it went forward");
-    scene.pair.primary.start();
-    let told = text(&scene.pair.primary.ask(&rollback));
-    assert!(told.contains(&format!("the disks are at point {after}, where an earlier try had brought them")), "{told}");
-    scene.model.disks = scene.remembered[&after].clone();
-    scene.goes_on("forward");
-    hand_back_well(&scene.pair, &rollback[..rollback.len() - 1]);
-    scene.model.disks = scene.remembered[&before].clone();
-    scene.goes_on("back again");
+    for asked in [&before, "earlier"] {
+        scene.pair.primary.kill();
+        scene.pair.primary.dies_next_at(step, 1);
+        scene.pair.primary.start();
+        scene.follows();
+        let running = scene.dies_of([Side::Primary, Side::Primary], &["rollback", "db", "--point", &after, "--yes"], step);
+        Scene::broke(running, "primary died when it went forward");
+        scene.pair.primary.start();
+        let told = text(&scene.pair.primary.ask(&["rollback", "db", "--point", asked, "--yes"]));
+        let place = format!("the disks are at point {after}, where an earlier try had brought them");
+        assert!(told.contains(&place) && told.contains(&format!("to point {before}")), "{asked}: {told}");
+        scene.model.disks = scene.remembered[&after].clone();
+        scene.goes_on("forward");
+        hand_back_well(&scene.pair, &rollback[..rollback.len() - 1]);
+        scene.model.disks = scene.remembered[&before].clone();
+        scene.goes_on("back again");
+    }
     verified(&scene.pair);
     scene.pair.receiver.kill();
     scene.store_is_sound(false, "rolled back");

@@ -93,12 +93,16 @@ impl Handback {
     pub(crate) async fn resolve(&self, name: Name) -> Result<Point, HandbackError> {
         let group = self.shared.group.clone();
         let _one = self.busy.clone().try_lock_owned().map_err(|_| HandbackError::Busy { group: group.clone() })?;
-        let mut core = Core::new(Wish { named: Some(name), ..self.wish(HandbackTarget::Failback, true) });
+        let mut wish = Wish { named: Some(name), ..self.wish(HandbackTarget::Failback, true) };
+        let mut core = Core::new(wish.clone());
         Conversation::new(self, &mut core).run().await.map_err(|error| self.failed(&error))?;
-        // Who is told that an earlier try had come to its end does not learn where the name is: it is taken for the one of that try.
-        let handed = core.handed().map(|(point, _)| self.broken().flatten().unwrap_or(point));
-        let point = handed.or(core.ready().map(|ready| ready.from));
-        point.ok_or(HandbackError::Stopping { group })
+        if let Some((_, generation)) = core.handed() {
+            // Told that an earlier try had come to its end, it has not learned where the name is: it asks as one who never tried, and stands where that one ended.
+            (wish.token, wish.generation) = (SessionToken(rand::random()), generation);
+            core = Core::new(wish);
+            Conversation::new(self, &mut core).run().await.map_err(|error| self.failed(&error))?;
+        }
+        core.ready().map(|ready| ready.from).ok_or(HandbackError::Stopping { group })
     }
 
     /// What is wished for, from what is recorded.
