@@ -169,7 +169,10 @@ impl Record {
                     match put(&file, &stored, sequence + 1) {
                         Ok(()) => sequence += 1,
                         // What holds is known; the next change tries again.
-                        Err(error) => tracing::warn!("{}: the other sector cannot be written: {error}", path.display()),
+                        Err(error) => tracing::warn!(
+                            "{}: the other sector cannot be written: {error}; check the disk of state_dir",
+                            path.display()
+                        ),
                     }
                 }
                 (sequence, stored)
