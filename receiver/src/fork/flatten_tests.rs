@@ -290,3 +290,45 @@ fn what_was_written_before_it_was_flat_counts_as_written_after_a_power_loss() {
     assert!(std::fs::read(scene.raw()).unwrap()[..4096] == [7; 4096], "the copy shows it");
     assert_eq!(written(&scene.open()), BTreeSet::from([0]));
 }
+
+/// Would catch a write to a flat copy that is lost, or not known of, by a kill, though the file of what is not flushed does not have it.
+#[test]
+fn what_is_written_to_a_flat_fork_survives_a_kill_without_the_file_of_what_is_not_flushed() {
+    let scene = Arc::new(holey());
+    let io = IoThreads::new(1).unwrap();
+    let recent = scene.raw().with_extension("recent");
+    let mut image = scene.image.clone();
+    let write = |device: &Arc<ForkDevice>, image: &mut Vec<u8>, at: u64, fill: u8| {
+        image[at as usize..at as usize + 5000].fill(fill);
+        let writer = Arc::clone(device);
+        io.block_on(move || async move { writer.write(at, Buf::copy_of(&[fill; 5000])).await.map(drop) }).unwrap().unwrap();
+    };
+    let device = scene.open();
+    write(&device, &mut image, 30 * BLOCK_BYTES, 1);
+    let (shared, this) = (Arc::clone(&device), Arc::clone(&scene));
+    io.block_on(move || async move { copy(&this, &shared, 0..BLOCKS, true).await }).unwrap();
+    assert!(device.is_flat());
+    let noted = std::fs::read(&recent).unwrap();
+    write(&device, &mut image, 3 * BLOCK_BYTES, 2);
+    assert!(std::fs::read(&recent).unwrap() == noted, "a flat fork notes nothing");
+    drop(device);
+    for (round, at) in [8, 12].into_iter().enumerate() {
+        // Killed before and after the marker was made, which is when all bits are durable.
+        if round == 1 {
+            let device = scene.open();
+            io.block_on(move || async move { device.flush().await.unwrap() }).unwrap();
+            std::fs::write(scene.folder().join(FLAT_FILE), "").unwrap();
+            std::fs::remove_file(&recent).unwrap();
+        }
+        let device = scene.open();
+        assert!(written(&device).is_superset(&BTreeSet::from([3, 4, 30, 31])), "{round}");
+        let reader = Arc::clone(&device);
+        assert!(io.block_on(move || async move { read_all(&reader).await }).unwrap() == image, "{round}");
+        write(&device, &mut image, at * BLOCK_BYTES, 3);
+        drop(device);
+        let device = scene.open();
+        assert!(written(&device).is_superset(&BTreeSet::from([at, at + 1])), "{round}");
+        assert!(io.block_on(move || async move { read_all(&device).await }).unwrap() == image, "{round}");
+    }
+    assert!(!recent.exists(), "nor does it begin the file");
+}
