@@ -29,8 +29,8 @@ const SETTLE_MAX: Duration = Duration::from_secs(300);
 const FOLD_MAX: Duration = Duration::from_secs(300);
 /// A disk that the load has written over in less than two seconds.
 const SMALL_BYTES: u64 = 64 << 20;
-/// The keeper looks every 5 s, and thins several times in one look.
-const THINNED_AFTER: Duration = Duration::from_secs(15);
+/// The keeper looks every 5 s, and folds or thins several times in one look.
+const KEPT_AFTER: Duration = Duration::from_secs(15);
 /// Most bytes that may be written for one that is received, for one that is folded, and on a rung for one that survives.
 const BOUND: f64 = 1.1;
 
@@ -54,16 +54,20 @@ pub(crate) fn run(bench: &Bench) -> Result<Report> {
     let at_commit = (after.0 - before.0) as f64 / received as f64;
     sending.kill()?;
     receiving.stop()?;
-    // What is there is nearly all that may be: the oldest points are folded until it is 70 %.
-    receiver.limit_space(after.1.stored_bytes * 102 / 100)?;
-    eprintln!("retention: folding of some {} MB", after.1.stored_bytes * 32 / 100 / 1_000_000);
+    // Of no use any more but for its newest points. With too little space instead, points would be thinned out first.
+    receiver.keep("[\"all for 1s\"]")?;
+    eprintln!("retention: folding of {} MB at most", after.1.stored_bytes / 1_000_000);
     let mut receiving = receiver.start(bench)?;
     let idle = procfs::written(receiving.pid())?;
-    let mut folded = receiver.copy()?;
+    let (mut folded, mut folds, mut since) = (receiver.copy()?, 0, Instant::now());
     receiving.wait_until("has folded", FOLD_MAX, || {
         folded = receiver.copy()?;
-        Ok(folded.retention.folds > 0 && folded.retention.folding.is_none())
+        if folded.retention.folds != folds || folded.retention.folding.is_some() {
+            (folds, since) = (folded.retention.folds, Instant::now());
+        }
+        Ok(folds > 0 && since.elapsed() > KEPT_AFTER)
     })?;
+    anyhow::ensure!(folded.retention.thins == 0, "points were thinned out while only folding was to be measured");
     let written = procfs::written(receiving.pid())? - idle;
     let base = primary.base_in(&receiver);
     let base = std::fs::metadata(&base).with_context(|| format!("{}: the base is not there", base.display()))?;
@@ -186,7 +190,7 @@ fn thinning(bench: &Bench, seconds: u32) -> Result<Vec<Thinned>> {
             if now.retention.thins != thins {
                 (thins, since) = (now.retention.thins, Instant::now());
             }
-            Ok(thins > 0 && since.elapsed() > THINNED_AFTER)
+            Ok(thins > 0 && since.elapsed() > KEPT_AFTER)
         })?;
         let written = procfs::written(receiving.pid())? - idle;
         // It began before it was first asked, so what it says of itself counts from the start.
