@@ -402,6 +402,50 @@ fn told(receiver: &Node, path: &str, body: &str) -> String {
     answer
 }
 
+/// A drill at a private socket, under this name; what the node answered. Until the name is free if it is not.
+fn begun(receiver: &Node, name: &str) -> serde_json::Value {
+    let began = std::time::Instant::now();
+    loop {
+        let answer = told(receiver, "/v1/drill", &format!("{{\"group\":\"db\",\"name\":\"{name}\"}}"));
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        if head.starts_with("HTTP/1.1 200") {
+            return serde_json::from_str(body).expect("JSON");
+        }
+        assert!(head.starts_with("HTTP/1.1 409") && began.elapsed() < SOON, "{answer}");
+    }
+}
+
+/// Would catch a request of somebody who is gone that comes late and holds, and so ends, the next drill of the name; and the end of a drill that takes
+/// the folder, the server or the disks of the next one with it.
+#[test]
+fn the_next_drill_of_a_name_is_another_one() {
+    let folder = scratch();
+    let pair = pair(folder.path());
+    let gone = begun(&pair.receiver, "drill-x");
+    assert!(text(&pair.receiver.ask(&["drill", "end", "x"])).contains("drill-x: thrown away"));
+    let mut current = begun(&pair.receiver, "drill-x");
+    for path in ["/v1/drill/hold", "/v1/drill/end"] {
+        let late = told(&pair.receiver, path, &format!("{{\"name\":\"drill-x\",\"serial\":{}}}", gone["serial"]));
+        assert!(late.starts_with("HTTP/1.1 404"), "{path}: {late}");
+    }
+    for _ in 0..20 {
+        let socket = PathBuf::from(current["export"].as_str().and_then(|at| at.strip_prefix("unix:")).expect("a socket"));
+        let mut disk = Nbd::connect(&socket, "root").expect("the drill's disk");
+        disk.read(0, 4096).expect("a read");
+        let end = format!("{{\"name\":\"drill-x\",\"serial\":{}}}", current["serial"]);
+        current = std::thread::scope(|scope| {
+            let ending = scope.spawn(|| told(&pair.receiver, "/v1/drill/end", &end));
+            // While it ends, with a client.
+            let next = begun(&pair.receiver, "drill-x");
+            let ended = ending.join().expect("a thread");
+            assert!(ended.starts_with("HTTP/1.1 200"), "{ended}");
+            next
+        });
+    }
+    pair.receiver.cli(&["drill", "end", "drill-x"]);
+    assert_eq!((drills(&pair.receiver), forks(&pair)), (Vec::new(), Vec::new()));
+}
+
 /// Would catch drills without a limit, and one at a private socket that stays although whoever asked for it never came.
 #[test]
 fn drills_are_bounded_and_one_that_nobody_holds_ends() {

@@ -263,6 +263,11 @@ impl DiskFile {
     }
 }
 
+/// Whether it failed for want of space, of the file system or of a quota.
+pub(crate) fn is_out_of_space(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// Fills `buf` if all of it can be had without waiting for the disk. Returns whether it was.
 pub(crate) fn read_nowait(file: &File, buf: &mut [u8], offset: u64) -> bool {
     let length = buf.len();

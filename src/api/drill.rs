@@ -36,8 +36,10 @@ pub struct DrillRequest {
 /// The answer to a [`DrillRequest`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DrillStarted {
-    /// Its name.
+    /// Its name. Free again when it has ended.
     pub name: String,
+    /// Of this drill alone.
+    pub serial: u64,
     /// Whose.
     pub client: Name,
     /// The group.
@@ -65,6 +67,8 @@ pub struct DrillStarted {
 pub struct DrillHold {
     /// The drill.
     pub name: String,
+    /// That of [`DrillStarted`]: a request that comes late must not hold another drill of this name.
+    pub serial: u64,
 }
 
 /// `POST /v1/drill/end`.
@@ -73,6 +77,9 @@ pub struct DrillHold {
 pub struct DrillEnd {
     /// The drill.
     pub name: String,
+    /// That of [`DrillStarted`], if only that one is meant.
+    #[serde(default)]
+    pub serial: Option<u64>,
     /// What its script found, to be kept.
     pub report: Option<DrillReport>,
 }

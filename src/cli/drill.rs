@@ -13,7 +13,7 @@ use proto::{Name, Point};
 use super::human::{self, Paint};
 use super::{Control, Usage, client};
 use crate::api::{
-    DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillReport, DrillRequest, DrillResult, DrillResults, DrillStarted,
+    DrillEnd, DrillEnded, DrillHold, DrillList, DrillOutcome, DrillRequest, DrillResult, DrillResults, DrillStarted,
 };
 use crate::config::{DRILL_TIMEOUT_DEFAULT, export_address, units};
 use crate::node::{drill_environment, drill_report};
@@ -189,8 +189,9 @@ pub(crate) fn what(point: Point, fork: Option<&Name>) -> String {
 }
 
 /// Keeps a drill as long as this process lives; `gone` is set if the drill ends before.
-pub(crate) fn hold(socket: &Path, name: &str, gone: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    let (socket, hold, gone) = (socket.to_path_buf(), DrillHold { name: name.to_owned() }, Arc::clone(gone));
+pub(crate) fn hold(socket: &Path, drill: &DrillStarted, gone: &Arc<AtomicBool>) -> anyhow::Result<()> {
+    let hold = DrillHold { name: drill.name.clone(), serial: drill.serial };
+    let (socket, gone) = (socket.to_path_buf(), Arc::clone(gone));
     std::thread::Builder::new().name("hold".to_owned()).spawn(move || {
         if let Err(error) = client::wait::<DrillEnded>(&socket, "/v1/drill/hold", &hold) {
             tracing::debug!(%error, "the drill is not held any more");
@@ -202,7 +203,7 @@ pub(crate) fn hold(socket: &Path, name: &str, gone: &Arc<AtomicBool>) -> anyhow:
 
 fn run_script(socket: &Path, drill: &DrillStarted, path: PathBuf, timeout: Duration, json: bool) -> anyhow::Result<()> {
     let gone = Arc::new(AtomicBool::new(false));
-    hold(socket, &drill.name, &gone)?;
+    hold(socket, drill, &gone)?;
     super::interrupt::cancels(&gone)?;
     let of = format!("group {}/{}, {}", drill.client, drill.group, what(drill.point, drill.fork.as_ref()));
     if !json {
@@ -217,7 +218,8 @@ fn run_script(socket: &Path, drill: &DrillStarted, path: PathBuf, timeout: Durat
     });
     let report = drill_report(&ended);
     let cancelled = ended.end == End::Cancelled;
-    let done = client::post::<DrillEnded>(socket, "/v1/drill/end", &DrillEnd { name: drill.name.clone(), report });
+    let end = DrillEnd { name: drill.name.clone(), serial: Some(drill.serial), report };
+    let done = client::post::<DrillEnded>(socket, "/v1/drill/end", &end);
     if cancelled {
         bail!("drill {}: interrupted, or ended by somebody else: nothing was recorded, the drill is thrown away", drill.name);
     }
@@ -290,8 +292,8 @@ fn list(socket: &Path, json: bool) -> anyhow::Result<()> {
 
 fn end(socket: &Path, names: &[String], json: bool) -> anyhow::Result<()> {
     for name in names {
-        let ended: DrillEnded =
-            client::post(socket, "/v1/drill/end", &DrillEnd { name: name.clone(), report: None::<DrillReport> })?;
+        let end = DrillEnd { name: name.clone(), serial: None, report: None };
+        let ended: DrillEnded = client::post(socket, "/v1/drill/end", &end)?;
         let text = if json { serde_json::to_string(&ended)? } else { format!("{}: thrown away", ended.name) };
         writeln!(std::io::stdout(), "{text}")?;
     }

@@ -251,7 +251,7 @@ async fn end_drill(
     body: Result<Json<DrillEnd>, JsonRejection>,
 ) -> Result<Json<DrillEnded>, RequestError> {
     let Json(end) = body?;
-    let running = tokio::spawn(async move { node.end_drill(&end.name, end.report).await });
+    let running = tokio::spawn(async move { node.end_drill(end).await });
     Ok(Json(running.await.map_err(|_| RequestError::Aborted)??))
 }
 

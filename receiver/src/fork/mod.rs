@@ -39,7 +39,7 @@ pub use recent::RECENT_MAGIC;
 use recent::{Boot, Recent};
 pub(crate) use under::Under;
 
-use crate::disk::Disk;
+use crate::disk::{Disk, is_out_of_space};
 use crate::group::{GroupError, Shared};
 use crate::store::{GroupFolder, at};
 use crate::superblock::{ForkInUse, Superblock, Volume};
@@ -244,10 +244,6 @@ fn open_recent(disk: &Disk, path: &Path, of: &MapHeader, access: Access) -> Resu
         }
         found => found.map_err(|source| at(path, "open what was written and not flushed")(source).into()),
     }
-}
-
-fn is_out_of_space(error: &std::io::Error) -> bool {
-    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }
 
 fn header(shared: &Shared, point: Point, size_bytes: u64) -> MapHeader {

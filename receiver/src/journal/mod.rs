@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use proto::{EpochId, Point, Seal};
 
-use crate::disk::{Disk, DiskFile};
+use crate::disk::{Disk, DiskFile, is_out_of_space};
 
 pub(crate) use record::Payloads;
 pub(crate) use recover::{Sink, Unsealed, open, refusal};
@@ -127,10 +127,7 @@ impl JournalError {
 
 /// What to do about a failed operation, where that is known.
 fn remedy(source: &io::Error) -> &'static str {
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ": free space in the store; replication goes on by itself",
-        _ => "",
-    }
+    if is_out_of_space(source) { ": free space in the store; replication goes on by itself" } else { "" }
 }
 
 /// A segment that is older ends with the next epoch.

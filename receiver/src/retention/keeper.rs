@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 use super::thin::{self, Plan};
 use super::{Due, RetentionStatus, SPACE_HIGH_PERCENT, SPACE_LOW_PERCENT, Situation, due};
 use crate::base;
+use crate::disk::is_out_of_space;
 use crate::group::{Group, GroupError, Shared, Usage};
 use crate::journal::JournalError;
 use crate::node::Node;
@@ -241,7 +242,7 @@ fn do_thin(group: &Group, plan: &Plan, early: bool, drive: &mut Drive<'_>) -> bo
 }
 
 fn is_full(error: &GroupError) -> bool {
-    matches!(error, GroupError::Journal(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::StorageFull)
+    matches!(error, GroupError::Journal(JournalError::Io { source, .. }) if is_out_of_space(source))
 }
 
 /// The segments of `plan` stay as they are on this rung.

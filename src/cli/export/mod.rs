@@ -110,10 +110,10 @@ pub(crate) fn run(socket: &Path, args: ExportArgs) -> anyhow::Result<()> {
     };
     let point: DrillStarted = client::post(socket, "/v1/drill", &request)?;
     let gone = Arc::new(AtomicBool::new(false));
-    drill::hold(socket, &point.name, &gone)?;
+    drill::hold(socket, &point, &gone)?;
     interrupt::cancels(&gone)?;
     let written = write(&point, &args, &file, &gone);
-    let end = DrillEnd { name: point.name.clone(), report: None };
+    let end = DrillEnd { name: point.name.clone(), serial: Some(point.serial), report: None };
     let ended = client::post::<DrillEnded>(socket, "/v1/drill/end", &end);
     let told = written?;
     // The file is whole; that the node could not put its own things in order is no failure of it.

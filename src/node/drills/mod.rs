@@ -6,7 +6,8 @@
 mod schedule;
 mod start;
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry as Slot;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use tokio::task::JoinHandle;
 pub(crate) use self::schedule::{environment, report, run as run_schedule};
 use super::copies::GroupRef;
 use super::{Node, RequestError};
-use crate::api::{DrillEnded, DrillHold, DrillReport, DrillResult, DrillResults, DrillStatus};
+use crate::api::{DrillEnd, DrillEnded, DrillHold, DrillReport, DrillResult, DrillResults, DrillStatus};
 use crate::cli::human::unix_us_now;
 use crate::hooks::{Facts, Phase, Transition};
 
@@ -39,6 +40,8 @@ pub(crate) enum DrillRefused {
     Taken { name: String },
     #[error("drill {name} is still being made: try again")]
     Unready { name: String },
+    #[error("drill {name} is still being thrown away: try again")]
+    Leaving { name: String },
     #[error("{DRILLS_MAX} drills run here, and no more may: end one, see twinsite drill list")]
     TooMany,
     #[error("name '{given}' makes no name of a drill: write 1 to 58 of a-z A-Z 0-9 . _ -")]
@@ -98,7 +101,41 @@ pub(crate) struct Drills {
     folder: PathBuf,
     space_max_bytes: u64,
     serial: AtomicU64,
-    entries: Mutex<BTreeMap<String, Entry>>,
+    names: Mutex<Names>,
+}
+
+#[derive(Default)]
+struct Names {
+    running: BTreeMap<String, Entry>,
+    /// Being thrown away: folder, server and fork go by the name, so another drill gets it afterwards only.
+    leaving: BTreeSet<String>,
+}
+
+impl Names {
+    fn taken(&self) -> usize {
+        self.running.len() + self.leaving.len()
+    }
+
+    fn is_free(&self, name: &str) -> bool {
+        !self.running.contains_key(name) && !self.leaving.contains(name)
+    }
+
+    /// The drill of this name, if it is of this serial.
+    fn find(&self, name: &str, serial: Option<u64>) -> Option<&Entry> {
+        self.running.get(name).filter(|entry| serial.is_none_or(|serial| entry.serial == serial))
+    }
+}
+
+/// A drill that is not in the list any more; its name is free when this is dropped.
+struct Leaving<'a> {
+    drills: &'a Drills,
+    name: String,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.drills.names.lock().leaving.remove(&self.name);
+    }
 }
 
 impl Drills {
@@ -111,17 +148,37 @@ impl Drills {
             }
             _ => {}
         }
-        Self { folder, space_max_bytes, serial: AtomicU64::new(1), entries: Mutex::default() }
+        // Not those of a former run either, if somebody remembers them.
+        Self { folder, space_max_bytes, serial: AtomicU64::new(unix_us_now()), names: Mutex::default() }
     }
 
     /// What runs, by name.
     pub(crate) fn status(&self) -> Vec<DrillStatus> {
-        let entries = self.entries.lock();
-        entries.iter().map(|(name, entry)| entry.status(name, self.space_max_bytes)).collect()
+        let names = self.names.lock();
+        names.running.iter().map(|(name, entry)| entry.status(name, self.space_max_bytes)).collect()
+    }
+
+    /// Takes a drill from the list, to be thrown away.
+    fn take(&self, name: &str, serial: Option<u64>) -> Result<(Entry, Leaving<'_>), DrillRefused> {
+        let mut names = self.names.lock();
+        let entry = match names.running.entry(name.to_owned()) {
+            Slot::Occupied(found) if serial.is_none_or(|serial| found.get().serial == serial) => {
+                if matches!(found.get().running, Running::Making) {
+                    return Err(DrillRefused::Unready { name: name.to_owned() });
+                }
+                found.remove()
+            }
+            _ => {
+                drop(names);
+                return Err(self.unknown(name));
+            }
+        };
+        names.leaving.insert(name.to_owned());
+        Ok((entry, Leaving { drills: self, name: name.to_owned() }))
     }
 
     fn unknown(&self, given: &str) -> DrillRefused {
-        DrillRefused::Unknown { given: given.to_owned(), known: self.entries.lock().keys().cloned().collect() }
+        DrillRefused::Unknown { given: given.to_owned(), known: self.names.lock().running.keys().cloned().collect() }
     }
 
     /// The name as it is in the list.
@@ -177,36 +234,25 @@ impl Node {
     /// Waits for the end of a drill; ends it if this is given up.
     pub(crate) async fn hold_drill(self: &Arc<Self>, hold: &DrillHold) -> Result<DrillEnded, RequestError> {
         let name = Drills::full_name(&hold.name);
-        let (serial, mut ended) = {
-            let mut entries = self.drills.entries.lock();
-            let found = entries.get_mut(&name).map(|entry| {
-                entry.held = true;
-                (entry.serial, entry.ended.subscribe())
-            });
-            drop(entries);
-            found.ok_or_else(|| self.drills.unknown(&hold.name))?
-        };
-        let _holder = Holder { node: Arc::clone(self), name: name.clone(), serial };
+        let held = self.drills.names.lock().running.get_mut(&name).filter(|entry| entry.serial == hold.serial).map(|entry| {
+            entry.held = true;
+            entry.ended.subscribe()
+        });
+        let mut ended = held.ok_or_else(|| self.drills.unknown(&hold.name))?;
+        let _holder = Holder { node: Arc::clone(self), name: name.clone(), serial: hold.serial };
         // An error is the end, too.
         let _ = ended.wait_for(|ended| *ended).await;
         Ok(DrillEnded { name, result: None, recorded: false })
     }
 
     /// Ends a drill, and keeps what its script found.
-    pub(crate) async fn end_drill(&self, given: &str, report: Option<DrillReport>) -> Result<DrillEnded, RequestError> {
-        let name = Drills::full_name(given);
-        let result = match report {
+    pub(crate) async fn end_drill(&self, end: DrillEnd) -> Result<DrillEnded, RequestError> {
+        let name = Drills::full_name(&end.name);
+        let result = match end.report {
             None => None,
-            Some(report) => Some(self.reported(&name, report)?),
+            Some(report) => Some(self.reported(&name, end.serial, report)?),
         };
-        let entry = {
-            let mut entries = self.drills.entries.lock();
-            if entries.get(&name).is_some_and(|entry| matches!(entry.running, Running::Making)) {
-                return Err(DrillRefused::Unready { name }.into());
-            }
-            entries.remove(&name)
-        };
-        let entry = entry.ok_or_else(|| self.drills.unknown(given))?;
+        let (entry, leaving) = self.drills.take(&name, end.serial)?;
         let group = entry.group.to_string();
         // On the point it would say what is true of the kept fork only.
         let recorded = result.is_some() && entry.fork.is_none();
@@ -215,30 +261,25 @@ impl Node {
             Some(result) if recorded => self.keep(&group, result.clone()).await,
             _ => Ok(()),
         };
-        self.throw_away(&name, entry).await;
+        self.throw_away(leaving, entry).await;
         kept?;
         Ok(DrillEnded { name, result, recorded })
     }
 
     /// As [`end_drill`](Self::end_drill), if it is still that one.
     async fn end_abandoned(&self, name: &str, serial: u64) {
-        let entry = {
-            let mut entries = self.drills.entries.lock();
-            let same = entries.get(name).is_some_and(|e| e.serial == serial && !matches!(e.running, Running::Making));
-            if same { entries.remove(name) } else { None }
-        };
-        if let Some(entry) = entry {
+        if let Ok((entry, leaving)) = self.drills.take(name, Some(serial)) {
             tracing::info!(drill = name, "whoever held it is gone");
-            self.throw_away(name, entry).await;
+            self.throw_away(leaving, entry).await;
         }
     }
 
     /// The result that a report makes.
-    fn reported(&self, name: &str, report: DrillReport) -> Result<DrillResult, RequestError> {
-        let entries = self.drills.entries.lock();
+    fn reported(&self, name: &str, serial: Option<u64>, report: DrillReport) -> Result<DrillResult, RequestError> {
+        let names = self.drills.names.lock();
         let no_script = || DrillRefused::NoScript { name: name.to_owned() };
-        let Some(entry) = entries.get(name) else {
-            drop(entries);
+        let Some(entry) = names.find(name, serial) else {
+            drop(names);
             return Err(self.drills.unknown(name).into());
         };
         let Running::Drill(drill) = &entry.running else { return Err(no_script().into()) };
@@ -266,7 +307,8 @@ impl Node {
     }
 
     /// Returns the run of the hook after it, if there is one.
-    async fn throw_away(&self, name: &str, entry: Entry) -> Option<JoinHandle<()>> {
+    async fn throw_away(&self, leaving: Leaving<'_>, entry: Entry) -> Option<JoinHandle<()>> {
+        let name = leaving.name.as_str();
         self.exports.withdraw(&selector(&entry.group, name)).await;
         {
             // A failover binds its address before it offers anything there: it must not lose it in between.
@@ -285,16 +327,20 @@ impl Node {
             tracing::warn!("{}: cannot be removed: {error}", folder.display());
         }
         tracing::info!(drill = name, group = %entry.group, "drill ended");
+        drop(leaving);
         entry.ended.send_replace(true);
         self.hooks.begin_awaited(Transition::Drill, Phase::Post, entry.facts?)
     }
 
     /// Ends all of them, when the node stops. Returns the runs of the hooks after them.
     pub(crate) async fn end_drills(&self) -> Vec<JoinHandle<()>> {
-        let all = std::mem::take(&mut *self.drills.entries.lock());
+        let all: Vec<String> = self.drills.names.lock().running.keys().cloned().collect();
         let mut hooks = Vec::new();
-        for (name, entry) in all {
-            hooks.extend(self.throw_away(&name, entry).await);
+        for name in all {
+            // Unready or gone: nothing to throw away.
+            if let Ok((entry, leaving)) = self.drills.take(&name, None) {
+                hooks.extend(self.throw_away(leaving, entry).await);
+            }
         }
         hooks
     }

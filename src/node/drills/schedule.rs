@@ -138,7 +138,7 @@ impl Node {
             }
         };
         let report = ended.ok().and_then(|ended| report(&ended));
-        self.end_drill(&started.name, report).await.map(drop)
+        self.end_drill(DrillEnd { name: started.name, serial: Some(started.serial), report }).await.map(drop)
     }
 
     async fn begin_scheduled(
@@ -299,6 +299,7 @@ mod tests {
         let volume = |name: &str| crate::api::CopyVolume { name: name.parse().unwrap(), size_bytes: 1 };
         let drill = DrillStarted {
             name: "drill-1".to_owned(),
+            serial: 1,
             client: "alpha".parse().unwrap(),
             group: "db".parse().unwrap(),
             point: "1.7".parse().unwrap(),

@@ -54,9 +54,9 @@ struct Claim<'a> {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         if !self.kept {
-            let mut entries = self.drills.entries.lock();
-            if entries.get(&self.name).is_some_and(|entry| entry.serial == self.serial) {
-                entries.remove(&self.name);
+            let mut names = self.drills.names.lock();
+            if names.find(&self.name, Some(self.serial)).is_some() {
+                names.running.remove(&self.name);
             }
         }
     }
@@ -65,8 +65,8 @@ impl Drop for Claim<'_> {
 impl Drills {
     /// Takes a name.
     fn claim(&self, request: &DrillRequest, group: &GroupRef, asked: Asked) -> Result<Claim<'_>, DrillRefused> {
-        let mut entries = self.entries.lock();
-        if entries.len() >= DRILLS_MAX {
+        let mut names = self.names.lock();
+        if names.taken() >= DRILLS_MAX {
             return Err(DrillRefused::TooMany);
         }
         let prefix = if request.read_only { "export-" } else { receiver::drill::DRILL_PREFIX };
@@ -77,12 +77,13 @@ impl Drills {
                 (if legal { Some(name) } else { None }).ok_or_else(|| DrillRefused::Name { given: given.clone() })?
             }
             None => {
-                let free = (1..=DRILLS_MAX).map(|n| format!("{prefix}{n}")).find(|name| !entries.contains_key(name));
+                let free = (1..=DRILLS_MAX).map(|n| format!("{prefix}{n}")).find(|name| names.is_free(name));
                 free.ok_or(DrillRefused::TooMany)?
             }
         };
-        if entries.contains_key(&name) {
-            return Err(DrillRefused::Taken { name });
+        if !names.is_free(&name) {
+            let leaving = names.leaving.contains(&name);
+            return Err(if leaving { DrillRefused::Leaving { name } } else { DrillRefused::Taken { name } });
         }
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let entry = Entry {
@@ -99,7 +100,7 @@ impl Drills {
             held: false,
             ended: watch::Sender::new(false),
         };
-        entries.insert(name.clone(), entry);
+        names.running.insert(name.clone(), entry);
         Ok(Claim { drills: self, name, serial, kept: false })
     }
 }
@@ -150,8 +151,8 @@ impl Node {
             }
         };
         {
-            let mut entries = self.drills.entries.lock();
-            if let Some(entry) = entries.get_mut(&name) {
+            let mut names = self.drills.names.lock();
+            if let Some(entry) = names.running.get_mut(&name) {
                 entry.running = running;
                 entry.export = Some(address.to_string());
                 entry.folder = folder;
@@ -164,9 +165,9 @@ impl Node {
         }
         let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         tracing::info!(drill = name, group = %group, %point, %address, took_ms, "drill begun");
-        let (export, fork) = (address.to_string(), request.fork.clone());
+        let (export, fork, serial) = (address.to_string(), request.fork.clone(), claim.serial);
         let GroupRef { client, group } = group;
-        Ok(DrillStarted { name, client, group, point, fork, cut_unix_us, export, volumes, space_max_bytes, took_ms })
+        Ok(DrillStarted { name, serial, client, group, point, fork, cut_unix_us, export, volumes, space_max_bytes, took_ms })
     }
 
     /// Makes the disks of a drill, or finds those that are only read.
@@ -281,7 +282,7 @@ impl Node {
         let node = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(HOLD_WITHIN).await;
-            let held = node.drills.entries.lock().get(&name).is_none_or(|entry| entry.serial != serial || entry.held);
+            let held = node.drills.names.lock().find(&name, Some(serial)).is_none_or(|entry| entry.held);
             if !held {
                 node.end_abandoned(&name, serial).await;
             }
