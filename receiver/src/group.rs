@@ -4,7 +4,9 @@
 //! session that lost the group cannot write (its commands carry its number), and a promotion stands between two
 //! commits, never in one. Frames of the next epoch wait in the channel while the thread syncs.
 
+mod error;
 pub(crate) mod fold;
+mod open;
 mod points;
 pub(crate) mod stage;
 #[cfg(test)]
@@ -14,14 +16,13 @@ mod worker;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use parking_lot::{Mutex, RwLock};
 use proto::fencing::GroupRole;
-use proto::units::blocks_of;
-use proto::{BlockExtent, EpochId, Fingerprint, FrameHeader, FrameKind, Generation, Name, Point, Seal, SessionToken};
+use proto::{EpochId, Fingerprint, Generation, Name, Point, Seal, SessionToken};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::base::Sums;
@@ -30,17 +31,18 @@ use crate::core::{Arrived, Cause, StoredGroup};
 use crate::disk::Disk;
 use crate::fork::{FlattenStatus, Flattening, OpenFork};
 use crate::frames::FrameStore;
-use crate::index::{FrameId, FrameTable, Index};
-use crate::journal::{self, Ended, Expected, GroupId, JournalError, JournalOptions, Mark, Sink, Unsealed};
+use crate::index::Index;
+use crate::journal::{Ended, GroupId, Mark};
 use crate::kept::KeptForks;
 use crate::liveness::Heard;
-use crate::names::{NameError, Names};
+use crate::names::Names;
 use crate::pins::{Pinned, Pins};
 use crate::retention::{Ladder, RetentionStatus};
 use crate::scrub::Findings;
 use crate::store::GroupFolder;
-use crate::superblock::{ForkInUse, Superblock, SuperblockError, SuperblockFile, Volume};
-use stage::Stage;
+use crate::superblock::{ForkInUse, Superblock, Volume};
+pub use error::GroupError;
+use open::{next_frame, number_frame};
 use worker::Worker;
 
 /// Commands waiting for a group's thread, most of them batches of up to 390 KiB. When full, the session stops reading, QUIC flow
@@ -48,133 +50,6 @@ use worker::Worker;
 pub const GROUP_QUEUE_MAX: usize = 16;
 /// Events waiting for a session. Never full: a session has at most so many commits in flight, and one event ends it.
 pub(crate) const SESSION_EVENTS_MAX: usize = crate::core::EPOCHS_IN_FLIGHT_MAX as usize + 4;
-
-/// Why a group cannot be opened, read or changed.
-#[derive(Debug, thiserror::Error)]
-pub enum GroupError {
-    /// Its superblock.
-    #[error(transparent)]
-    Superblock(#[from] SuperblockError),
-    /// Its journal.
-    #[error(transparent)]
-    Journal(#[from] JournalError),
-    /// Its thread.
-    #[error("cannot start the thread of group '{group}': {source}")]
-    Thread {
-        /// The group.
-        group: Name,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Its thread is gone.
-    #[error("group '{group}' is closed: the node is stopping")]
-    Closed {
-        /// The group.
-        group: Name,
-    },
-    /// No such point.
-    #[error("group '{group}' has no point {point}: see `twinsite points {group}`")]
-    NoPoint {
-        /// The group.
-        group: Name,
-        /// The point.
-        point: Point,
-    },
-    /// No point at all.
-    #[error("group '{group}' has no committed point yet: its first sync is not done")]
-    Empty {
-        /// The group.
-        group: Name,
-    },
-    /// Promoted already, from another point.
-    #[error("group '{group}' is active already, from point {active}: it cannot be activated from point {wanted} too")]
-    ActiveElsewhere {
-        /// The group.
-        group: Name,
-        /// The point in use.
-        active: Point,
-        /// The point asked for.
-        wanted: Point,
-    },
-    /// The client's space is used up.
-    #[error("client '{client}' has used its {max} bytes of space: raise `space_max`")]
-    Space {
-        /// The client.
-        client: Name,
-        /// The limit.
-        max: u64,
-    },
-    /// The group's space is used up.
-    #[error("group '{client}/{group}' has used its {max} bytes of space: raise its `space_max` in [[receiver.client.group]]")]
-    GroupSpace {
-        /// The client.
-        client: Name,
-        /// The group.
-        group: Name,
-        /// The limit.
-        max: u64,
-    },
-    /// Role or generation changed meanwhile.
-    #[error("group '{group}' changed hands meanwhile: see `twinsite status`, then try again")]
-    Changed {
-        /// The group.
-        group: Name,
-    },
-    /// Its primary is not there.
-    #[error("the primary of group '{group}' is not connected: a switchover needs both sites (without it, `twinsite failover`)")]
-    NotConnected {
-        /// The group.
-        group: Name,
-    },
-    /// Its primary did not come to an end in time.
-    #[error(
-        "the primary of group '{group}' did not commit all of its writes within {seconds} s: it takes writes again, nothing was changed"
-    )]
-    NotDrained {
-        /// The group.
-        group: Name,
-        /// How long it had.
-        seconds: u64,
-    },
-    /// Its primary was lost meanwhile; once it is back it takes writes again.
-    #[error(
-        "the connection to the primary of group '{group}' was lost after it was asked to take no more writes: once it is back it takes them \
-         again; nothing was changed, try again"
-    )]
-    DrainLost {
-        /// The group.
-        group: Name,
-    },
-    /// A fold would take away what somebody looks at, or what must stay.
-    #[error("group '{group}' cannot be folded up to point {point}: {why}")]
-    Kept {
-        /// The group.
-        group: Name,
-        /// The point.
-        point: Point,
-        /// What is in the way.
-        why: &'static str,
-    },
-    /// The base cannot be written.
-    #[error("{}: cannot {what} the base: {source}", path.display())]
-    Base {
-        /// The file.
-        path: std::path::PathBuf,
-        /// What was tried.
-        what: &'static str,
-        /// Why it failed.
-        source: std::io::Error,
-    },
-    /// A frame that is to be folded.
-    #[error(transparent)]
-    Frame(#[from] crate::frames::FrameError),
-    /// Its named points.
-    #[error(transparent)]
-    Names(#[from] NameError),
-    /// Its fork.
-    #[error(transparent)]
-    Fork(#[from] crate::fork::ForkError),
-}
 
 /// What a client's groups take, against its limit.
 #[derive(Debug, Default)]
@@ -464,166 +339,7 @@ enum Runner {
     Stopped,
 }
 
-/// Collects what recovery finds.
-struct Recovered<'a> {
-    committed: Index,
-    stage: Stage,
-    points: Vec<PointEntry>,
-    frames: &'a FrameStore,
-    next_committed: u32,
-    /// What is there of an epoch that was arriving is for the primary to go on with; a promoted group has none.
-    keeps: bool,
-    unsealed: Option<Unsealed>,
-}
-
-impl Sink for Recovered<'_> {
-    fn frame(&mut self, segment: u32, offset: u64, header: &FrameHeader, extents: &[BlockExtent]) {
-        let id = number_frame(&mut self.frames.table.write(), segment, offset, header.kind);
-        self.stage.add(&self.committed, (header.volume, header.kind, id), extents);
-    }
-
-    fn sealed(&mut self, seal: &Seal, end: Mark) {
-        self.stage.seal(&mut self.committed);
-        self.next_committed = next_frame(self.frames);
-        self.points.push(PointEntry::new(seal, end, self.next_committed));
-    }
-
-    fn unsealed(&mut self, unsealed: &Unsealed) -> bool {
-        self.unsealed = Some(unsealed.clone()).filter(|_| self.keeps);
-        self.keeps
-    }
-
-    fn dropped(&mut self) {
-        self.stage.clear();
-        self.frames.table.write().truncate(self.next_committed);
-    }
-}
-
-fn next_frame(frames: &FrameStore) -> u32 {
-    frames.table.read().next().map_or(u32::MAX, |f| f.0)
-}
-
-/// Enters a frame into the table. The same order of frames gives the same numbers, here and in every rebuild.
-fn number_frame(table: &mut FrameTable, segment: u32, offset: u64, kind: FrameKind) -> FrameId {
-    match kind {
-        FrameKind::Zero => FrameId::ZERO,
-        FrameKind::Data => {
-            let id = table.next().unwrap_or(FrameId::MAX);
-            table.push(segment, u32::try_from(offset).unwrap_or(u32::MAX));
-            id
-        }
-    }
-}
-
 impl Group {
-    /// Opens a group's folder with recovery and starts its thread.
-    pub(crate) fn open(folder: GroupFolder, usage: Arc<Usage>, options: JournalOptions) -> Result<Arc<Self>, GroupError> {
-        let group = Self::parked(folder, usage, options)?;
-        let name = group.shared.folder.group.clone();
-        let mut runner = group.runner.lock();
-        if let Runner::Parked(mut worker, inbox) = std::mem::replace(&mut *runner, Runner::Stopped) {
-            let thread = std::thread::Builder::new().name(format!("group-{name}")).spawn(move || worker.run(inbox));
-            *runner = Runner::Thread(thread.map_err(|source| GroupError::Thread { group: name, source })?);
-        }
-        drop(runner);
-        Ok(group)
-    }
-
-    /// Opens a group's folder with recovery; nothing is done for it until somebody does.
-    pub(crate) fn parked(folder: GroupFolder, usage: Arc<Usage>, options: JournalOptions) -> Result<Arc<Self>, GroupError> {
-        let superblock = SuperblockFile::open(&options.disk, &folder.path)?;
-        let block = superblock.get().clone();
-        let volume_blocks: Arc<[u64]> = block.volumes.iter().map(|v| blocks_of(v.size_bytes)).collect();
-        let expected = Expected {
-            group_id: block.group_id,
-            first_segment: block.first_segment,
-            base: block.base,
-            volume_blocks: Arc::clone(&volume_blocks),
-        };
-        let frames = FrameStore::new(&folder.journal(), Arc::clone(&volume_blocks));
-        let empty = Index::new(block.volumes.iter().map(|v| v.size_bytes), block.base.is_none());
-        let mut found = Recovered {
-            committed: empty,
-            stage: Stage::default(),
-            points: PointEntry::of_base(&block).into_iter().collect(),
-            frames: &frames,
-            next_committed: 0,
-            keeps: block.role == GroupRole::Replica,
-            unsealed: None,
-        };
-        let disk = options.disk.clone();
-        let names = Names::open(&disk, &folder.path);
-        let mut journal = journal::open(&folder.journal(), &expected, block.synced, options, &mut found)?;
-        let Recovered { committed, stage, mut points, next_committed, unsealed, .. } = found;
-        // The base may have something of what comes after them.
-        points.retain(|p| block.folding.is_none_or(|folding| p.point >= folding));
-        let newest = points.last().map(|p| p.point).or(block.base);
-        let epoch = newest.map_or(EpochId(1), |p| p.epoch.next());
-        journal.expect(epoch);
-        let arrived = unsealed.map_or_else(|| Arrived::new(epoch), |u| Arrived { epoch, pass: u.pass, tally: u.tally });
-        usage.used.fetch_add(journal.bytes(), Ordering::Relaxed);
-        let state = State {
-            generation: block.generation,
-            role: block.role,
-            fork: block.fork.clone(),
-            index: committed,
-            points,
-            beginning: Beginning { base: block.base, first_segment: block.first_segment },
-            folding: block.folding,
-            peer: None,
-            last_error: None,
-            journal_bytes: journal.bytes(),
-        };
-        let pins = Arc::new(Pins::default());
-        crate::fork::sweep(&disk, &folder, &block);
-        let oldest = state.points.first().map(|p| p.point);
-        let kept = KeptForks::open(&disk, &folder, (block.group_id, block.volumes.as_slice()), &pins, oldest);
-        usage.used.fetch_add(kept.space_bytes(), Ordering::Relaxed);
-        let base_sums = block.volumes.iter().map(|volume| base_sums(&folder, volume)).collect();
-        let shared = Arc::new(Shared {
-            drills: crate::drill::Results::open(&folder.path),
-            ended: journal.ended(),
-            segment_bytes_max: journal.segment_bytes_max(),
-            space_max: usage.group_max.get(&folder.group).copied(),
-            folder,
-            disk,
-            group_id: block.group_id,
-            volume_blocks,
-            pins,
-            walks: RwLock::default(),
-            owner: block.owner,
-            base_sums,
-            volumes: block.volumes,
-            state: RwLock::new(state),
-            frames,
-            bytes_received: AtomicU64::new(0),
-            findings: Findings::default(),
-            drained: watch::Sender::new(Drained::No),
-            heard: Heard::default(),
-            kept,
-            names,
-            retention: Mutex::default(),
-            onward: crate::onward::Turns::default(),
-            fold_waiting: AtomicUsize::new(0),
-            usage: Arc::clone(&usage),
-        });
-        let (commands, inbox) = mpsc::channel(GROUP_QUEUE_MAX);
-        let worker = Worker {
-            counted: journal.bytes(),
-            told_bytes: arrived.tally.frame_bytes,
-            arrived,
-            next_committed,
-            shared: Arc::clone(&shared),
-            journal,
-            superblock,
-            stage,
-            session: None,
-            usage,
-        };
-        let runner = Mutex::new(Runner::Parked(Box::new(worker), inbox));
-        Ok(Arc::new(Self { shared, commands, runner, active: tokio::sync::Mutex::new(None), flattening: Mutex::new(None) }))
-    }
-
     pub(crate) fn stored(&self, key: Fingerprint) -> StoredGroup {
         self.shared.stored(key)
     }
@@ -786,17 +502,6 @@ impl Group {
             let _ = tokio::task::spawn_blocking(move || thread.join()).await;
         }
     }
-}
-
-/// The checksums of a base. Without them it is read unchecked, until they are made of what it holds.
-fn base_sums(folder: &GroupFolder, volume: &Volume) -> OnceLock<Sums> {
-    let base = folder.base(&volume.name);
-    match Sums::open(&base, volume.size_bytes) {
-        Ok(Some(sums)) => return OnceLock::from(sums),
-        Ok(None) => tracing::warn!("{}: the base has no checksums; they are made of what it holds now", base.display()),
-        Err(error) => tracing::error!("{}: cannot open the checksums of the base: {error}", base.display()),
-    }
-    OnceLock::new()
 }
 
 impl Shared {

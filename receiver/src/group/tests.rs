@@ -1,15 +1,16 @@
 //! The group's thread without a network: full disks, failing syncs, promotions that a crash cuts short.
 
 use std::io;
-use std::sync::atomic::AtomicU8;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use proto::frame::{FRAME_HEADER_BYTES, encode_data};
 use proto::seal::Tally;
-use proto::{BlockIndex, Codec};
+use proto::{BlockExtent, BlockIndex, Codec};
 
 use super::*;
 use crate::batch::Assembler;
 use crate::disk::{Disk, Op};
+use crate::journal::JournalOptions;
 use crate::store::Store;
 use crate::superblock::Superblock;
 
