@@ -1,7 +1,7 @@
 //! Goes once through a range of a device, in order, for whoever hashes it.
 //!
-//! Always holds: pieces are whole granules but for the last; while one is looked at the next is being read; holes are not read.
-//! What lies beyond the device's end reads as zeroes. It needs two buffers of a piece, whatever the range.
+//! Always holds: pieces are whole granules but for the last; while one is looked at the next ones are being read; holes are not read.
+//! What lies beyond the device's end reads as zeroes. It needs four buffers of a piece, whatever the range.
 
 use std::future::{Future, ready};
 use std::io;
@@ -11,11 +11,12 @@ use futures_util::stream::{FuturesOrdered, StreamExt};
 
 use crate::{BlockDevice, Buf, ExtentKind};
 
-/// Pieces are as long as this, if a granule is not longer: small enough for the processor's cache, long enough for a disk.
-pub const SCAN_PIECE_BYTES: u64 = 1 << 20;
-/// The piece that is looked at, and the one being read. On an io thread requests leave when it has nothing else to do, so the second
+/// Pieces are as long as this, if a granule is not longer: all of a scan's are in the processor's cache when they are looked at, and a disk reads them
+/// as fast as longer ones.
+pub const SCAN_PIECE_BYTES: u64 = 256 << 10;
+/// The piece that is looked at, and those being read. On an io thread requests leave when it has nothing else to do, so they
 /// must be asked for before the first is there.
-const PIECES: usize = 2;
+const PIECES: usize = 4;
 
 /// A piece of a scanned range.
 #[derive(Debug)]

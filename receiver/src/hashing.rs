@@ -118,12 +118,12 @@ mod tests {
     /// Holes, data, granules that straddle both, and a volume whose last block is partial.
     #[test]
     fn hashes_are_those_of_the_padded_blocks() {
-        let size = 5 * SCAN_PIECE_BYTES + 1000;
+        let size = 20 * SCAN_PIECE_BYTES + 1000;
         let disk = Arc::new(MemoryDevice::new(size));
         let io = IoThreads::new(1).unwrap();
         let writer = disk.clone();
         io.block_on(move || async move {
-            for at in [70_000, SCAN_PIECE_BYTES + 5, size - 10] {
+            for at in [70_000, 4 * SCAN_PIECE_BYTES + 5, size - 10] {
                 writer.write(at, Buf::copy_of(&[7; 10])).await.unwrap();
             }
         })
