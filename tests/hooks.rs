@@ -261,6 +261,17 @@ fn the_hook_before_a_drill_stops_it_and_the_one_after_it_follows_its_end() {
     assert!(all.ends_with(&format!("before drill-last {point} 1 no\nafter drill-last {point} 1 no\n")), "{all}");
     scene.pair.receiver.start();
     assert_eq!((scene.runs().len(), forks()), (7, 0));
+
+    // One that is killed with the node is followed by its hook when the node is back, once. The file of its socket stays.
+    scene.pair.receiver.cli(&["drill", "db", "--name", "cut-off", "--export", &export]);
+    scene.pair.receiver.kill();
+    scene.pair.receiver.start();
+    ran(&scene, 9);
+    scene.pair.receiver.kill();
+    scene.pair.receiver.start();
+    let all = std::fs::read_to_string(&noted).unwrap();
+    assert!(all.ends_with(&format!("before drill-cut-off {point} 1 no\nafter drill-cut-off {point} 1 yes\n")), "{all}");
+    assert_eq!((ran(&scene, 9).len(), forks()), (9, 0));
 }
 
 /// A hook before a drill that hangs or prints megabytes, and a drill of the schedule that its hook stops.

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use proto::{Generation, Name, Point};
+use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
 pub(crate) use file::check;
@@ -28,7 +29,7 @@ use crate::config::HooksConfig;
 pub(crate) use crate::config::{Hook, Phase, Transition};
 
 /// What a hook is told.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Facts {
     /// Whose group; `None` at its primary.
     pub(crate) client: Option<Name>,
@@ -47,7 +48,7 @@ pub(crate) struct Facts {
 }
 
 /// What a hook is told of a drill.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct DrillFacts {
     pub(crate) name: String,
     /// The kept fork that it is of.
@@ -147,6 +148,11 @@ impl Hooks {
             let _ = this.perform(hook, &facts, run).await;
         });
         Some((number, running))
+    }
+
+    /// Whether there is a hook after drills of this group.
+    pub(crate) fn follows_drill(&self, facts: &Facts) -> bool {
+        self.config.find(Hook::Of(Transition::Drill, Phase::Post), facts.client.as_ref(), &facts.group).is_some()
     }
 
     /// The newest runs, oldest first.

@@ -27,7 +27,7 @@ pub(super) struct HookRecord {
 impl HookRecord {
     pub(super) fn open(state_dir: &Path) -> Self {
         let path = state_dir.join(FILE);
-        let mut record = match read(&path) {
+        let mut record = match files::read_json(&path) {
             Ok(runs) => Self { path: Some(path), runs },
             Err(error) => {
                 tracing::error!("{}: {error}: remove it; until then runs of hooks are not recorded", path.display());
@@ -80,13 +80,5 @@ impl HookRecord {
         if let Err(error) = kept {
             tracing::error!("{}: cannot record a hook: {error}", path.display());
         }
-    }
-}
-
-fn read(path: &Path) -> io::Result<VecDeque<HookRun>> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes)?),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(VecDeque::new()),
-        Err(error) => Err(error),
     }
 }

@@ -240,6 +240,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         state_dir: config.node.state_dir.clone(),
     });
     node.export_active().await;
+    node.finish_drills();
     let handbacks = tokio::spawn(node.clone().follow_handbacks());
     // After the active copies: their guests come first.
     let onward = node.follow_onward().await;

@@ -5,6 +5,7 @@
 
 mod schedule;
 mod start;
+mod unfinished;
 
 use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +21,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 pub(crate) use self::schedule::{environment, report, run as run_schedule};
+use self::unfinished::Unfinished;
 use super::copies::GroupRef;
 use super::{Node, RequestError};
 use crate::api::{DrillEnd, DrillEnded, DrillHold, DrillReport, DrillResult, DrillResults, DrillStatus};
@@ -102,6 +104,7 @@ pub(crate) struct Drills {
     space_max_bytes: u64,
     serial: AtomicU64,
     names: Mutex<Names>,
+    unfinished: Unfinished,
 }
 
 #[derive(Default)]
@@ -149,7 +152,8 @@ impl Drills {
             _ => {}
         }
         // Not those of a former run either, if somebody remembers them.
-        Self { folder, space_max_bytes, serial: AtomicU64::new(unix_us_now()), names: Mutex::default() }
+        let (serial, unfinished) = (AtomicU64::new(unix_us_now()), Unfinished::open(state_dir));
+        Self { folder, space_max_bytes, serial, names: Mutex::default(), unfinished }
     }
 
     /// What runs, by name.
@@ -327,9 +331,20 @@ impl Node {
             tracing::warn!("{}: cannot be removed: {error}", folder.display());
         }
         tracing::info!(drill = name, group = %entry.group, "drill ended");
+        let hook = entry.facts.and_then(|facts| self.hooks.begin_awaited(Transition::Drill, Phase::Post, facts));
+        self.drills.unfinished.ended(name);
         drop(leaving);
         entry.ended.send_replace(true);
-        self.hooks.begin_awaited(Transition::Drill, Phase::Post, entry.facts?)
+        hook
+    }
+
+    /// Runs the hooks after drills that a former run of this node, which was killed, had begun. Their forks are gone.
+    pub(crate) fn finish_drills(&self) {
+        for (name, facts) in self.drills.unfinished.all() {
+            tracing::warn!(drill = name, group = %facts.group, "ended with the node, which was killed; its hook runs now");
+            self.hooks.begin(Transition::Drill, Phase::Post, facts);
+            self.drills.unfinished.ended(&name);
+        }
     }
 
     /// Ends all of them, when the node stops. Returns the runs of the hooks after them.

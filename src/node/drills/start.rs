@@ -231,10 +231,14 @@ impl Node {
                     Err(error) if ignore_hooks => tracing::warn!(drill = name, "goes on without its hook: {error}"),
                     Err(error) => return Err(RequestError::Hook(error)),
                 }
+                if self.hooks.follows_drill(facts) {
+                    self.drills.unfinished.begun(name, facts);
+                }
             }
             let served = self.serve(&selector(group, name), &address, disks, user).await;
             if let (Err(_), Some(facts)) = (&served, &facts) {
                 self.hooks.begin(Transition::Drill, Phase::Post, facts.clone());
+                self.drills.unfinished.ended(name);
             }
             served
         };
