@@ -481,9 +481,11 @@ async fn refusals_are_told_in_one_line() {
     let status = refused.until("a refusal", |s| s.state == LinkState::Refused).await;
     assert!(error(&status).contains("no group db for client x"), "{status:?}");
 
-    receiver.behaviour.lock().answer = Some(Message::Fenced { generation: Generation(5) });
+    // What is written before it learns that it is fenced stays dirty; afterwards writes are refused.
+    receiver.behaviour.lock().answer = Some(Message::close(CloseCode::Stopping, "away"));
     let fenced = Primary::start(&identity, &receiver, fast());
     fenced.write(0, 0, pattern(1, 10)).await;
+    receiver.behaviour.lock().answer = Some(Message::Fenced { generation: Generation(5) });
     let status = fenced.until("fencing", |s| s.state == LinkState::Fenced).await;
     assert!(error(&status).contains("generation 5 holds") && status.dirty_bytes > 0, "{status:?}");
 }
@@ -615,9 +617,18 @@ async fn a_flush_is_answered_when_the_receiver_has_what_it_covers() {
 async fn a_flush_that_cannot_be_kept_fails() {
     let identity = identity();
     let receiver = SmallReceiver::start(&identity);
-    receiver.behaviour.lock().answer = Some(Message::Fenced { generation: Generation(5) });
-    let fenced = Primary::start(&identity, &receiver, flush_sync());
+    // It learns that it is fenced while the flush waits; before that its writes are let in, afterwards refused.
+    receiver.behaviour.lock().answer = Some(Message::close(CloseCode::Stopping, "away"));
+    let fenced = Arc::new(Primary::start(&identity, &receiver, flush_sync()));
     fenced.write(0, 0, pattern(1, 10)).await;
+    let flushing = tokio::spawn({
+        let fenced = fenced.clone();
+        async move { fenced.flush(0).await }
+    });
+    fenced.until("a flush waits", |s| s.flushes_waiting == 1).await;
+    receiver.behaviour.lock().answer = Some(Message::Fenced { generation: Generation(5) });
+    let error = flushing.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("another side may write now"), "{error}");
     let error = fenced.flush(0).await.unwrap_err();
     assert!(error.to_string().contains("another side may write now"), "{error}");
 
