@@ -1,4 +1,4 @@
-//! Messages of the control stream, and the header of a pass stream.
+//! Messages of the control stream.
 //!
 //! A message on the wire is a 4-byte length, a type byte and a body. `Hello` and `Close` never change their encoding: they
 //! are how two versions find out that they do not fit.
@@ -28,17 +28,6 @@ pub const REASON_BYTES_MAX: usize = 512;
 /// A receiver tells what it has staged of an epoch each time that so many bytes of frames were appended since it told last. What a primary
 /// keeps for sending again is bounded by more than that.
 pub const STAGED_EVERY_BYTES: u64 = 256 << 10;
-/// First bytes of a pass stream.
-pub const PASS_MAGIC: [u8; 4] = *b"TWP1";
-/// Bytes of a pass stream's header.
-pub const PASS_HEADER_BYTES: usize = 16;
-
-/// Offsets of the fixed structures of this module.
-pub mod layout {
-    /// `(offset, bytes, field)` of the header of a pass stream.
-    pub const PASS: &[(usize, usize, &str)] =
-        &[(0, 4, "magic"), (4, 8, "epoch"), (12, 2, "pass"), (14, 1, "kind"), (15, 1, "continued")];
-}
 
 /// A volume as the primary describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -527,67 +516,6 @@ pub(crate) fn get_volumes(r: &mut Reader<'_>) -> Result<Vec<VolumeHello>, Decode
     Ok(volumes)
 }
 
-/// How a pass was read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PassKind {
-    /// Without freezing: blocks may be of different instants, later passes mend that.
-    Fuzzy,
-    /// Blocks as they were at the cut; the last pass of its epoch.
-    Frozen,
-}
-
-/// Header of a unidirectional stream: which pass of which epoch its frames are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PassHeader {
-    /// The epoch.
-    pub epoch: EpochId,
-    /// Number of the pass, from 0.
-    pub pass: u16,
-    /// How it was read.
-    pub kind: PassKind,
-    /// The frames follow those that the welcome said were staged. Without this the epoch begins anew.
-    pub continued: bool,
-}
-
-impl PassHeader {
-    /// Encodes the header.
-    #[must_use]
-    pub fn encode(&self) -> [u8; PASS_HEADER_BYTES] {
-        let mut out = [0; PASS_HEADER_BYTES];
-        out[..4].copy_from_slice(&PASS_MAGIC);
-        out[4..12].copy_from_slice(&self.epoch.0.to_le_bytes());
-        out[12..14].copy_from_slice(&self.pass.to_le_bytes());
-        out[14] = match self.kind {
-            PassKind::Fuzzy => 1,
-            PassKind::Frozen => 2,
-        };
-        out[15] = u8::from(self.continued);
-        out
-    }
-
-    /// Decodes the header.
-    ///
-    /// # Errors
-    /// [`DecodeError`].
-    pub fn decode(bytes: &[u8; PASS_HEADER_BYTES]) -> Result<Self, DecodeError> {
-        let mut r = Reader::new("pass header", bytes);
-        r.magic(PASS_MAGIC)?;
-        let (epoch, pass) = (EpochId(r.u64()?), r.u16()?);
-        let kind = match r.u8()? {
-            1 => PassKind::Fuzzy,
-            2 => PassKind::Frozen,
-            value => return Err(DecodeError::Unknown { what: "pass kind", value: value.into() }),
-        };
-        let continued = match r.u8()? {
-            0 => false,
-            1 => true,
-            value => return Err(DecodeError::Unknown { what: "pass continued", value: value.into() }),
-        };
-        r.expect_end()?;
-        Ok(Self { epoch, pass, kind, continued })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -694,10 +622,6 @@ mod tests {
             }
         }
         assert!(Message::check_length([0xff; 4]).is_err());
-        for continued in [false, true] {
-            let pass = PassHeader { epoch: EpochId(7), pass: 3, kind: PassKind::Frozen, continued };
-            assert_eq!(PassHeader::decode(&pass.encode()).unwrap(), pass);
-        }
     }
 
     #[test]

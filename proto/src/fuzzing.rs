@@ -6,10 +6,11 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use crate::codec::Reader;
-use crate::control::{GENERATION_MAX, MESSAGE_BYTES_MAX, Message, PASS_HEADER_BYTES, PASS_MAGIC, PassHeader, REASON_BYTES_MAX};
+use crate::control::{GENERATION_MAX, MESSAGE_BYTES_MAX, Message, REASON_BYTES_MAX};
 use crate::handback::{Ready, WANT_EXTENTS_MAX};
 use crate::hashes::{HASHES_MAX, QUERY_BLOCKS_MAX};
 use crate::name::NAME_BYTES_MAX;
+use crate::pass::{PASS_HEADER_BYTES, PASS_MAGIC, PassHeader};
 use crate::scrub::{RUN_BLOCKS_MAX, SCRUB_BLOCKS_MAX, SCRUB_RUNS_MAX, ScrubOutcome};
 use crate::seal::{SEAL_BYTES, SEAL_MAGIC, Seal};
 use crate::units::{GROUP_VOLUMES_MAX, VOLUME_BYTES_MAX};

@@ -18,6 +18,7 @@ pub mod handback;
 pub mod hashes;
 pub mod name;
 pub mod pack;
+pub mod pass;
 pub mod region;
 pub mod scrub;
 pub mod seal;

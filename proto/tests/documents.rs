@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use proto::{control, frame, seal};
+use proto::{frame, pass, seal};
 
 fn table(document: &str, name: &str) -> Vec<(usize, usize, String)> {
     let marker = format!("<!-- table: {name} -->");
@@ -22,7 +22,7 @@ fn table(document: &str, name: &str) -> Vec<(usize, usize, String)> {
 fn the_byte_tables_are_the_codes() {
     let document = include_str!("../../docs/wire.md");
     for (name, layout) in [
-        ("pass", control::layout::PASS),
+        ("pass", pass::layout::PASS),
         ("frame", frame::layout::FRAME),
         ("extent", frame::layout::EXTENT),
         ("seal", seal::layout::SEAL),
@@ -35,9 +35,9 @@ fn the_byte_tables_are_the_codes() {
 /// Distinct field values land at the documented offsets.
 #[test]
 fn the_encoders_follow_the_tables() {
-    let (epoch, kind) = (proto::EpochId(0x0102_0304_0506_0708), control::PassKind::Frozen);
-    let pass = control::PassHeader { epoch, pass: 0x0a0b, kind, continued: true };
-    let bytes = pass.encode();
+    let (epoch, kind) = (proto::EpochId(0x0102_0304_0506_0708), pass::PassKind::Frozen);
+    let header = pass::PassHeader { epoch, pass: 0x0a0b, kind, continued: true };
+    let bytes = header.encode();
     assert_eq!(bytes[4..12], 0x0102_0304_0506_0708_u64.to_le_bytes());
     assert_eq!(bytes[12..14], 0x0a0b_u16.to_le_bytes());
     assert_eq!(bytes[14..16], [2, 1]);

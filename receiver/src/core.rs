@@ -10,10 +10,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use proto::control::{Hello, PassHeader, Staged, VERSION_MAX, VERSION_MIN};
+use proto::control::{Hello, Staged, VERSION_MAX, VERSION_MIN};
 use proto::fencing::{Admission, GroupRole, admit};
 use proto::frame::FRAME_HEADER_BYTES;
 use proto::hashes::{HashQuery, Hashes};
+use proto::pass::PassHeader;
 use proto::seal::Tally;
 use proto::units::{BLOCK_BYTES, blocks_of};
 use proto::{EpochId, FrameHeader, FrameKind, Generation, Message, Name, Point, Scrub, Scrubbed, Seal, SessionToken};

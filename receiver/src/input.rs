@@ -3,7 +3,7 @@
 //! Always holds: however the bytes are cut into pieces, the core sees the same. Knows no sockets and no group; the driver
 //! of the connection and the simulation both read through it.
 
-use proto::control::{PASS_HEADER_BYTES, PassHeader};
+use proto::pass::{PASS_HEADER_BYTES, PassHeader};
 use proto::{DecodeError, Message};
 
 use crate::batch::Assembler;

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use blockdev::IoThreads;
 use common::*;
-use proto::control::{Hello, PassHeader, PassKind, VolumeHello};
+use proto::control::{Hello, VolumeHello};
+use proto::pass::{PassHeader, PassKind};
 use proto::{CloseCode, EpochId, Generation, Message};
 use quinn::Connection;
 use receiver::{Receiver, Role};

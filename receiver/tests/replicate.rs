@@ -79,7 +79,7 @@ async fn an_unsealed_epoch_leaves_no_trace() {
     let frames: Vec<_> = (0..90).map(|i| data(i * 32, 32, i as u8).frame(2, 0)).collect();
     let mut stream = primary.control.connection.open_uni().await.unwrap();
     let header =
-        proto::control::PassHeader { epoch: proto::EpochId(2), pass: 0, kind: proto::control::PassKind::Fuzzy, continued: false };
+        proto::pass::PassHeader { epoch: proto::EpochId(2), pass: 0, kind: proto::pass::PassKind::Fuzzy, continued: false };
     stream.write_all(&header.encode()).await.unwrap();
     stream.write_all(&frames.concat()).await.unwrap();
     let arrived = |receiver: &receiver::Receiver| receiver.status()[0].bytes_received;
@@ -250,12 +250,8 @@ async fn failover_of_a_tebibyte_answers_within_a_second() {
     small.volumes[0].size_bytes = 1 << 40;
     let (mut control, _) = Control::open(site.connect(&receiver, 0).await, small).await;
     let frame = data((1 << 28) - 4, 4, 2).frame(1, 0);
-    let header = proto::control::PassHeader {
-        epoch: proto::EpochId(1),
-        pass: 0,
-        kind: proto::control::PassKind::Frozen,
-        continued: false,
-    };
+    let header =
+        proto::pass::PassHeader { epoch: proto::EpochId(1), pass: 0, kind: proto::pass::PassKind::Frozen, continued: false };
     control.pass(header, &frame).await;
     control.say(&Message::Seal(seal_of(1, 1, 1, &[frame]))).await;
     assert_eq!(control.hear().await, Message::Committed { point: point(1, 1) });

@@ -8,7 +8,8 @@ use std::time::Instant;
 
 use blockdev::IoThreads;
 use common::*;
-use proto::control::{PassHeader, PassKind, Staged};
+use proto::control::Staged;
+use proto::pass::{PassHeader, PassKind};
 use proto::{EpochId, Message};
 use receiver::Receiver;
 

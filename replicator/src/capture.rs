@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use blockdev::{BlockDevice, Buf, ExtentKind, read_blocks};
 use futures_util::stream::{FuturesOrdered, StreamExt};
-use proto::control::{PassHeader, PassKind};
 use proto::frame::FRAME_HEADER_BYTES;
 use proto::pack::{FRAME_BLOCKS, Packed, Packer, push_block};
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
 use proto::{BlockExtent, DirtyMap, VolumeIndex};

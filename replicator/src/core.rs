@@ -7,7 +7,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use proto::control::{CloseCode, Hello, Message, PassKind, Staged, VERSION_MAX, VERSION_MIN, VolumeHello};
+use proto::control::{CloseCode, Hello, Message, Staged, VERSION_MAX, VERSION_MIN, VolumeHello};
+use proto::pass::PassKind;
 use proto::{BLOCK_BYTES, EpochId, Generation, Hashes, Name, Point, Scrubbed, SessionToken};
 
 /// Passes of one epoch at most. The last is frozen whatever its size, so an epoch always ends.

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use blockdev::{BlockDevice, Buf, Extent, ExtentKind, IoFuture, MemoryDevice, ZeroMode};
 use parking_lot::Mutex;
 use proptest::prelude::*;
-use proto::control::{PassHeader, PassKind};
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
 use proto::{Codec, DirtyMap, EpochId, Frame, FrameHeader, FrameKind, Generation, Name, Point, ScrubOutcome, Scrubbed};

@@ -12,8 +12,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use proto::control::{PassHeader, STAGED_EVERY_BYTES, Staged};
+use proto::control::{STAGED_EVERY_BYTES, Staged};
 use proto::frame::{FRAME_BYTES_MAX, FRAME_HEADER_BYTES};
+use proto::pass::PassHeader;
 use proto::seal::Tally;
 use proto::{EpochId, HashQuery, Point, Scrub, Seal};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use blockdev::steps::{Step, reach};
 use blockdev::{BlockDevice, IoThreads};
-use proto::control::{CloseCode, Message, PassHeader, PassKind};
+use proto::control::{CloseCode, Message};
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::{EpochId, Generation, Hashes, Scrubbed, Seal, SessionToken};
 use quinn::{Connection, Endpoint, SendStream};

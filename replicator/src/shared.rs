@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hdrhistogram::Histogram;
 use parking_lot::Mutex;
-use proto::control::PassHeader;
+use proto::pass::PassHeader;
 use proto::{Generation, Name, Point};
 use quinn::Connection;
 

@@ -17,7 +17,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use blockdev::BlockDevice;
-use proto::control::{PassHeader, PassKind, VolumeHello};
+use proto::control::VolumeHello;
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::{Codec, EpochId, Generation, Hashes, Message, Name, Point, Scrubbed, Seal, SessionToken};
 use tokio::sync::mpsc;

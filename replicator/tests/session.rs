@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use blockdev::{BlockDevice, Buf, IoThreads, MemoryDevice, ZeroMode};
 use parking_lot::Mutex;
-use proto::control::{CloseCode, Hello, Message, PASS_HEADER_BYTES, PassHeader, PassKind};
+use proto::control::{CloseCode, Hello, Message};
 use proto::frame::{FRAME_HEADER_BYTES, FrameKind};
+use proto::pass::{PASS_HEADER_BYTES, PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::{
     BLOCK_BYTES, EpochId, Fingerprint, Frame, FrameHeader, Generation, HashQuery, Hashes, Identity, Point, Scrub, ScrubOutcome,

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use proto::control::{PassHeader, PassKind};
 use proto::hashes::{HashQuery, QUERIES_IN_FLIGHT_MAX};
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::{EpochId, Generation, Message, Name, Point, Scrub, Seal};
 

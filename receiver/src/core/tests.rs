@@ -1,7 +1,7 @@
 //! The state machine without a driver: orders of events that a network makes rare.
 
-use proto::control::PassKind;
 use proto::control::VolumeHello;
+use proto::pass::PassKind;
 use proto::scrub::SCRUBS_IN_FLIGHT_MAX;
 use proto::{BlockExtent, BlockIndex, ScrubOutcome, ScrubRun, SessionToken, VolumeIndex};
 

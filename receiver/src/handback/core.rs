@@ -5,9 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use proto::control::PassKind;
 use proto::handback::{HANDBACK_PASSES_MAX, Ready, Want};
 use proto::hashes::{HashQuery, Hashes, QUERIES_IN_FLIGHT_MAX};
+use proto::pass::PassKind;
 use proto::{Generation, Message, Name, Point};
 
 use super::HandbackError;

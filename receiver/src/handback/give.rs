@@ -5,11 +5,11 @@
 use std::sync::Arc;
 
 use blockdev::BlockDevice;
-use proto::control::{PassHeader, PassKind};
 use proto::fencing::GroupRole;
 use proto::frame::FRAME_HEADER_BYTES;
 use proto::handback::{Ask, Ready, Want};
 use proto::pack::{GroupPacker, Packed};
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::{DirtyMap, FrameKind, Generation, Name, Point, Seal, VolumeIndex};
 use tokio::sync::{OwnedRwLockWriteGuard, mpsc};

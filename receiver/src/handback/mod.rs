@@ -349,7 +349,7 @@ impl Handback {
     }
 
     /// Sends and stages one pass. Returns the bytes of its blocks.
-    async fn pass(&mut self, pass: u16, kind: proto::control::PassKind) -> Result<u64, HandbackError> {
+    async fn pass(&mut self, pass: u16, kind: proto::pass::PassKind) -> Result<u64, HandbackError> {
         let lost = |error: &dyn ToString| HandbackError::Lost(one_line(&error.to_string()));
         let (io, connection) = (self.io()?, self.line.connection.clone());
         let gift = self.gift()?;

@@ -10,9 +10,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use blockdev::{BlockDevice, FrameReader, read_blocks};
-use proto::control::PassHeader;
 use proto::handback::Ask;
 use proto::pack::{GroupPacker, Wanted};
+use proto::pass::PassHeader;
 use proto::{BLOCK_BYTES, Fingerprint, Message, Name, Point};
 
 use super::replica::Output;

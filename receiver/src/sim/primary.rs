@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use proto::control::{Hello, PASS_HEADER_BYTES, PassHeader, PassKind, Staged, VolumeHello};
+use proto::control::{Hello, Staged, VolumeHello};
 use proto::frame::{FRAME_HEADER_BYTES, encode_data, encode_zero};
+use proto::pass::{PASS_HEADER_BYTES, PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::{
     BlockExtent, BlockIndex, Codec, EpochId, Fingerprint, Frame, FrameHeader, FrameKind, Generation, Message, Point, Seal,

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockdev::{BlockDevice, Buf, IoThreads};
-use proto::control::{Hello, PassHeader, PassKind, VolumeHello};
+use proto::control::{Hello, VolumeHello};
 use proto::frame::{FRAME_HEADER_BYTES, encode_data, encode_zero};
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::{
     BlockExtent, BlockIndex, Codec, EpochId, Fingerprint, Frame, FrameKind, Generation, Identity, Message, Name, Point, Seal,

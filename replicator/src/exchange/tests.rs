@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use blockdev::{Buf, Extent, ExtentKind, IoFuture, MemoryDevice, SwitchDevice, ZeroMode};
 use parking_lot::Mutex;
-use proto::control::{PassHeader, PassKind};
 use proto::frame::FRAME_HEADER_BYTES;
+use proto::pass::{PassHeader, PassKind};
 use proto::seal::Tally;
 use proto::units::BLOCK_BYTES;
 use proto::{BlockExtent, BlockIndex, Codec, EpochId, Frame, FrameHeader, FrameKind, Generation, Point};

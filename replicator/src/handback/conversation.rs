@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use blockdev::steps::{Step, reach};
-use proto::control::{PASS_HEADER_BYTES, PassHeader};
+use proto::pass::{PASS_HEADER_BYTES, PassHeader};
 use proto::{Hashes, Message};
 use quinn::RecvStream;
 use tokio::sync::{mpsc, oneshot};

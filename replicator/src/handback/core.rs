@@ -8,8 +8,9 @@
 
 use std::time::{Duration, Instant};
 
-use proto::control::{PassHeader, PassKind, VERSION_MAX, VERSION_MIN, VolumeHello};
+use proto::control::{VERSION_MAX, VERSION_MIN, VolumeHello};
 use proto::handback::{Ask, HANDBACK_PASSES_MAX, Ready, WANT_EXTENTS_MAX, Want};
+use proto::pass::{PassHeader, PassKind};
 use proto::{BLOCK_BYTES, DirtyMap, Generation, Hashes, Message, Name, Point, SessionToken, VolumeIndex};
 
 use super::{Broken, HandbackTarget};

@@ -1,8 +1,8 @@
 //! An outbox against connections that break anywhere.
 
 use proptest::prelude::*;
-use proto::control::PassKind;
 use proto::frame::encode_zero;
+use proto::pass::PassKind;
 use proto::{BlockExtent, BlockIndex, Generation, SessionToken, VolumeIndex};
 
 use super::*;

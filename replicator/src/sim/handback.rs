@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use blockdev::{ArrivedFrame, FrameReader, read_blocks};
 use parking_lot::Mutex;
-use proto::control::{PASS_HEADER_BYTES, PassHeader};
 use proto::frame::FRAME_HEADER_BYTES;
 use proto::pack::{GroupPacker, Packed, Wanted};
+use proto::pass::{PASS_HEADER_BYTES, PassHeader};
 use proto::seal::Tally;
 use proto::units::blocks_of;
 use proto::{DirtyMap, Hashes, Message, Name, Point, SessionToken, VolumeIndex};
