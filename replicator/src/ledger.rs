@@ -146,6 +146,8 @@ struct State {
     copied_before_write: u64,
     /// Of all maps that were released, since start.
     committed_bytes: u64,
+    /// And how many epochs they were of.
+    committed_epochs: u64,
     flushes: Flushes,
     watches: Watches,
 }
@@ -189,8 +191,11 @@ pub(crate) struct Summary {
     pub(crate) uncommitted_bytes: u64,
     /// Bytes of them that are in an epoch.
     pub(crate) held_bytes: u64,
-    /// Bytes committed since start.
+    /// The newest commit that was told; `None` until it is known what the receiver has.
+    pub(crate) committed: Option<Point>,
+    /// Bytes and epochs committed since start.
     pub(crate) committed_bytes: u64,
+    pub(crate) committed_epochs: u64,
     pub(crate) suspect_bytes: u64,
     pub(crate) oldest_write: Option<Instant>,
     pub(crate) copied_before_write: u64,
@@ -217,6 +222,7 @@ impl Ledger {
             spilled_bytes: 0,
             copied_before_write: 0,
             committed_bytes: 0,
+            committed_epochs: 0,
             flushes: Flushes::default(),
             watches: Watches::default(),
         };
@@ -458,8 +464,8 @@ impl Ledger {
         self.state.lock().building.as_ref().and_then(|b| b.first_write)
     }
 
-    /// Everything up to `point` is on stable storage at the receiver. Returns how many epochs of this run that is news of.
-    pub(crate) fn committed(&self, point: Point) -> usize {
+    /// Everything up to `point` is on stable storage at the receiver.
+    pub(crate) fn committed(&self, point: Point) {
         let mut state = self.state.lock();
         state.committed = Some(point);
         let done = state.sealed.iter().take_while(|c| c.epoch <= point.epoch).count();
@@ -469,10 +475,11 @@ impl Ledger {
         }
         state.flushes.copy_is_known();
         state.committed_bytes += released.iter().flat_map(|c| &c.maps).map(DirtyMap::bytes).sum::<u64>();
+        state.committed_epochs += released.len() as u64;
         // Freeing the maps of a large disk takes milliseconds, which no guest write is to wait for.
         drop(state);
         self.flushes_changed();
-        released.len()
+        drop(released);
     }
 
     /// Gives up the epoch that is being built (also a freeze that is under way): its marks return to the open maps.
@@ -532,7 +539,9 @@ impl Ledger {
         Summary {
             uncommitted_bytes: open_bytes.iter().sum::<u64>() + held,
             held_bytes: held,
+            committed: state.committed,
             committed_bytes: state.committed_bytes,
+            committed_epochs: state.committed_epochs,
             suspect_bytes: state.suspect.iter().map(DirtyMap::bytes).sum(),
             open_bytes,
             oldest_write: state.oldest_write(),

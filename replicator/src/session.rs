@@ -293,7 +293,8 @@ impl Driver {
         let mut deadline = self.core.deadline(now, load.flush_waits);
         let stop_at = *self.stop.borrow();
         if let Some(stop_at) = stop_at {
-            let idle = self.shared.ledger.summary().uncommitted_bytes == 0;
+            let left = self.shared.ledger.summary();
+            let idle = left.uncommitted_bytes == 0 && left.suspect_bytes == 0;
             if idle || now >= stop_at || self.live.is_none() {
                 return Ok(None);
             }
@@ -430,8 +431,8 @@ impl Driver {
             }
             Action::Committed(point) => {
                 self.outbox.committed(point.epoch);
-                let epochs = self.shared.ledger.committed(point);
-                self.shared.committed_now(epochs as u64);
+                self.shared.committed_now();
+                self.shared.ledger.committed(point);
             }
             Action::Staged { epoch, frames } => self.outbox.staged(epoch, frames)?,
             Action::Resume { epoch, frames } => {

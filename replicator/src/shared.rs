@@ -74,7 +74,6 @@ pub(crate) struct Shared {
     /// What the disks hold is of this instant, microseconds since 1970; 0: of now.
     pub(crate) as_of_unix_us: AtomicU64,
     volumes: Vec<(Name, u64)>,
-    epochs_committed: AtomicU64,
     pace: Option<(std::sync::Arc<Pace>, Mutex<Governor>)>,
     sampling: AtomicBool,
     lag_ms: Mutex<Histogram<u64>>,
@@ -113,7 +112,6 @@ impl Shared {
             hurry: AtomicBool::new(false),
             as_of_unix_us: AtomicU64::new(0),
             volumes,
-            epochs_committed: AtomicU64::new(0),
             pace,
             sampling: AtomicBool::new(false),
             lag_ms: Mutex::new(histogram),
@@ -185,9 +183,8 @@ impl Shared {
         p.error = Some(error.to_owned());
     }
 
-    /// A commit was told, of so many epochs of this run.
-    pub(crate) fn committed_now(&self, epochs: u64) {
-        self.epochs_committed.fetch_add(epochs, Ordering::Relaxed);
+    /// A commit is told. What it covers is the ledger's affair, from which the status has it: nobody sees one without the other.
+    pub(crate) fn committed_now(&self) {
         self.sampling.store(true, Ordering::Relaxed);
         self.published.lock().committed_at = Some(Instant::now());
     }
@@ -258,7 +255,7 @@ impl Shared {
             state: p.state,
             error: self.log.failure().or_else(|| p.error.clone()),
             generation: p.generation,
-            committed: p.committed,
+            committed: p.committed.max(summary.committed),
             committed_age_ms: p.committed_at.map(|t| millis(t.elapsed())),
             lag_ms: summary.oldest_write.map_or(0, |since| millis(since.elapsed())),
             lag: LagSummary {
@@ -277,7 +274,7 @@ impl Shared {
             wire_bytes,
             saved_percent: if data == 0 { 0.0 } else { 100.0 * (1.0 - sent as f64 / data as f64) },
             copied_before_write: summary.copied_before_write,
-            epochs_committed: load(&self.epochs_committed),
+            epochs_committed: summary.committed_epochs,
             epochs_merged: load(&self.epochs_merged),
             epochs_in_flight: p.in_flight,
             interval_ms: millis(self.tuning.interval),
