@@ -41,7 +41,8 @@ pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
         return Ok(());
     }
     let mut meter = Meter { shown: std::io::stderr().is_terminal() && !wish.json, drawn: false };
-    let mut now: HandbackProgress = client::post(socket, "/v1/handback", &request)?;
+    // The hook before it has a limit of its own, which only the node knows.
+    let mut now: HandbackProgress = client::wait(socket, "/v1/handback", &request)?;
     let number = now.handback.number;
     while now.handback.running {
         meter.draw(&now);
@@ -173,7 +174,11 @@ pub(crate) fn switchover(socket: &Path, wish: &Switchover) -> anyhow::Result<()>
     }
     let within_ms = u64::try_from(wish.within.as_millis()).unwrap_or(u64::MAX);
     let request = SwitchoverRequest { group: name, export, within_ms: Some(within_ms), ignore_hooks: wish.ignore_hooks };
-    let done: FailoverDone = client::post(socket, "/v1/switchover", &request)?;
+    if !wish.json {
+        println!("\nThe primary commits what it has, for at most {} …", human::ms(within_ms));
+    }
+    // The node gives up after that time; the hook before it has a limit of its own.
+    let done: FailoverDone = client::wait(socket, "/v1/switchover", &request)?;
     if wish.json {
         println!("{}", serde_json::to_string_pretty(&done)?);
         return Ok(());

@@ -8,6 +8,7 @@ use std::time::Instant;
 use parking_lot::Mutex;
 use proto::Name;
 use receiver::adopt::{AdoptProgress, Adoption};
+use tokio::task::JoinSet;
 
 use super::copies::GroupRef;
 use super::{Node, RequestError};
@@ -40,14 +41,24 @@ struct Entry {
     ended: Option<(u64, Option<String>)>,
 }
 
-/// What was adopted since the start, by `client/group`.
+/// What was adopted since the start.
 #[derive(Default)]
-pub(crate) struct Adoptions(Mutex<BTreeMap<String, Entry>>);
+pub(crate) struct Adoptions {
+    /// By `client/group`.
+    all: Mutex<BTreeMap<String, Entry>>,
+    running: Mutex<JoinSet<()>>,
+}
 
 impl Adoptions {
     /// Tells all that run to stop.
     pub(crate) fn stop(&self) {
-        self.0.lock().values().for_each(|entry| entry.progress.stop.store(true, Ordering::Relaxed));
+        self.all.lock().values().for_each(|entry| entry.progress.stop.store(true, Ordering::Relaxed));
+    }
+
+    /// Waits until nothing is left of those that were told to stop.
+    pub(crate) async fn stopped(&self) {
+        let mut running = std::mem::take(&mut *self.running.lock());
+        while running.join_next().await.is_some() {}
     }
 }
 
@@ -93,7 +104,7 @@ impl Node {
             images: request.disks.iter().map(|d| (d.disk.clone(), d.from.clone())).collect(),
         };
         {
-            let mut all = self.adoptions.0.lock();
+            let mut all = self.adoptions.all.lock();
             if all.get(&selector).is_some_and(|entry| entry.ended.is_none()) {
                 return Err(AdoptRefused::Running { group: selector }.into());
             }
@@ -102,7 +113,7 @@ impl Node {
         }
         let node = Arc::clone(self);
         let name = selector.clone();
-        tokio::spawn(async move {
+        let adopting = async move {
             let done = match node.receiving() {
                 Ok(copies) => copies.adopt(adoption, progress).await,
                 Err(error) => Err(error),
@@ -111,16 +122,21 @@ impl Node {
                 Ok(()) => tracing::info!(group = name, "image adopted; its primary may connect"),
                 Err(error) => tracing::error!(group = name, "image not adopted: {error}"),
             }
-            if let Some(entry) = node.adoptions.0.lock().get_mut(&name) {
+            if let Some(entry) = node.adoptions.all.lock().get_mut(&name) {
                 entry.ended = Some((elapsed_ms(entry.began), done.err().map(|error| error.to_string())));
             }
-        });
+        };
+        {
+            let mut running = self.adoptions.running.lock();
+            while running.try_join_next().is_some() {}
+            running.spawn(adopting);
+        }
         self.adoption(&selector)
     }
 
     /// How far it is, or how the last one ended.
     pub(crate) fn adoption(&self, given: &str) -> Result<AdoptStatus, RequestError> {
-        let all = self.adoptions.0.lock();
+        let all = self.adoptions.all.lock();
         let named = |entry: &&Entry| entry.group.group.as_str() == given || entry.group.to_string() == given;
         let found = all.values().filter(named).max_by_key(|entry| entry.began);
         Ok(found.map(Entry::status).ok_or_else(|| AdoptRefused::Never { given: given.to_owned() })?)

@@ -282,6 +282,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;
         // A script that does not listen is killed after a while.
         let _ = schedule.await;
+        node.adoptions.stopped().await;
         let hooks = node.end_drills().await;
         if let Some(Ok(copies)) = &node.copies {
             copies.shutdown().await;
