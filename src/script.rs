@@ -34,6 +34,8 @@ const REMARK_CHARS_MAX: usize = 200;
 const GRACE: Duration = Duration::from_secs(5);
 /// How long a process that left the group may keep the output open.
 const OUTPUT_LINGER: Duration = Duration::from_secs(1);
+/// Most time that what is left in the pipe then may take to be read.
+const OUTPUT_READ_MAX: Duration = Duration::from_secs(10);
 /// From one look at the process to the next.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// Longest report of a guard, in bytes.
@@ -142,13 +144,13 @@ fn run_as(command: Command, script: &Script, cancelled: &AtomicBool, show: impl 
     };
     let tail = Arc::new(Mutex::new(Tail::default()));
     let started = start(command, script, Arc::clone(&tail), show);
-    let Started { child, guard, closed } = match started {
+    let mut started = match started {
         Ok(started) => started,
         Err(error) => return not_run(&error),
     };
-    let (end, broken) = match watch(child, began + script.timeout, cancelled) {
+    let (end, broken) = match watch(&mut started.child, began + script.timeout, cancelled) {
         Ok((_, Some(end))) => (end, None),
-        Ok((status, None)) => match reported(&guard).unwrap_or_else(|| told(status)) {
+        Ok((status, None)) => match reported(&started.guard).unwrap_or_else(|| told(status)) {
             Report::Exited(code) => (End::Exited(code), None),
             Report::Killed(signal) => (End::Killed(signal), None),
             Report::NotRun(error) => return not_run(&error),
@@ -156,7 +158,7 @@ fn run_as(command: Command, script: &Script, cancelled: &AtomicBool, show: impl 
         Err(error) => (End::Killed(0), Some(format!("cannot wait for the script: {error}"))),
     };
     let took = began.elapsed();
-    let _ = closed.recv_timeout(OUTPUT_LINGER);
+    started.output_ends();
     let output = String::from_utf8_lossy(&tail.lock().0).into_owned();
     let last = output.lines().rev().map(str::trim).find(|line| !line.is_empty());
     let last = last.map(|line| sanitised(line).chars().take(REMARK_CHARS_MAX).collect::<String>());
@@ -177,6 +179,20 @@ struct Started {
     guard: UnixStream,
     /// Nobody sends; the end of the sender is the end of the output.
     closed: mpsc::Receiver<()>,
+    /// The pipe that it is read from.
+    output: OwnedFd,
+}
+
+impl Started {
+    /// Waits for the end of the output. Who was left running may hold the pipe open; what is in it by then is read all the same.
+    fn output_ends(&self) {
+        if self.closed.recv_timeout(OUTPUT_LINGER) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let until = Instant::now() + OUTPUT_READ_MAX;
+            while rustix::io::ioctl_fionread(&self.output).is_ok_and(|left| left > 0) && Instant::now() < until {
+                std::thread::sleep(LOOK_EVERY);
+            }
+        }
+    }
 }
 
 fn start(
@@ -193,6 +209,7 @@ fn start(
     let child = command.spawn()?;
     // Our ends of the pipe: without this the output never ends.
     drop(command);
+    let output = OwnedFd::from(reader.try_clone()?);
     let (open, closed) = mpsc::channel();
     let read = move || {
         let mut buf = vec![0; 64 << 10];
@@ -204,12 +221,12 @@ fn start(
         drop(open);
     };
     std::thread::Builder::new().name("script-output".to_owned()).spawn(read)?;
-    Ok(Started { child, guard, closed })
+    Ok(Started { child, guard, closed, output })
 }
 
 /// Waits for the end of the process, and ends its group at the latest then. Returns its status, and why it was told to end, if it was.
-fn watch(mut child: Child, until: Instant, cancelled: &AtomicBool) -> io::Result<(ExitStatus, Option<End>)> {
-    let group = Pid::from_child(&child);
+fn watch(child: &mut Child, until: Instant, cancelled: &AtomicBool) -> io::Result<(ExitStatus, Option<End>)> {
+    let group = Pid::from_child(child);
     let signal = |signal| match kill_process_group(group, signal) {
         // Nobody is left in it.
         Err(rustix::io::Errno::SRCH) | Ok(()) => {}
@@ -344,17 +361,25 @@ fn told(status: ExitStatus) -> Report {
     }
 }
 
+/// Writes a program for a test, by a process of its own: what this one has open for writing is open in whatever another test forks at that
+/// moment, too, and cannot be run.
+#[cfg(test)]
+pub(crate) fn executable(path: &Path, text: &str) {
+    use std::io::Write;
+    let mut install = Command::new("install").args(["-m", "755", "/dev/stdin"]).arg(path).stdin(Stdio::piped()).spawn().unwrap();
+    install.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert!(install.wait().unwrap().success(), "{}", path.display());
+}
+
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
     use std::path::Path;
 
     use super::*;
 
     fn script(folder: &Path, text: &str) -> Script {
         let path = folder.join("script");
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        executable(&path, &format!("#!/bin/sh\n{text}\n"));
         Script { path, env: Vec::new(), timeout: Duration::from_secs(20), user: None, folder: None }
     }
 
@@ -413,12 +438,12 @@ mod tests {
         let pid = dir.path().join("pid");
         let hang = format!("sleep 1000 & echo $! > {}; echo waiting; wait", pid.display());
         let mut one = script(dir.path(), &hang);
-        one.timeout = Duration::from_millis(500);
+        one.timeout = Duration::from_secs(3);
         let began = Instant::now();
         let found = ended(&one);
         assert_eq!(found.end, End::TimedOut);
-        assert_eq!(found.remark, "did not end within 500 ms; it last said: waiting");
-        assert!(began.elapsed() < Duration::from_secs(4), "ended by SIGTERM");
+        assert_eq!(found.remark, "did not end within 3.0 s; it last said: waiting");
+        assert!(began.elapsed() < one.timeout + Duration::from_millis(3500), "ended by SIGTERM");
         let child = std::fs::read_to_string(&pid).unwrap();
         let gone = || match std::fs::read_to_string(format!("/proc/{}/stat", child.trim())) {
             // An orphan that nobody has waited for yet is as good as gone.
@@ -439,9 +464,9 @@ mod tests {
     fn a_script_that_ignores_sigterm_is_killed() {
         let dir = tempfile::tempdir().unwrap();
         let mut one = script(dir.path(), "trap '' TERM; while :; do sleep 0.1; done");
-        one.timeout = Duration::from_millis(200);
+        one.timeout = Duration::from_secs(2);
         let found = ended(&one);
         assert_eq!(found.end, End::TimedOut);
-        assert!(found.took >= GRACE, "{:?}", found.took);
+        assert!(found.took >= one.timeout + GRACE, "{:?}", found.took);
     }
 }

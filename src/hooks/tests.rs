@@ -10,8 +10,7 @@ use crate::config::Config;
 
 fn script(folder: &Path, name: &str, body: &str) -> PathBuf {
     let path = folder.join(name);
-    std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    crate::script::executable(&path, &format!("#!/bin/sh\n{body}\n"));
     path
 }
 
@@ -103,9 +102,9 @@ fn a_hook_that_hangs_is_killed_with_all_it_started() {
     let folder = tempfile::tempdir().unwrap();
     let pids = folder.path().join("pids");
     let body = format!("trap '' TERM\nsleep 1000 & echo $! > {0}; echo $$ >> {0}; wait; sleep 1000", pids.display());
-    let (run, _) = ran(folder.path(), "300ms", &body);
+    let (run, _) = ran(folder.path(), "3s", &body);
     let error = run.unwrap_err();
-    assert_eq!(error.outcome, HookOutcome::TimedOut { limit_ms: 300 });
+    assert_eq!(error.outcome, HookOutcome::TimedOut { limit_ms: 3000 });
     for pid in std::fs::read_to_string(&pids).unwrap().lines() {
         // A killed process may be there for a moment, until init has reaped it.
         let until = std::time::Instant::now() + Duration::from_secs(10);
