@@ -178,7 +178,10 @@ fn a_bit_that_flips_in_the_base_is_found_and_sent_again() {
     let found = format!("{}: at offset {}: the block's checksum is", base.display(), 5 * MIB + 4096 * 3);
     assert!(checked.status.code() == Some(1) && text(&checked).contains(&found), "{found}: not in {}", text(&checked));
     site.receiver.start();
-    eventually("it is back", SOON, || (site.primary.primary("db")["state"] == "streaming").then_some(()));
+    eventually("it is back", SOON, || {
+        let connected = site.receiver.copy("primary", "db")["peer"].is_string();
+        (connected && site.primary.primary("db")["state"] == "streaming").then_some(())
+    });
     assert_eq!(verify(), 0);
     site.copy_equals("db", &image);
 }

@@ -169,7 +169,7 @@ fn a_failover_to_an_export_that_is_taken_changes_nothing() {
     pair.primary.committed("db");
     pair.primary.committed("web");
 
-    let tcp = format!("tcp:{}", free_tcp());
+    let tcp = format!("tcp:{}", free_address());
     pair.receiver.cli(&["failover", "db", "--export", &tcp, "--yes", "--force"]);
     let records = std::fs::read(pair.receiver.folder.join("state/exports.json")).unwrap();
     let said = refusal(&pair.receiver.ask(&["failover", "web", "--export", &tcp, "--yes", "--force"]), 1);
@@ -299,7 +299,7 @@ fn a_second_signal_stops_at_once() {
 #[test]
 fn readiness_metrics_and_files_are_as_documented() {
     let folder = scratch();
-    let (notify, metrics) = (folder.path().join("notify"), free_tcp());
+    let (notify, metrics) = (folder.path().join("notify"), free_address());
     let manager = UnixDatagram::bind(&notify).unwrap();
     manager.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let node = Node::new(folder.path(), "node");
@@ -392,10 +392,6 @@ fn the_demo_verifies() {
 fn send(pid: u32, signal: Signal) {
     let pid = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
     rustix::process::kill_process(pid, signal).unwrap();
-}
-
-fn free_tcp() -> String {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
 }
 
 fn scrape(address: &str, path: &str) -> String {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use support::nbd::Nbd;
 use support::node::Pair;
-use support::{Process, eventually, flip, need, noise, run, scratch, text};
+use support::{Process, Stop, eventually, flip, need, noise, run, scratch, text};
 
 const MIB: u64 = 1 << 20;
 /// Not a multiple of a qcow2 cluster.
@@ -62,6 +62,7 @@ fn every_point_is_the_image_that_it_was() {
     }
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         // What is exported are points of before; epochs arrive all the while.
         scope.spawn(|| {
             let mut n = 0;

@@ -44,7 +44,9 @@ fn a_sparse_disk_is_sent_and_stored_sparse() {
     }
     file.write_all_at(&vec![0; (ZEROES.1 * MIB) as usize], ZEROES.0 * MIB).expect("a write");
     let data_bytes = DATA.iter().map(|(_, mib)| mib * MIB).sum::<u64>();
-    site.primary.configure(&site.group("db", &image));
+    // Slow enough to be seen.
+    let group = site.group("db", &image);
+    site.primary.configure(&group.replacen("[[group]]\n", "[[group]]\nrate_limit = \"200 Mbit/s\"\n", 1));
     site.receiver.start();
     site.primary.start();
 

@@ -138,6 +138,9 @@ fn no_point_has_a_write_without_the_one_before_it() {
         stop.store(true, Ordering::SeqCst);
         writer.join().expect("the writer")
     });
+    // What the primary had sent when it was killed is committed by the stop at the latest.
+    pair.receiver.stop();
+    pair.receiver.start();
     let listed = pair.receiver.points("pair");
     pair.receiver.stop();
 

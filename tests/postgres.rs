@@ -7,13 +7,15 @@
 mod support;
 
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use support::block::Disk;
 use support::node::Pair;
-use support::postgres::{self, Server, record};
+use support::postgres::{self, Server, record_and_tell};
 use support::{Process, eventually, one_at_a_time, scratch, seed, unix_us};
 
 const DISK_BYTES: u64 = 2 << 30;
@@ -58,7 +60,19 @@ fn every_commit_acknowledged_before_the_cut_is_on_the_copy() {
             pair.receiver.copy("primary", "db")["cut_unix_us"].as_u64().filter(|cut| *cut > begun)
         });
         let sockets = server.sockets.clone();
-        let recorder = std::thread::spawn(move || record(&sockets));
+        let enough = Arc::new(AtomicU64::new(u64::MAX));
+        let told = Arc::clone(&enough);
+        let recorder = std::thread::spawn(move || {
+            record_and_tell(&sockets, |commits| {
+                if commits as u64 == COMMITS_MIN {
+                    told.store(unix_us(), Ordering::SeqCst);
+                }
+            })
+        });
+        // A kill before that would show nothing.
+        eventually("commits are at the receiver", Duration::from_secs(60), || {
+            pair.receiver.copy("primary", "db")["cut_unix_us"].as_u64().filter(|cut| *cut > enough.load(Ordering::SeqCst))
+        });
         let kill_at = Instant::now() + kill_after;
         eventually("the random moment", kill_after + Duration::from_secs(5), || (Instant::now() >= kill_at).then_some(()));
         assert!(
@@ -74,9 +88,8 @@ fn every_commit_acknowledged_before_the_cut_is_on_the_copy() {
         acknowledged
     };
 
-    let (newest, cut) = pair.receiver.points("db").pop().expect("a point");
     let socket = folder.path().join("copy.sock");
-    assert_eq!(pair.receiver.failover("db", None, &socket), newest, "a failover takes the newest point");
+    let (newest, cut) = pair.receiver.failover_newest("db", &socket);
     let due = acknowledged.iter().filter(|at| **at < cut).count() as u64;
     assert!(due >= COMMITS_MIN, "only {due} commits before the cut of {newest}: nothing would be shown");
 

@@ -20,7 +20,7 @@ use receiver::journal::{PLACED_SEAL_BYTES, SEGMENT_HEADER_BYTES, segment_path};
 use serde_json::Value;
 use support::nbd::Nbd;
 use support::node::{COMMIT_WITHIN, Pair};
-use support::{eventually, flip, noise, scratch, text};
+use support::{Stop, eventually, flip, noise, scratch, text};
 
 const MIB: u64 = 1 << 20;
 /// The second disk ends within a block.
@@ -101,15 +101,6 @@ fn newest_frame(segment: &Path) -> (u64, u64, u64) {
 
 fn first_segment(pair: &Pair) -> PathBuf {
     segment_path(&pair.store.join("primary/db/journal"), 1)
-}
-
-/// Stops when dropped, so that a failure elsewhere ends its thread too.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }
 
 /// A byte of each image is changed behind the tap's back, under a guest that writes elsewhere: `verify` finds the two, and nothing else.

@@ -411,9 +411,8 @@ impl Round {
             *totals.points.entry(*victim).or_default() += 1;
         }
 
-        let (newest, cut) = self.pair.receiver.points(GROUP).pop().expect("a point");
         let socket = self.folder.path().join("copy.sock");
-        assert_eq!(self.pair.receiver.failover(GROUP, None, &socket), newest, "a failover takes the newest point");
+        let (newest, cut) = self.pair.receiver.failover_newest(GROUP, &socket);
         let copies = OWN.map(|(name, bytes)| {
             let mut nbd = Nbd::connect(&socket, name).expect("the copy");
             nbd.read(0, bytes as u32).expect("a read")

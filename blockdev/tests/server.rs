@@ -68,6 +68,8 @@ fn exports_come_and_go_while_clients_work() {
     let mut on_disk = Client::connect(&server.socket, "disk", true);
     let mut on_second = Client::connect(&server.socket, "second", true);
     on_second.write(0, b"x");
+    // Served: a request is answered.
+    on_disk.read(0, 1);
     let stats = server.server.connections();
     let names: Vec<_> = stats.iter().map(|stats| (stats.export.as_str(), stats.written_bytes)).collect();
     assert_eq!(names, [("disk", 0), ("second", 1)]);

@@ -349,7 +349,8 @@ async fn a_client_out_of_space_is_told_and_loses_nothing() {
     let mut scene = Scene::new(|site| site.clients[0].0.space_max_bytes = Some(100_000)).await;
     let line = "client 'a' has used its 100000 bytes of space: raise `space_max`";
     ends(&mut scene, CloseCode::Storage, line, async |p| {
-        p.send(&[vec![data(0, 30, 2)]]).await;
+        // Without its seal: it may be refused before that is sent.
+        p.control.pass(pass(2, 0, PassKind::Frozen), &data(0, 30, 2).frame(2, 0)).await;
     })
     .await;
     scene.receiver.shutdown().await;

@@ -14,6 +14,7 @@ pub(crate) mod postgres;
 pub(crate) mod qemu;
 pub(crate) mod scene;
 pub(crate) mod site;
+pub(crate) mod stalls;
 pub(crate) mod views;
 pub(crate) mod writers;
 
@@ -21,10 +22,20 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// From one question of [`eventually`] to the next.
 const ASK_EVERY: Duration = Duration::from_millis(10);
+
+/// Sets the flag that ends a thread when it is dropped: a failure elsewhere in the scope of both ends it too, and is not waited for.
+pub(crate) struct Stop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
 
 /// Flips one bit of the byte at `offset`.
 #[track_caller]
@@ -85,7 +96,12 @@ fn clear_leftovers() {
         return;
     };
     for line in text(&loops).lines().filter(|line| line.contains(&scratch)) {
-        run("losetup", &["--detach", line.split_whitespace().next().expect("a name")]);
+        let device = line.split_whitespace().next().expect("a name");
+        let detached = Command::new("losetup").args(["--detach", device]).output().expect("losetup");
+        // The kernel detaches by itself when the last user is gone, which may be now.
+        let left = Command::new("losetup").args(["--list", "--noheadings", "--output", "BACK-FILE", device]).output();
+        let gone = left.is_ok_and(|left| !text(&left).contains(&scratch));
+        assert!(detached.status.success() || gone, "losetup --detach {device}: {}", text(&detached));
     }
 }
 

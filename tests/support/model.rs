@@ -144,6 +144,8 @@ pub(crate) fn can_begin(pair: &Pair) -> Value {
 
 #[track_caller]
 pub(crate) fn verified(pair: &Pair) {
+    // A handback that has ended begins a session anew.
+    eventually("a session", COMMIT_WITHIN, || (pair.primary.primary("db")["state"] == "streaming").then_some(()));
     pair.primary.committed("db");
     let report = pair.primary.json(&["verify", "db"]);
     assert_eq!(report["differing_bytes"], 0, "{report:#}");

@@ -3,6 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use blockdev::steps::{self, Step};
@@ -13,6 +14,8 @@ use super::{Process, eventually, text};
 
 /// Most time a node takes to answer on its control socket.
 const UP_WITHIN: Duration = Duration::from_secs(20);
+/// Services of a machine have the ports below.
+const PORT_MIN: u16 = 10_000;
 /// Most time a healthy group takes to its next commit.
 pub(crate) const COMMIT_WITHIN: Duration = Duration::from_secs(60);
 
@@ -267,6 +270,16 @@ impl Node {
             .collect()
     }
 
+    /// Fails over to the newest point; returns it and its cut. What a killed primary had sent may be committed until then: only an active
+    /// group's points are the last ones.
+    #[track_caller]
+    pub(crate) fn failover_newest(&self, group: &str, socket: &Path) -> (String, u64) {
+        let point = self.failover(group, None, socket);
+        let (newest, cut) = self.points(group).pop().expect("a point");
+        assert_eq!(point, newest, "a failover takes the newest point");
+        (newest, cut)
+    }
+
     /// Fails over and returns the point that was activated; at once, so a primary that was killed a moment ago may count as alive.
     #[track_caller]
     pub(crate) fn failover(&self, group: &str, point: Option<&str>, socket: &Path) -> String {
@@ -279,10 +292,23 @@ impl Node {
     }
 }
 
-/// An address of loopback that nobody listens on now.
+/// An address of loopback that nobody listens on now, neither for UDP nor for TCP, and that is given to no client by itself: those of outgoing
+/// connections come from a range of their own, and could have it before the node begins to listen, or while it is down.
 pub(crate) fn free_address() -> String {
-    let socket = std::net::UdpSocket::bind("127.0.0.1:0").expect("a free port");
-    socket.local_addr().expect("its address").to_string()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").expect("the range of outgoing connections");
+    let end: u16 = range.split_whitespace().next().and_then(|first| first.parse().ok()).expect("its first port");
+    let ports = end.checked_sub(PORT_MIN).filter(|ports| *ports > 0).expect("ports below it");
+    // Tests in other processes begin elsewhere.
+    let begin = std::process::id() as u16 % ports;
+    for _ in 0..ports {
+        let port = PORT_MIN + (begin.wrapping_mul(61) % ports + NEXT.fetch_add(1, Ordering::Relaxed) % ports) % ports;
+        let address = format!("127.0.0.1:{port}");
+        if std::net::UdpSocket::bind(&address).is_ok() && std::net::TcpListener::bind(&address).is_ok() {
+            return address;
+        }
+    }
+    panic!("no port of {PORT_MIN} to {end} is free");
 }
 
 /// `[receiver]` with one client that may send any group.

@@ -4,6 +4,12 @@ use std::time::Duration;
 
 use super::*;
 
+#[path = "../../support/stalls.rs"]
+#[allow(dead_code, reason = "every test uses a part of it")]
+mod stalls;
+
+use stalls::Stalls;
+
 const MS: Duration = Duration::from_millis(1);
 /// Nothing on loopback takes this long; a datagram that has not come by then will not.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -67,14 +73,15 @@ fn a_round_trip_takes_both_delays() {
     let ends = ends(Path { delay: 30 * MS, ..Path::default() });
     ends.relay.set(Direction::ToClient, Path { delay: 50 * MS, ..Path::default() });
     for _ in 0..5 {
-        let began = Instant::now();
+        let (stalls, began) = (Stalls::start(), Instant::now());
         ends.send(b"there");
         let (content, from) = ends.at_server();
         assert_eq!(content, b"there");
         assert!(began.elapsed() >= 30 * MS, "{:?}", began.elapsed());
         ends.server.send_to(b"and back", from).unwrap();
         assert_eq!(ends.at_client(), b"and back");
-        assert!((80 * MS..2000 * MS).contains(&began.elapsed()), "{:?}", began.elapsed());
+        let took = began.elapsed();
+        assert!(took >= 80 * MS && stalls.ran_since(began) < 2000 * MS, "{took:?}");
     }
     for (direction, bytes) in [(Direction::ToServer, 25), (Direction::ToClient, 40)] {
         let counts = ends.relay.counts(direction);
@@ -106,21 +113,22 @@ fn what_is_lost_is_counted_and_the_rest_arrives() {
 #[test]
 fn a_rate_is_kept_and_changes_while_it_runs() {
     let ends = ends(Path { rate_bits_per_s: Some(8_000_000), queue_bytes: Some(1 << 20), ..Path::default() });
+    let stalls = Stalls::start();
     // With headers 1000 bytes.
     let pass = |count: u32, before: &dyn Fn()| {
         let began = Instant::now();
         (0..count).for_each(|_| ends.send(&[7; 972]));
         before();
         (0..count).for_each(|_| drop(ends.at_server()));
-        began.elapsed()
+        (began.elapsed(), stalls.ran_since(began))
     };
-    let took = pass(100, &|| ());
-    assert!((100 * MS..1000 * MS).contains(&took), "100 of 1 ms each: {took:?}");
+    let (took, ran) = pass(100, &|| ());
+    assert!(took >= 100 * MS && ran < 1000 * MS, "100 of 1 ms each: {took:?}, {ran:?}");
     ends.relay.set(Direction::ToServer, Path { rate_bits_per_s: Some(1_600_000), queue_bytes: Some(1 << 20), ..Path::default() });
-    let took = pass(40, &|| ());
-    assert!((200 * MS..1500 * MS).contains(&took), "40 of 5 ms each: {took:?}");
-    let took = pass(100, &|| ends.relay.set(Direction::ToServer, Path::default()));
-    assert!(took < 450 * MS, "100 of 5 ms each, but for a limit that is gone: {took:?}");
+    let (took, ran) = pass(40, &|| ());
+    assert!(took >= 200 * MS && ran < 1500 * MS, "40 of 5 ms each: {took:?}, {ran:?}");
+    let (_, ran) = pass(100, &|| ends.relay.set(Direction::ToServer, Path::default()));
+    assert!(ran < 450 * MS, "100 of 5 ms each, but for a limit that is gone: {ran:?}");
 }
 
 /// Would catch a cut that leaks, or that does not end.
