@@ -10,7 +10,7 @@ mod onward;
 
 use proto::{Fingerprint, Generation, Name, Point};
 use receiver::FlattenStatus;
-use replicator::{GroupStatus, HandbackStatus, LinkState, QueueStatus, VerifyStatus};
+use replicator::{GroupStatus, HandbackPlan, HandbackStatus, LinkState, QueueStatus, VerifyStatus};
 use serde::{Deserialize, Serialize};
 
 pub use adopt::{AdoptDisk, AdoptRequest, AdoptStatus};
@@ -469,6 +469,17 @@ pub struct HandbackRequest {
     /// Go on if the hook before it fails.
     #[serde(default)]
     pub ignore_hooks: bool,
+}
+
+/// The answer to `POST /v1/handback/plan`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PlannedHandback {
+    /// What it would do.
+    #[serde(flatten)]
+    pub plan: HandbackPlan,
+    /// The hooks that it would run at this node.
+    #[serde(default)]
+    pub hooks: Vec<PlannedHook>,
 }
 
 /// `GET /v1/handback`, and the answer to its `POST`.

@@ -193,16 +193,26 @@ fn a_switchover_ends_if_its_primary_takes_writes_again() {
     scene.goes_on("before the switchover");
 
     let export = scene.copy_export();
+    // What would run is told first.
+    let told = text(&scene.pair.receiver.ask(&["switchover", "db", "--export", &export]));
+    let wanted = format!("  hook        pre-switchover: {}, at most 1 min 5 s", hook.display());
+    assert!(told.contains(&wanted) && told.contains("nothing was changed"), "{told}");
     let running = Scene::begin(&scene.pair.receiver, &["switchover", "db", "--export", &export, "--yes"]);
     eventually("the hook runs", COMMIT_WITHIN, || begun.exists().then_some(()));
     scene.refuses("drained");
     scene.pair.primary.kill();
+    let config = std::fs::read_to_string(scene.pair.primary.config()).expect("its configuration");
+    let config = format!("{config}\n[hooks]\npost_rollback = \"{}/none\"\n", scene.folder.path().display());
+    std::fs::write(scene.pair.primary.config(), config).expect("its configuration");
     scene.pair.primary.start();
     scene.goes_on("let in again, while the hook runs");
     std::fs::write(&go, "").expect("a file");
     Scene::broke(running, "its primary takes writes again");
     scene.goes_on("after the switchover that was not made");
     scene.copy_is_handed(1, "not promoted");
+    let point = scene.pair.receiver.points("db").last().expect("a point").0.clone();
+    let told = text(&scene.pair.primary.ask(&["rollback", "db", "--point", &point]));
+    assert!(told.contains("  hook        post-rollback: WILL FAIL: ") && told.contains("nothing was changed"), "{told}");
 }
 
 /// Back to a point, and forward again: each image is what it was, and nothing is forgotten.

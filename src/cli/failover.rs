@@ -146,11 +146,7 @@ fn describe(plan: &FailoverPlan, export: Option<&str>) {
     for volume in &plan.volumes {
         println!("  disk        {}, {}{served}", volume.name, human::bytes(volume.size_bytes));
     }
-    for hook in &plan.hooks {
-        let (path, limit) = (hook.path.display().to_string(), human::ms(hook.limit_ms));
-        let told = hook.problem.as_ref().map_or_else(|| format!("{path}, at most {limit}"), |p| format!("WILL FAIL: {p}"));
-        println!("  hook        {}: {}", hook.hook, human::sanitised(&told));
-    }
+    hooks::planned(&plan.hooks).for_each(|line| println!("{line}"));
     println!("  to move     {}", human::bytes(plan.bytes_to_move));
     if plan.primary_alive {
         println!("  WARNING     the primary is alive and may still be serving this disk: stop it first");

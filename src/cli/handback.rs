@@ -9,8 +9,8 @@ use replicator::HandbackPlan;
 
 use super::failover::confirmed;
 use super::human::{self, bytes, ms};
-use super::{Usage, client};
-use crate::api::{FailoverDone, FailoverPlan, HandbackProgress, HandbackRequest, SwitchoverRequest, nbd_uri};
+use super::{Usage, client, hooks};
+use crate::api::{FailoverDone, FailoverPlan, HandbackProgress, HandbackRequest, PlannedHandback, SwitchoverRequest, nbd_uri};
 use crate::config::export_address;
 
 const BAR_WIDTH: usize = 30;
@@ -30,11 +30,12 @@ pub(crate) struct Wish {
 /// Failback and rollback.
 pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
     let mut request = HandbackRequest { group: wish.group.clone(), point: wish.point.clone(), ignore_hooks: wish.ignore_hooks };
-    let plan: HandbackPlan = client::post(socket, "/v1/handback/plan", &request)?;
+    let PlannedHandback { plan, hooks: planned } = client::post(socket, "/v1/handback/plan", &request)?;
     // The point that was shown is the one that is gone back to, whatever becomes of its name.
     request.point = wish.point.as_ref().map(|_| plan.from.to_string());
     if !wish.json {
         print!("{}", described(&plan, wish.point.is_some()));
+        hooks::planned(&planned).for_each(|line| println!("{line}"));
     }
     if !wish.yes && !confirmed()? {
         println!("Nothing was changed.");
@@ -153,7 +154,8 @@ pub(crate) fn switchover(socket: &Path, wish: &Switchover) -> anyhow::Result<()>
     let export = export_address(&here, &wish.export)
         .map_err(|problem| Usage(format!("--export '{}' {problem}", wish.export)))?
         .to_string();
-    let plan: FailoverPlan = client::get(socket, &format!("/v1/failover?group={}", client::encoded(&wish.group)))?;
+    let query = format!("/v1/failover?group={}&switchover=true", client::encoded(&wish.group));
+    let plan: FailoverPlan = client::get(socket, &query)?;
     let name = format!("{}/{}", plan.client, plan.group);
     if !wish.json {
         println!("Switchover of group {name}:");
@@ -166,6 +168,7 @@ pub(crate) fn switchover(socket: &Path, wish: &Switchover) -> anyhow::Result<()>
         for volume in &plan.volumes {
             println!("  disk        {}, {}, served at {export}", volume.name, bytes(volume.size_bytes));
         }
+        hooks::planned(&plan.hooks).for_each(|line| println!("{line}"));
         println!("  to move     what the primary has not committed yet");
     }
     if !wish.yes && !confirmed()? {

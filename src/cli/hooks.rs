@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::{client, human};
-use crate::api::{HookOutcome, HookRun, HookRuns};
+use crate::api::{HookOutcome, HookRun, HookRuns, PlannedHook};
 
 pub(crate) fn run(socket: &Path, json: bool) -> anyhow::Result<()> {
     let all: HookRuns = client::get(socket, "/v1/hooks")?;
@@ -23,6 +23,15 @@ pub(crate) fn run(socket: &Path, json: bool) -> anyhow::Result<()> {
         run.output.lines().for_each(|line| println!("  | {}", human::sanitised(line)));
     }
     Ok(())
+}
+
+/// What would run with a transition: `hook        pre-failover: /etc/twinsite/move-address, at most 1 min 5 s`.
+pub(super) fn planned(hooks: &[PlannedHook]) -> impl Iterator<Item = String> {
+    hooks.iter().map(|hook| {
+        let (path, limit) = (hook.path.display().to_string(), human::ms(hook.limit_ms));
+        let told = hook.problem.as_ref().map_or_else(|| format!("{path}, at most {limit}"), |p| format!("WILL FAIL: {p}"));
+        format!("  hook        {}: {}", hook.hook, human::sanitised(&told))
+    })
 }
 
 /// `hook pre-failover of alpha/db succeeded after 120 ms, 3 s ago`.

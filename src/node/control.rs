@@ -8,7 +8,6 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use replicator::HandbackPlan;
 use serde::Deserialize;
 
 use super::adopt::AdoptRefused;
@@ -18,14 +17,24 @@ use super::{Node, RequestError};
 use crate::api::{
     AdoptRequest, AdoptStatus, ApiError, DrillEnd, DrillEnded, DrillHold, DrillList, DrillRequest, DrillResults, DrillStarted,
     FailoverDone, FailoverPlan, FailoverRequest, ForkList, ForkRemoval, HandbackProgress, HandbackRequest, HookRuns, ListedFork,
-    NameRequest, Named, NodeId, NodeStatus, Points, Refused, SwitchoverRequest, Verification, VerifyRequest,
+    NameRequest, Named, NodeId, NodeStatus, PlannedHandback, Points, Refused, SwitchoverRequest, Verification, VerifyRequest,
 };
+use crate::hooks::Transition;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct GroupQuery {
     group: String,
+}
+
+/// What a failover would do, or a switchover.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PlanQuery {
+    group: String,
     point: Option<String>,
+    #[serde(default)]
+    switchover: bool,
 }
 
 /// Of all groups, or of one.
@@ -157,10 +166,11 @@ async fn remove_fork(
 
 async fn plan(
     State(node): State<Arc<Node>>,
-    query: Result<Query<GroupQuery>, QueryRejection>,
+    query: Result<Query<PlanQuery>, QueryRejection>,
 ) -> Result<Json<FailoverPlan>, RequestError> {
     let Query(query) = query?;
-    Ok(Json(node.failover_plan(&query.group, query.point.as_deref()).await?))
+    let transition = if query.switchover { Transition::Switchover } else { Transition::Failover };
+    Ok(Json(node.failover_plan(transition, &query.group, query.point.as_deref()).await?))
 }
 
 async fn verification(
@@ -190,7 +200,7 @@ async fn handback(
 async fn handback_plan(
     State(node): State<Arc<Node>>,
     body: Result<Json<HandbackRequest>, JsonRejection>,
-) -> Result<Json<HandbackPlan>, RequestError> {
+) -> Result<Json<PlannedHandback>, RequestError> {
     let Json(request) = body?;
     Ok(Json(node.handback_plan(&request).await?))
 }

@@ -123,8 +123,13 @@ fn known_points(known: &[Point]) -> String {
 }
 
 impl Node {
-    /// What a failover would do; `point` is one, or a name of one.
-    pub(crate) async fn failover_plan(&self, selector: &str, point: Option<&str>) -> Result<FailoverPlan, RequestError> {
+    /// What a failover or a switchover would do; `point` is one, or a name of one.
+    pub(crate) async fn failover_plan(
+        &self,
+        transition: Transition,
+        selector: &str,
+        point: Option<&str>,
+    ) -> Result<FailoverPlan, RequestError> {
         let copies = self.receiving()?;
         let group = copies.find(selector).await?;
         let points = copies.points(&group).await?;
@@ -153,7 +158,7 @@ impl Node {
         });
         let third_site = self.third_site(&group).await.filter(|_| status.active.is_none());
         let refusal = refusal.or_else(|| third_site.map(|error| error.to_string()));
-        let hooks = self.hooks.planned(Transition::Failover, Some(&group.client), &group.group);
+        let hooks = self.hooks.planned(transition, Some(&group.client), &group.group);
         Ok(FailoverPlan {
             client: group.client,
             group: group.group,
@@ -191,7 +196,7 @@ impl Node {
         let copies = self.receiving()?;
         // One failover at a time, from the plan on: a second one sees what the first has done.
         let mut record = self.record.lock().await;
-        let plan = self.failover_plan(&request.group, request.point.as_deref()).await?;
+        let plan = self.failover_plan(transition, &request.group, request.point.as_deref()).await?;
         let group = GroupRef { client: plan.client.clone(), group: plan.group.clone() };
         if let (Some(active), Some(_)) = (&plan.active, &request.point)
             && active.point != plan.point

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use blockdev::steps::{Step, reach};
 use proto::{Generation, Name};
-use replicator::{HandbackPlan, HandbackStatus, HandbackTarget};
+use replicator::{HandbackStatus, HandbackTarget};
 
 use super::Node;
 use super::copies::GroupRef;
 use super::failover::RequestError;
-use crate::api::{FailoverDone, FailoverRequest, HandbackProgress, HandbackRequest, SwitchoverRequest};
+use crate::api::{FailoverDone, FailoverRequest, HandbackProgress, HandbackRequest, PlannedHandback, SwitchoverRequest};
 use crate::hooks::{Facts, Phase, Transition};
 
 /// How long a primary may take to commit what it has, unless another time is given.
@@ -35,17 +35,21 @@ impl Node {
     }
 
     /// What a handback would do; changes nothing.
-    pub(crate) async fn handback_plan(&self, request: &HandbackRequest) -> Result<HandbackPlan, RequestError> {
+    pub(crate) async fn handback_plan(&self, request: &HandbackRequest) -> Result<PlannedHandback, RequestError> {
         let target = self.target(request).await?;
+        let transition = match target {
+            HandbackTarget::Rollback(_) => Transition::Rollback,
+            HandbackTarget::Failback => Transition::Failback,
+        };
         match self.primaries.read().await.handback_plan(&request.group, target).await {
-            Some(plan) => plan,
+            Some(plan) => plan.map(|plan| PlannedHandback { hooks: self.hooks.planned(transition, None, &plan.group), plan }),
             None => Err(self.no_primary(&request.group).await),
         }
     }
 
     /// Begins, behind the hook before it; the hook after it runs if it comes to its end.
     pub(crate) async fn begin_handback(self: &Arc<Self>, request: &HandbackRequest) -> Result<HandbackProgress, RequestError> {
-        let plan = self.handback_plan(request).await?;
+        let plan = self.handback_plan(request).await?.plan;
         let (transition, target) = match request.point {
             Some(_) => (Transition::Rollback, HandbackTarget::Rollback(plan.from)),
             None => (Transition::Failback, HandbackTarget::Failback),
@@ -97,7 +101,7 @@ impl Node {
     /// takes writes again.
     pub(crate) async fn switchover(&self, request: &SwitchoverRequest) -> Result<FailoverDone, RequestError> {
         let copies = self.receiving()?;
-        let plan = self.failover_plan(&request.group, None).await?;
+        let plan = self.failover_plan(Transition::Switchover, &request.group, None).await?;
         let group = GroupRef { client: plan.client, group: plan.group };
         if let Some(active) = &plan.active {
             return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
