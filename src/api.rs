@@ -312,7 +312,7 @@ pub struct Named {
     pub point: Point,
 }
 
-/// `GET /v1/failover?group=&point=`: what it would do.
+/// `GET /v1/failover?group=&point=&switchover=`: what it would do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FailoverPlan {
     /// Whose.

@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::bail;
 use clap::Parser;
 use parking_lot::Mutex;
+use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Pid, Signal, getpgrp, getpid, kill_current_process_group, kill_process_group};
 
 use crate::cli::human::sanitised;
@@ -93,14 +94,19 @@ pub(crate) struct Ended {
 
 /// The end of an output.
 #[derive(Debug, Default)]
-struct Tail(Vec<u8>);
+struct Tail {
+    end: Vec<u8>,
+    /// Bytes of all of it so far.
+    bytes: u64,
+}
 
 impl Tail {
     fn add(&mut self, bytes: &[u8]) {
+        self.bytes += bytes.len() as u64;
         let bytes = bytes.get(bytes.len().saturating_sub(OUTPUT_BYTES_MAX)..).unwrap_or_default();
-        let excess = (self.0.len() + bytes.len()).saturating_sub(OUTPUT_BYTES_MAX);
-        self.0.drain(..excess.min(self.0.len()));
-        self.0.extend_from_slice(bytes);
+        let excess = (self.end.len() + bytes.len()).saturating_sub(OUTPUT_BYTES_MAX);
+        self.end.drain(..excess.min(self.end.len()));
+        self.end.extend_from_slice(bytes);
     }
 }
 
@@ -158,8 +164,8 @@ fn run_as(command: Command, script: &Script, cancelled: &AtomicBool, show: impl 
         Err(error) => (End::Killed(0), Some(format!("cannot wait for the script: {error}"))),
     };
     let took = began.elapsed();
-    started.output_ends();
-    let output = String::from_utf8_lossy(&tail.lock().0).into_owned();
+    started.output_ends(&tail);
+    let output = String::from_utf8_lossy(&tail.lock().end).into_owned();
     let last = output.lines().rev().map(str::trim).find(|line| !line.is_empty());
     let last = last.map(|line| sanitised(line).chars().take(REMARK_CHARS_MAX).collect::<String>());
     let remark = match (broken, end, last) {
@@ -185,10 +191,13 @@ struct Started {
 
 impl Started {
     /// Waits for the end of the output. Who was left running may hold the pipe open; what is in it by then is read all the same.
-    fn output_ends(&self) {
+    fn output_ends(&self, tail: &Mutex<Tail>) {
         if self.closed.recv_timeout(OUTPUT_LINGER) == Err(mpsc::RecvTimeoutError::Timeout) {
-            let until = Instant::now() + OUTPUT_READ_MAX;
-            while rustix::io::ioctl_fionread(&self.output).is_ok_and(|left| left > 0) && Instant::now() < until {
+            let (until, all) = (Instant::now() + OUTPUT_READ_MAX, {
+                let read = tail.lock();
+                read.bytes + rustix::io::ioctl_fionread(&self.output).unwrap_or(0)
+            });
+            while tail.lock().bytes < all && Instant::now() < until {
                 std::thread::sleep(LOOK_EVERY);
             }
         }
@@ -213,9 +222,17 @@ fn start(
     let (open, closed) = mpsc::channel();
     let read = move || {
         let mut buf = vec![0; 64 << 10];
-        while let Ok(n @ 1..) = reader.read(&mut buf) {
+        loop {
+            let ready = rustix::event::poll(&mut [PollFd::new(&reader, PollFlags::IN)], None);
+            if ready == Err(rustix::io::Errno::INTR) {
+                continue;
+            }
+            // There is something to be read, or the end: this waits for nobody. What is not in the pipe any more is in the tail.
+            let mut kept = tail.lock();
+            let Ok(n @ 1..) = reader.read(&mut buf) else { break };
             let bytes = buf.get(..n).unwrap_or_default();
-            tail.lock().add(bytes);
+            kept.add(bytes);
+            drop(kept);
             show(bytes);
         }
         drop(open);
@@ -429,6 +446,15 @@ mod tests {
         assert_eq!((found.end, found.remark.as_str()), (End::Exited(0), "done"));
         assert!(found.output.len() <= OUTPUT_BYTES_MAX && found.output.ends_with("x\ndone\n"));
         assert_eq!(*seen.lock(), 20_000_006);
+    }
+
+    /// Would catch a remark that is lost because whoever watches the output is slow.
+    #[test]
+    fn what_is_printed_last_is_kept_however_late_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let one = script(dir.path(), "echo first; sleep 0.3; setsid sleep 4 & echo last");
+        let found = run_plain(&one, &AtomicBool::new(false), |_| std::thread::sleep(OUTPUT_LINGER + Duration::from_millis(800)));
+        assert_eq!((found.end, found.remark.as_str()), (End::Exited(0), "last"), "{}", found.output);
     }
 
     /// Would catch a time limit that only the script itself obeys, and a child that outlives it and keeps us waiting.

@@ -163,7 +163,7 @@ fn an_older_point_and_a_forgotten_record_go_onward() {
         (status["compared_bytes"].as_u64() >= Some(2 * BYTES) && status["suspect_bytes"] == 0).then_some(status)
     });
     assert_eq!(status["differing_bytes"], 0, "{status:#}");
-    eventually("it is known again", COMMIT_WITHIN, || record.exists().then_some(()));
+    eventually("it is known again", std::time::Duration::from_secs(5), || record.exists().then_some(()));
     // Stopped in order, with the record: nothing is.
     chain.beta.stop();
     chain.beta.start();

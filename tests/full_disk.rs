@@ -27,6 +27,8 @@ const DISK_BYTES: u64 = 32 * MIB;
 const STORE_MIB: u64 = 128;
 /// Refusals before there is space: the waits between them double, and by then the next one is near the longest.
 const REFUSALS: usize = 7;
+/// Of which so many come after less than 1.6 s.
+const SHORT_WAITS: usize = 5;
 /// From one look for free space to the next; far less than the shortest wait of a primary.
 const FILL_EVERY: Duration = Duration::from_millis(1);
 /// Beyond the wait: connecting, what was written meanwhile, a machine that is busy with other tests.
@@ -136,10 +138,15 @@ fn replication_goes_on_by_itself_when_a_full_store_has_space_again() {
         if refusals == 2 {
             kept = site.receiver.points("primary/db");
         }
-        eventually("both guests write on, and the other client's points go on", MARGIN, || {
+        let go_on = || {
             let points_now = site.receiver.copy("other", "db")["points"].as_u64();
-            (guest.acknowledged() > ours && neighbour.acknowledged() > theirs && points_now > Some(points)).then_some(())
-        });
+            guest.acknowledged() > ours && neighbour.acknowledged() > theirs && points_now > Some(points)
+        };
+        // The first waits are shorter than what one sync of a busy disk may take.
+        if refusals <= SHORT_WAITS {
+            eventually("both guests write on, and the other client's points go on", MARGIN, || go_on().then_some(()));
+        }
+        assert!(go_on(), "both guests write on, and the other client's points go on");
     }
     assert!(told > 0, "both ends tell it at the same time");
     println!("primary: {}\nreceiver: {}", shown(&site.primary, "db"), shown(&site.receiver, "primary/db"));

@@ -14,7 +14,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use support::nbd::Nbd;
 use support::node::{COMMIT_WITHIN, Node, Pair, free_address, receiver_config};
-use support::{eventually, run, scratch, seed, views};
+use support::{Stop, eventually, run, scratch, seed, views};
 
 const BLOCK_BYTES: usize = 4096;
 /// The counter goes round these blocks, so that every image tells its last writes and not just the newest.
@@ -127,6 +127,7 @@ fn no_point_has_a_write_without_the_one_before_it() {
     let stop = AtomicBool::new(false);
     let began = Instant::now();
     let acknowledged = std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         let writer = scope.spawn(|| alternate(&pair.sockets, &stop));
         let committed = eventually("1,000 epochs are committed", EPOCHS_WITHIN, || {
             assert!(!writer.is_finished(), "the writer stopped");
@@ -183,6 +184,7 @@ fn the_order_holds_through_kills_of_either_side() {
     let mut pair = Pair::start(folder.path(), "pair", "20ms", DISKS);
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let _stop = Stop(&stop);
         let writer = scope.spawn(|| alternate(&pair.sockets, &stop));
         let mut kept: Vec<(String, u64)> = Vec::new();
         for kill in 0..KILLS {

@@ -238,13 +238,14 @@ impl Shared {
     }
 
     pub(crate) fn status(&self) -> GroupStatus {
+        let mut p = self.published.lock();
+        // Behind the lock: what is published is never newer than the ledger.
         let summary = self.ledger.summary();
         let flushes = self.ledger.flushes();
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (data, sent) = (load(&self.counters.data_bytes), load(&self.counters.frame_bytes));
         let pace = self.pace.as_ref().map(|(pace, _)| pace.summary(Instant::now()));
         let (scrubs, scrubs_max) = self.scrub.unanswered();
-        let mut p = self.published.lock();
         let wire_bytes = p.count_wire();
         let p = &*p;
         let lag = self.lag_ms.lock();
@@ -255,7 +256,7 @@ impl Shared {
             state: p.state,
             error: self.log.failure().or_else(|| p.error.clone()),
             generation: p.generation,
-            committed: p.committed.max(summary.committed),
+            committed: summary.committed.or(p.committed),
             committed_age_ms: p.committed_at.map(|t| millis(t.elapsed())),
             lag_ms: summary.oldest_write.map_or(0, |since| millis(since.elapsed())),
             lag: LagSummary {

@@ -493,7 +493,7 @@ async fn stopping_commits_what_is_still_compared() {
     let primary = primary.restart(&identity, &receiver, false).await;
     primary.write(0, 50_000, pattern(4, 5000)).await;
     let images = primary.images();
-    *receiver.behaviour.lock() = Behaviour { hash_pause: Duration::from_millis(100), ..Behaviour::default() };
+    *receiver.behaviour.lock() = Behaviour { hash_pause: Duration::from_millis(400), ..Behaviour::default() };
     let primary = primary.restart(&identity, &receiver, false).await;
     let status = primary.until("it compares", |s| s.state == LinkState::Comparing).await;
     assert!(status.suspect_bytes > 0 && receiver.store.lock().image != images, "{status:?}");

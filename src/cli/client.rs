@@ -1,4 +1,4 @@
-//! The other end of the control socket: one request, one answer, each with a deadline.
+//! The other end of the control socket: one request, one answer, with a deadline where a node that is well answers at once.
 
 use std::io;
 use std::path::Path;
@@ -27,22 +27,12 @@ pub(crate) struct Refusal(pub(crate) ApiError);
 
 /// Asks the node at `socket`.
 pub(crate) fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
-    call(DEADLINE, socket, Method::GET, path, Vec::new())
+    call(socket, Method::GET, path, Vec::new())
 }
 
 /// Tells the node at `socket` to do something.
 pub(crate) fn post<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
-    post_within(DEADLINE, socket, path, body)
-}
-
-/// As [`post`], for what may take longer.
-pub(crate) fn post_within<T: DeserializeOwned>(
-    deadline: Duration,
-    socket: &Path,
-    path: &str,
-    body: &impl Serialize,
-) -> anyhow::Result<T> {
-    call(deadline, socket, Method::POST, path, serde_json::to_vec(body)?)
+    call(socket, Method::POST, path, serde_json::to_vec(body)?)
 }
 
 /// As [`post`], for what is answered when something has ended, however long that takes.
@@ -59,11 +49,11 @@ pub(crate) fn encoded(text: &str) -> String {
     text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }
 
-fn call<T: DeserializeOwned>(deadline: Duration, socket: &Path, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<T> {
+fn call<T: DeserializeOwned>(socket: &Path, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let answer = runtime.block_on(async { tokio::time::timeout(deadline, exchange(socket, method, path, body)).await });
+    let answer = runtime.block_on(async { tokio::time::timeout(DEADLINE, exchange(socket, method, path, body)).await });
     let (ok, bytes) = answer.map_err(|_| {
-        anyhow!("{}: the node did not answer within {} s: look at its log", socket.display(), deadline.as_secs())
+        anyhow!("{}: the node did not answer within {} s: look at its log", socket.display(), DEADLINE.as_secs())
     })??;
     answered(ok, &bytes)
 }

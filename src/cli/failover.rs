@@ -68,10 +68,10 @@ pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
     let group = format!("{}/{}", plan.client, plan.group);
     let request =
         FailoverRequest { group, point: Some(point.to_string()), export, force: wish.force, ignore_hooks: wish.ignore_hooks };
-    // A hook before it may take its time.
     let hooks_ms: u64 = plan.hooks.iter().map(|hook| hook.limit_ms).sum();
     let deadline = client::DEADLINE + Duration::from_millis(hooks_ms);
-    let done = client::post_within(deadline, socket, "/v1/failover", &request);
+    // The hook before it has a limit; another group's failover, and its hook, come first.
+    let done = client::wait(socket, "/v1/failover", &request);
     let mut done: FailoverDone = done.map_err(|error| told(error, wish.json))?;
     if wish.json {
         done.hooks.extend(done.post_hook.map(|number| hook_ended(socket, number, deadline)).transpose()?);

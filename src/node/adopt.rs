@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use proto::Name;
@@ -14,11 +14,16 @@ use super::copies::GroupRef;
 use super::{Node, RequestError};
 use crate::api::{AdoptRequest, AdoptStatus};
 
+/// Most time that an orderly stop waits for an image to be removed.
+const STOPPED_WITHIN: Duration = Duration::from_secs(10);
+
 /// Why images are not adopted. One line each.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AdoptRefused {
     #[error("group {group} is being adopted already: see twinsite adopt {group} --watch")]
     Running { group: String },
+    #[error("the node is stopping: start it again first")]
+    Stopping,
     #[error("no image was adopted for group '{given}' since this node was started")]
     Never { given: String },
     #[error("'{given}' does not say whose group it is: write CLIENT/GROUP, with one of {}", known.join(", "))]
@@ -43,22 +48,32 @@ struct Entry {
 
 /// What was adopted since the start.
 #[derive(Default)]
-pub(crate) struct Adoptions {
+pub(crate) struct Adoptions(Mutex<State>);
+
+#[derive(Default)]
+struct State {
     /// By `client/group`.
-    all: Mutex<BTreeMap<String, Entry>>,
-    running: Mutex<JoinSet<()>>,
+    all: BTreeMap<String, Entry>,
+    tasks: JoinSet<()>,
+    /// The node stops: none begins any more.
+    stopping: bool,
 }
 
 impl Adoptions {
-    /// Tells all that run to stop.
+    /// Tells all that run to stop, and lets no further one begin.
     pub(crate) fn stop(&self) {
-        self.all.lock().values().for_each(|entry| entry.progress.stop.store(true, Ordering::Relaxed));
+        let mut state = self.0.lock();
+        state.stopping = true;
+        state.all.values().for_each(|entry| entry.progress.stop.store(true, Ordering::Relaxed));
     }
 
-    /// Waits until nothing is left of those that were told to stop.
+    /// After [`Self::stop`]: waits until nothing is left of them, but no longer than a stop may be held up for that.
     pub(crate) async fn stopped(&self) {
-        let mut running = std::mem::take(&mut *self.running.lock());
-        while running.join_next().await.is_some() {}
+        let mut tasks = std::mem::take(&mut self.0.lock().tasks);
+        let all = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(STOPPED_WITHIN, all).await.is_err() {
+            tracing::warn!("an image that was being adopted is not removed yet; the next start does it");
+        }
     }
 }
 
@@ -104,41 +119,40 @@ impl Node {
             images: request.disks.iter().map(|d| (d.disk.clone(), d.from.clone())).collect(),
         };
         {
-            let mut all = self.adoptions.all.lock();
-            if all.get(&selector).is_some_and(|entry| entry.ended.is_none()) {
+            let state = &mut *self.adoptions.0.lock();
+            if state.stopping {
+                return Err(AdoptRefused::Stopping.into());
+            }
+            if state.all.get(&selector).is_some_and(|entry| entry.ended.is_none()) {
                 return Err(AdoptRefused::Running { group: selector }.into());
             }
             let entry = Entry { group, progress: Arc::clone(&progress), began: Instant::now(), ended: None };
-            all.insert(selector.clone(), entry);
-        }
-        let node = Arc::clone(self);
-        let name = selector.clone();
-        let adopting = async move {
-            let done = match node.receiving() {
-                Ok(copies) => copies.adopt(adoption, progress).await,
-                Err(error) => Err(error),
-            };
-            match &done {
-                Ok(()) => tracing::info!(group = name, "image adopted; its primary may connect"),
-                Err(error) => tracing::error!(group = name, "image not adopted: {error}"),
-            }
-            if let Some(entry) = node.adoptions.all.lock().get_mut(&name) {
-                entry.ended = Some((elapsed_ms(entry.began), done.err().map(|error| error.to_string())));
-            }
-        };
-        {
-            let mut running = self.adoptions.running.lock();
-            while running.try_join_next().is_some() {}
-            running.spawn(adopting);
+            state.all.insert(selector.clone(), entry);
+            while state.tasks.try_join_next().is_some() {}
+            state.tasks.spawn(Arc::clone(self).adopting(selector.clone(), adoption, progress));
         }
         self.adoption(&selector)
     }
 
+    async fn adopting(self: Arc<Self>, name: String, adoption: Adoption, progress: Arc<AdoptProgress>) {
+        let done = match self.receiving() {
+            Ok(copies) => copies.adopt(adoption, progress).await,
+            Err(error) => Err(error),
+        };
+        match &done {
+            Ok(()) => tracing::info!(group = name, "image adopted; its primary may connect"),
+            Err(error) => tracing::error!(group = name, "image not adopted: {error}"),
+        }
+        if let Some(entry) = self.adoptions.0.lock().all.get_mut(&name) {
+            entry.ended = Some((elapsed_ms(entry.began), done.err().map(|error| error.to_string())));
+        }
+    }
+
     /// How far it is, or how the last one ended.
     pub(crate) fn adoption(&self, given: &str) -> Result<AdoptStatus, RequestError> {
-        let all = self.adoptions.all.lock();
+        let state = self.adoptions.0.lock();
         let named = |entry: &&Entry| entry.group.group.as_str() == given || entry.group.to_string() == given;
-        let found = all.values().filter(named).max_by_key(|entry| entry.began);
+        let found = state.all.values().filter(named).max_by_key(|entry| entry.began);
         Ok(found.map(Entry::status).ok_or_else(|| AdoptRefused::Never { given: given.to_owned() })?)
     }
 }

@@ -102,7 +102,7 @@ impl IntoResponse for RequestError {
                 StatusCode::BAD_REQUEST
             }
             Self::Drill(DrillRefused::Folder { .. }) => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Drill(_) | Self::Adopt(AdoptRefused::Running { .. }) => StatusCode::CONFLICT,
+            Self::Drill(_) | Self::Adopt(AdoptRefused::Running { .. } | AdoptRefused::Stopping) => StatusCode::CONFLICT,
             Self::Adopt(_) => StatusCode::BAD_REQUEST,
             Self::Export { .. } | Self::Query(_) | Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::Hook(_) => StatusCode::CONFLICT,

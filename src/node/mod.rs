@@ -282,8 +282,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;
         // A script that does not listen is killed after a while.
         let _ = schedule.await;
-        node.adoptions.stopped().await;
-        let hooks = node.end_drills().await;
+        let ((), hooks) = tokio::join!(node.adoptions.stopped(), node.end_drills());
         if let Some(Ok(copies)) = &node.copies {
             copies.shutdown().await;
         }

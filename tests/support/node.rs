@@ -3,7 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use blockdev::steps::{self, Step};
@@ -14,8 +14,10 @@ use super::{Process, eventually, text};
 
 /// Most time a node takes to answer on its control socket.
 const UP_WITHIN: Duration = Duration::from_secs(20);
+/// Most time of a command: `verify`, `export` and the like of a small disk.
+const ASK_WITHIN: Duration = Duration::from_secs(300);
 /// Services of a machine have the ports below.
-const PORT_MIN: u16 = 10_000;
+const PORT_MIN: u32 = 10_000;
 /// Most time a healthy group takes to its next commit.
 pub(crate) const COMMIT_WITHIN: Duration = Duration::from_secs(60);
 
@@ -72,8 +74,22 @@ impl Node {
     }
 
     /// Runs a command of this node to its end, whatever that is.
+    ///
+    /// A command that never ends is killed, and the test says so instead of hanging with it.
     pub(crate) fn ask(&self, args: &[&str]) -> Output {
-        self.command(args).output().expect("the twinsite binary")
+        let child = self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the twinsite binary");
+        let pid = rustix::process::Pid::from_child(&child);
+        let (ended, ends) = std::sync::mpsc::channel::<()>();
+        let watch = std::thread::spawn(move || {
+            let hangs = ends.recv_timeout(ASK_WITHIN) == Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+            // Nobody has waited for it yet, so the number is its own.
+            hangs.then(|| rustix::process::kill_process(pid, Signal::KILL))
+        });
+        let output = child.wait_with_output().expect("its output");
+        drop(ended);
+        let killed = watch.join().expect("no panic");
+        assert!(killed.is_none(), "twinsite {}: not within {ASK_WITHIN:?}: {}\n{}", args.join(" "), text(&output), self.log());
+        output
     }
 
     /// Runs a command that must succeed; returns what it printed.
@@ -274,6 +290,15 @@ impl Node {
     /// group's points are the last ones.
     #[track_caller]
     pub(crate) fn failover_newest(&self, group: &str, socket: &Path) -> (String, u64) {
+        // The command asks for the newest point before it says which one it wants.
+        let (mut points, mut same) = (0, 0);
+        eventually("no further point", COMMIT_WITHIN, || {
+            let now = self.points(group).len();
+            same = if now == points { same + 1 } else { 0 };
+            points = now;
+            std::thread::sleep(Duration::from_millis(50));
+            (same == 3).then_some(())
+        });
         let point = self.failover(group, None, socket);
         let (newest, cut) = self.points(group).pop().expect("a point");
         assert_eq!(point, newest, "a failover takes the newest point");
@@ -295,14 +320,13 @@ impl Node {
 /// An address of loopback that nobody listens on now, neither for UDP nor for TCP, and that is given to no client by itself: those of outgoing
 /// connections come from a range of their own, and could have it before the node begins to listen, or while it is down.
 pub(crate) fn free_address() -> String {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
+    static NEXT: AtomicU32 = AtomicU32::new(0);
     let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").expect("the range of outgoing connections");
-    let end: u16 = range.split_whitespace().next().and_then(|first| first.parse().ok()).expect("its first port");
+    let end: u32 = range.split_whitespace().next().and_then(|first| first.parse().ok()).expect("its first port");
     let ports = end.checked_sub(PORT_MIN).filter(|ports| *ports > 0).expect("ports below it");
-    // Tests in other processes begin elsewhere.
-    let begin = std::process::id() as u16 % ports;
     for _ in 0..ports {
-        let port = PORT_MIN + (begin.wrapping_mul(61) % ports + NEXT.fetch_add(1, Ordering::Relaxed) % ports) % ports;
+        // Tests in other processes begin elsewhere.
+        let port = PORT_MIN + (std::process::id() % ports * 61 + NEXT.fetch_add(1, Ordering::Relaxed)) % ports;
         let address = format!("127.0.0.1:{port}");
         if std::net::UdpSocket::bind(&address).is_ok() && std::net::TcpListener::bind(&address).is_ok() {
             return address;

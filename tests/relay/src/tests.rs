@@ -67,6 +67,37 @@ impl Ends {
     }
 }
 
+/// Would catch a busy process that is taken for a machine that stands still: bounds would hold nothing any more.
+#[test]
+fn a_busy_machine_is_no_stall() {
+    let (stalls, began) = (Stalls::start(), Instant::now());
+    let until = began + 1000 * MS;
+    // What none of those that keep it busy ran either: this machine may really stand still meanwhile.
+    let spin = || {
+        let (mut last, mut stood) = (began, Duration::ZERO);
+        while last < until {
+            let now = Instant::now();
+            stood += Some(now - last).filter(|gap| *gap > 5 * MS).unwrap_or_default();
+            last = now;
+        }
+        stood
+    };
+    let stood: Duration = std::thread::scope(|scope| {
+        let busy: Vec<_> = (0..std::thread::available_parallelism().unwrap().get()).map(|_| scope.spawn(spin)).collect();
+        busy.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    let counted = stalls.between(began, until);
+    println!("{counted:?} of a busy second, in which those who were busy missed {stood:?}");
+    assert!(counted < stood + 200 * MS, "{counted:?} of a busy second, {stood:?} were missed");
+    // Of what is seen, each moment counts once, whichever processors stood still.
+    let at = |ms: u32| began + ms * MS;
+    let of = Stalls::of(vec![(at(100), at(300)), (at(200), at(250)), (at(250), at(400)), (at(900), at(1200))]);
+    assert_eq!(
+        [of.between(at(0), at(2000)), of.between(at(150), at(1000)), of.between(at(500), at(800))],
+        [600 * MS, 350 * MS, Duration::ZERO]
+    );
+}
+
 /// Would catch a delay of one direction only, and datagrams that come early.
 #[test]
 fn a_round_trip_takes_both_delays() {
@@ -127,8 +158,9 @@ fn a_rate_is_kept_and_changes_while_it_runs() {
     ends.relay.set(Direction::ToServer, Path { rate_bits_per_s: Some(1_600_000), queue_bytes: Some(1 << 20), ..Path::default() });
     let (took, ran) = pass(40, &|| ());
     assert!(took >= 200 * MS && ran < 1500 * MS, "40 of 5 ms each: {took:?}, {ran:?}");
+    ends.relay.set(Direction::ToServer, Path { rate_bits_per_s: Some(80_000), queue_bytes: Some(1 << 20), ..Path::default() });
     let (_, ran) = pass(100, &|| ends.relay.set(Direction::ToServer, Path::default()));
-    assert!(ran < 450 * MS, "100 of 5 ms each, but for a limit that is gone: {ran:?}");
+    assert!(ran < 450 * MS, "100 of 100 ms each, but for a limit that is gone: {ran:?}");
 }
 
 /// Would catch a cut that leaks, or that does not end.
