@@ -79,6 +79,8 @@ const FOLD: Deaths =
 const FOLD_AGAIN: Deaths = &[(Step::FoldSegmentRemoved, 1)];
 const THIN: Deaths =
     &[(Step::ThinBuilt, 1), (Step::ThinNamed, 1), (Step::ThinSynced, 1), (Step::ThinSegmentRemoved, 1), (Step::ThinNamed, 2)];
+/// Bytes of a write that is more than half of a segment of 2 MiB. Not always the same: epochs that end where a segment does now and then.
+const LARGE: std::ops::Range<usize> = 1100 << 10..1500 << 10;
 const FLATTEN: Deaths = &[
     (Step::FlattenBegun, 1),
     (Step::FlattenPiece, 1),
@@ -436,15 +438,17 @@ fn thinning_continues_after_each_step() {
     let first = scene.remembered.keys().next().expect("a point").clone();
     scene.pair.receiver.cli(&["points", "db", "--name", &first, "kept"]);
     scene.pair.receiver.kill();
-    // Segments are of 1 MiB.
+    // Segments are of 2 MiB.
     configure(&scene, "retention = [\"all for 1s\", \"2s for 1h\"]\nspace_max = \"64MiB\"\n", "");
     for &(step, nth) in THIN {
         let when = format!("receiver died at '{step}' ({nth})");
         scene.pair.receiver.dies_next_at(step, nth);
         scene.pair.receiver.launch();
-        // Time goes by as the primary counts it, in cuts.
+        // Time goes by as the primary counts it, in cuts. However slow the disks are, an epoch goes on in the next segment, so the two become
+        // one, and there is one to be removed.
         eventually(&when, COMMIT_WITHIN, || {
             scene.write(3);
+            scene.write_again(LARGE);
             (!scene.pair.receiver.runs()).then_some(())
         });
         scene.pair.receiver.died_at(step);

@@ -6,15 +6,15 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use blockdev::steps::Step;
-use rand::SeedableRng;
 use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 use receiver::PointInfo;
 
 use super::model::{Disks, Model, differing, export_is, images_are, kept_is, refuses, write_some};
 use super::nbd::Nbd;
 use super::node::{COMMIT_WITHIN, Node, Pair};
 use super::views::{Disk, each_point_and_copy};
-use super::{Process, eventually, run, scratch, seed};
+use super::{Process, eventually, noise, run, scratch, seed};
 
 /// One of the nodes.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +54,17 @@ impl Scene {
     #[track_caller]
     pub(crate) fn write(&mut self, writes: usize) {
         write_some(&self.pair.sockets, &mut self.model, &mut self.random, writes);
+    }
+
+    /// The guest at the primary writes some of the first disk's beginning in one request.
+    #[track_caller]
+    pub(crate) fn write_again(&mut self, bytes: std::ops::Range<usize>) {
+        let bytes = self.random.random_range(bytes);
+        let content = noise(self.random.random(), bytes);
+        let mut nbd = Nbd::connect(&self.pair.sockets[0], self.model.names[0].0).expect("an export");
+        nbd.write(0, &content).expect("a write");
+        self.model.put(0, 0, &content);
+        nbd.flush().expect("a flush");
     }
 
     /// The guest of the active copy writes.
