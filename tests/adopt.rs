@@ -130,6 +130,7 @@ fn a_kill_leaves_nothing_of_an_image_and_it_can_be_adopted_again() {
     let group = site.group("db", &image);
     site.primary.configure(&group);
     site.primary.start();
+    site.primary.compared("db");
     let status = site.primary.committed("db");
     assert_eq!(status["differing_bytes"], 0, "{status:#}");
     assert!(status["sent_bytes"].as_u64().expect("bytes") < MIB, "{status:#}");

@@ -95,6 +95,10 @@ fn two_drills_beside_the_load_and_a_failover() {
             while !stop.load(Ordering::Relaxed) {
                 let n = rounds.fetch_add(1, Ordering::Relaxed);
                 disk.write(n * 7919 % (DISK_BYTES / 4096 - 16) * 4096, &noise(n, 65536)).expect("a write");
+                // However slow the disk is, no epoch is all of it.
+                if n % 32 == 31 {
+                    pair.primary.committed("db");
+                }
             }
         });
         let mut of_old = Nbd::connect(&at("old"), "root").expect("a drill");

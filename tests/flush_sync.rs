@@ -123,7 +123,7 @@ fn cycle_of(folder: &Path, template: &Path, after: Duration) -> usize {
         let mut bench = Process::start(
             server
                 .command("pgbench")
-                .args(["--client", CLIENTS, "--jobs", "1", "--time", "120"])
+                .args(["--client", CLIENTS, "--jobs", "1", "--time", "86400"])
                 .stdout(Stdio::null())
                 .stderr(Stdio::null()),
         );

@@ -50,7 +50,7 @@ fn every_commit_acknowledged_before_the_cut_is_on_the_copy() {
         let mut bench = Process::start(
             server
                 .command("pgbench")
-                .args(["--client", CLIENTS, "--jobs", "1", "--time", "120"])
+                .args(["--client", CLIENTS, "--jobs", "1", "--time", "86400"])
                 .stdout(Stdio::null())
                 .stderr(Stdio::null()),
         );

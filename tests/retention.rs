@@ -128,7 +128,7 @@ fn a_receiver_that_is_killed_while_it_folds_keeps_what_it_promised() {
 
 /// Each ends with a SIGKILL in the middle of thinning, or right after.
 const THIN_ROUNDS: u64 = 6;
-const HOT_BYTES: u64 = 2 * MIB;
+const HOT_BYTES: u64 = MIB / 2;
 
 /// Whether a thinned segment is being built, or is built and has no name yet.
 fn is_thinning(site: &Site) -> bool {
@@ -161,7 +161,7 @@ fn a_receiver_that_is_killed_while_it_thins_keeps_what_it_promised() {
     let mut write = |site: &Site, rng: &mut SmallRng| {
         let mut nbd = Nbd::connect(&site.socket(GROUP), "data").unwrap();
         piece += 1;
-        nbd.write(rng.random_range(0..8) * (HOT_BYTES / 8), &noise(piece, 256 << 10)).unwrap();
+        nbd.write(rng.random_range(0..2) * (HOT_BYTES / 2), &noise(piece, HOT_BYTES as usize / 2)).unwrap();
         nbd.flush().unwrap();
     };
     for round in 0..THIN_ROUNDS {

@@ -464,6 +464,7 @@ fn thinning_continues_after_each_step() {
     scene.pair.receiver.start();
     let status = eventually("points are left out", COMMIT_WITHIN, || {
         scene.write(3);
+        scene.write_again(LARGE);
         let status = scene.pair.receiver.copy("primary", "db")["retention"].clone();
         (status["thinned_points"].as_u64() > Some(0)).then_some(status)
     });

@@ -80,7 +80,7 @@ fn a_database_is_followed_over_a_lossy_long_path() {
     let mut bench = Process::start(
         server
             .command("pgbench")
-            .args(["--client", CLIENTS, "--jobs", "1", "--time", "120", "--rate", TRANSACTIONS_PER_SECOND])
+            .args(["--client", CLIENTS, "--jobs", "1", "--time", "86400", "--rate", TRANSACTIONS_PER_SECOND])
             .stdout(Stdio::null())
             .stderr(Stdio::null()),
     );

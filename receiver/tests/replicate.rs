@@ -197,7 +197,7 @@ async fn a_rotten_frame_is_an_error_and_never_data() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fork_read_in_small_pieces_keeps_what_it_decoded() {
     const FRAMES: u64 = 96;
-    let site = Site::new(&["a"]);
+    let site = Site::in_memory(&["a"]);
     let io = IoThreads::new(1).unwrap();
     let receiver = site.start().await;
     let size = FRAMES * 32 * BLOCK as u64;
@@ -247,7 +247,7 @@ async fn a_fork_read_in_small_pieces_keeps_what_it_decoded() {
 /// The first read after a failover of a sparse 1 TiB disk, also after a restart, does not depend on its size.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failover_of_a_tebibyte_answers_within_a_second() {
-    let site = Site::new(&["a"]);
+    let site = Site::in_memory(&["a"]);
     let io = IoThreads::new(1).unwrap();
     let receiver = site.start().await;
     let mut small = hello("db", &[("root", 4096)]);

@@ -87,6 +87,8 @@ impl Server {
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("its log");
         let mut command = self.command("postgres");
         command.arg("-D").arg(data).args(["-c", "listen_addresses=", "-c", "shared_buffers=64MB", "-c", "max_wal_size=48MB"]);
+        // A recovery syncs every file of the cluster first, a thousand of them; where a sync is slow that takes minutes.
+        command.args(["-c", "recovery_init_sync_method=syncfs"]);
         command.arg("-c").arg(format!("unix_socket_directories={}", self.sockets.display()));
         command.stdout(log.try_clone().expect("its log")).stderr(log);
         // A group of its own, so that the end of the test's terminal is not its end.

@@ -74,6 +74,11 @@ impl Site {
         }
     }
 
+    /// The same in memory, if there is such a place: for what takes no longer, and keeps no less, than its own work allows, whatever disk is below.
+    pub fn in_memory(clients: &[&str]) -> Self {
+        Self { dir: tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap(), ..Self::new(clients) }
+    }
+
     pub fn config(&self) -> ReceiverConfig {
         ReceiverConfig {
             flatten: false,
