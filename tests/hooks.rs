@@ -305,11 +305,11 @@ fn hooks_of_drills_that_hang_or_print_megabytes_are_bounded() {
     assert!(!drill.wait().unwrap().success());
 
     scene.script("pre-drill", loud);
-    scene.pair.receiver.cli(&["drill", "db", "--export", &export]);
+    scene.pair.receiver.cli(&["drill", "db", "--name", "loud", "--export", &export]);
     let run = scene.runs().into_iter().rev().find(|run| run["hook"] == "pre-drill").unwrap();
     assert!(run["output"].as_str().unwrap().ends_with("x\nall printed\n") && run["outcome"] == "succeeded");
     assert!(run["output"].as_str().unwrap().len() <= 64 << 10);
-    scene.pair.receiver.cli(&["drill", "end", "drill-1"]);
+    scene.pair.receiver.cli(&["drill", "end", "drill-loud"]);
 }
 
 /// Would catch a drill of the schedule that is nowhere to be seen because its hook stopped it.

@@ -238,9 +238,9 @@ fn a_name_of_a_point_does_wherever_a_point_does() {
     same(&exported(&pair, folder.path(), &by_name), &common, "an export by name");
     let socket = folder.path().join("drill.sock");
     let export = format!("unix:{}", socket.display());
-    pair.receiver.json(&["drill", "db", "--point", "before-split", "--export", &export]);
+    pair.receiver.json(&["drill", "db", "--name", "named", "--point", "before-split", "--export", &export]);
     same(&served(&socket), &common, "a drill by name");
-    pair.receiver.cli(&["drill", "end", "drill-1"]);
+    pair.receiver.cli(&["drill", "end", "drill-named"]);
     let plan = pair.receiver.json(&["failover", "db", "--preview", "--point", "before-split"]);
     let like_a_point = pair.receiver.ask(&["points", "db", "--name", "before-split", "1.7"]);
     assert!(text(&like_a_point).contains("reads like a point"), "{}", text(&like_a_point));
