@@ -276,7 +276,7 @@ impl DirtyLog {
         covered
     }
 
-    /// Waits until the bits of these blocks are durable. The write's mark must be in the ledger before.
+    /// Waits until the bits of these blocks are durable. The write's mark must be in the ledger before, or [`covers`](Self::covers) be asked once it is.
     ///
     /// # Errors
     /// When the log cannot be written: the write must then fail too, or a crash would forget it.

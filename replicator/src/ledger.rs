@@ -581,6 +581,8 @@ impl State {
             Some(entry) if entry.tag == tag => entry.writes += 1,
             _ => self.in_flight.push_back(InFlight { tag, writes: 1 }),
         }
+        #[cfg(feature = "simulation")]
+        crate::sim::set_admitted(tag);
         tag
     }
 

@@ -67,11 +67,46 @@ pub enum Sabotage {
 
 thread_local! {
     static SABOTAGE: Cell<Option<Sabotage>> = const { Cell::new(None) };
+    static ADMITTED: Cell<u64> = const { Cell::new(0) };
+    static LINGERS: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Breaks a rule in all primaries of this thread, or none.
 pub fn sabotage(rule: Option<Sabotage>) {
     SABOTAGE.set(rule);
+}
+
+/// Whose tag [`admitted`] tells: the simulator sets it before it polls an operation, 0 for none.
+pub fn set_admitted(tag: u64) {
+    ADMITTED.set(tag);
+}
+
+/// The tag under which this thread's operation was admitted last. A change that waited for the dirty log is admitted again.
+#[must_use]
+pub fn admitted() -> u64 {
+    ADMITTED.get()
+}
+
+/// From now on changes that wait for the dirty log take 0 to 15 polls more, twice, as `seed` decides. 0: none.
+pub fn set_lingers(seed: u64) {
+    LINGERS.set(seed);
+}
+
+pub(crate) async fn linger() {
+    // xorshift64 (Marsaglia 2003).
+    let mut next = LINGERS.get();
+    next ^= next << 13;
+    next ^= next >> 7;
+    next ^= next << 17;
+    LINGERS.set(next);
+    for _ in 0..next >> 60 {
+        let mut waited = false;
+        std::future::poll_fn(|context| {
+            context.waker().wake_by_ref();
+            if std::mem::replace(&mut waited, true) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
 }
 
 pub(crate) fn is_sabotaged(rule: Sabotage) -> bool {
@@ -246,7 +281,7 @@ impl Primary {
         self.taps[volume].clone()
     }
 
-    /// The tag that a write gets which is first polled now: a sealed epoch holds the writes up to its tag.
+    /// The tag that a write gets which is admitted now: a sealed epoch holds the writes up to its tag.
     #[must_use]
     pub fn tag(&self) -> u64 {
         self.ledger.tag()

@@ -71,12 +71,21 @@ impl Tap {
 
     /// Admission of a change of `length` bytes at `offset`: marks it, makes sure that the dirty log has it, then copies what a capture
     /// still needs of it. The mark comes first: regions without a mark are those that the log may forget.
+    ///
+    /// While the log is written it is in flight no more, and is admitted again behind it: a capture waits for what is in flight, and others' writes
+    /// for the capture, but none of them for a sync of the log. The marks stay.
     async fn admit(&self, offset: u64, length: u64) -> io::Result<Ticket<'_>> {
         let range = Range::of_bytes(self.volume, offset, length);
-        let ticket = self.ledger.admit(range, Instant::now);
-        if !sabotaged() {
+        let ticket = loop {
+            let ticket = self.ledger.admit(range, Instant::now);
+            if sabotaged() || self.log.covers(&range) {
+                break ticket;
+            }
+            drop(ticket);
+            linger().await;
             self.log.cover(&range).await?;
-        }
+            linger().await;
+        };
         loop {
             let changed = self.ledger.changed().notified();
             tokio::pin!(changed);
@@ -132,6 +141,12 @@ fn sabotaged() -> bool {
     return crate::sim::is_sabotaged(crate::sim::Sabotage::SkipDirtyLog);
     #[cfg(not(feature = "simulation"))]
     false
+}
+
+/// Waits for as long as the simulator likes: much may happen while the log is written.
+async fn linger() {
+    #[cfg(feature = "simulation")]
+    crate::sim::linger().await;
 }
 
 /// Whether the simulator wants to see that it notices when flushes do not wait for the receiver.
@@ -260,3 +275,6 @@ impl BlockDevice for Tap {
         self.device.try_write(offset, data)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,12 +18,12 @@ use rand::{Rng, SeedableRng};
 pub(crate) const INJECTED: &str = "injected";
 
 thread_local! {
-    /// The tag of the guest operation that is being polled.
-    static TAG: Cell<u64> = const { Cell::new(0) };
+    /// The tag of what is being polled; a guest's operation has that of its admission.
+    static TAG: Cell<Option<u64>> = const { Cell::new(None) };
 }
 
-/// Writes that are polled now first are admitted with `tag`.
-pub(crate) fn set_tag(tag: u64) {
+/// Writes that are made now have `tag`; `None`: that under which they were admitted.
+pub(crate) fn set_tag(tag: Option<u64>) {
     TAG.set(tag);
 }
 
@@ -119,7 +119,7 @@ impl BlockDevice for SlowDisk {
     }
 
     fn write<'a>(&'a self, offset: u64, data: Buf) -> IoFuture<'a, Buf> {
-        let tag = TAG.get();
+        let tag = TAG.get().unwrap_or_else(crate::primary::admitted);
         Box::pin(async move {
             self.dawdle().await;
             if strikes(&self.mishaps.lock().writes) {

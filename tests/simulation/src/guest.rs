@@ -12,12 +12,15 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::disk::{Applied, set_tag};
+use crate::primary::{admitted, set_admitted};
 
 /// A guest operation under way.
 pub(crate) struct Operation {
     future: Pin<Box<dyn Future<Output = std::io::Result<()>>>>,
-    /// Set when it is polled first: that is when it is admitted.
-    tag: Option<u64>,
+    /// Whether it was polled.
+    begun: bool,
+    /// Under which it was admitted last, 0 before that.
+    tag: u64,
     volume: usize,
     kind: Kind,
     /// What it changes or reads; nothing for a flush.
@@ -111,7 +114,7 @@ impl Operation {
             }
         });
         let range = if kind == Kind::Flush { 0..0 } else { offset as usize..(offset + length) as usize };
-        Self { future, tag: None, volume, kind, range, covers: None, was_stopped: false, applied: 0, seen }
+        Self { future, begun: false, tag: 0, volume, kind, range, covers: None, was_stopped: false, applied: 0, seen }
     }
 
     /// Whether it is a flush.
@@ -121,12 +124,12 @@ impl Operation {
 
     /// Whether it is a flush that has yet to be polled.
     pub(crate) fn begins(&self) -> bool {
-        self.is_flush() && self.tag.is_none()
+        self.is_flush() && !self.begun
     }
 
     /// Whether it has yet to be polled, and now it will be.
     pub(crate) fn note_stopped(&mut self, is_stopped: bool) {
-        if self.tag.is_none() {
+        if !self.begun {
             self.was_stopped = is_stopped;
         }
     }
@@ -152,13 +155,17 @@ impl Operation {
         self.covers.take()
     }
 
-    /// Polls it once. `tag` is what a write gets that is admitted now, `applied` the changes that have reached a disk.
-    pub(crate) fn poll(&mut self, tag: u64, applied: usize) -> Poll<std::io::Result<()>> {
-        if self.tag.is_none() {
+    /// Polls it once. `applied` are the changes that have reached a disk.
+    pub(crate) fn poll(&mut self, applied: usize) -> Poll<std::io::Result<()>> {
+        if !self.begun {
             self.applied = applied;
         }
-        set_tag(*self.tag.get_or_insert(tag));
-        self.future.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+        self.begun = true;
+        set_tag(None);
+        set_admitted(self.tag);
+        let polled = self.future.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        self.tag = admitted();
+        polled
     }
 
     /// Checks what it read, if it did: every byte is what it was when it began, or came there since.

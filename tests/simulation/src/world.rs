@@ -27,7 +27,7 @@ use crate::disk::{Applied, Mishaps, set_tag};
 use crate::guest::{Covered, Operation};
 use crate::link::{Link, Path};
 use crate::plan::{GROUP, Plan};
-use crate::primary::{DurableRecord, Primary, PrimaryConfig, dirty_log_bytes};
+use crate::primary::{DurableRecord, Primary, PrimaryConfig, dirty_log_bytes, set_lingers};
 use crate::recovery::{Replica, SimDisk};
 
 /// The client's key: any text of the right form.
@@ -205,6 +205,7 @@ impl World {
         let log = |disk: &Vec<u8>| Arc::new(CrashDevice::new(vec![0; dirty_log_bytes(disk.len() as u64) as usize]));
         let logs: Vec<_> = disks.iter().map(log).collect();
         let folder = folder();
+        set_lingers(seed.wrapping_mul(2).wrapping_add(1));
         let now = Instant::now();
         Self {
             seed,
@@ -353,7 +354,7 @@ impl World {
         }
         let applied = self.applied.lock().len();
         self.operations[index].note_stopped(self.record.lock().is_stopped());
-        if let Poll::Ready(result) = self.operations[index].poll(primary.tag(), applied) {
+        if let Poll::Ready(result) = self.operations[index].poll(applied) {
             let fenced = primary.is_fenced() || self.life.lives;
             let mut ended = self.operations.swap_remove(index);
             if let (Ok(()), Some(was_stopped)) = (&result, ended.change()) {
@@ -387,7 +388,7 @@ impl World {
         if let (Some(window), Some(link)) = (self.path.window_bytes, &self.link) {
             primary.set_room(window.saturating_sub(link.under_way()));
         }
-        set_tag(primary.tag());
+        set_tag(Some(primary.tag()));
         primary.poll(self.now, |count| rng.random_range(0..count));
         self.take_outputs()
     }
@@ -402,7 +403,7 @@ impl World {
             let next = arrival.into_iter().chain(healed).fold(primary.deadline(self.now), Instant::min);
             self.now = self.now.max(next.min(self.now + Duration::from_secs(30)));
         }
-        set_tag(primary.tag());
+        set_tag(Some(primary.tag()));
         primary.tick(self.now);
         self.take_outputs()
     }

@@ -301,7 +301,7 @@ impl World {
         let token = SessionToken(self.rng.random());
         let Some(primary) = &mut self.primary else { return Ok(()) };
         let repeats = primary.is_in_between();
-        set_tag(primary.tag());
+        set_tag(Some(primary.tag()));
         self.life.target = to;
         match primary.hand_back(self.now, to, token) {
             Ok(()) => {

@@ -88,7 +88,7 @@ impl World {
         if self.path.is_cut(self.now) {
             return Ok(());
         }
-        set_tag(primary.tag());
+        set_tag(Some(primary.tag()));
         let arrived = link.deliver_back(primary, self.now, &mut self.rng);
         if !arrived && link.closed && !link.owes_answer() {
             return self.break_link("closed");
@@ -159,7 +159,7 @@ impl World {
         }
         let jitter = self.rng.random_range(0.0..1.0);
         if let Some(primary) = &mut self.primary {
-            set_tag(primary.tag());
+            set_tag(Some(primary.tag()));
             primary.lost(self.now, jitter, false);
         }
         self.take_outputs()
