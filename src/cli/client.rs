@@ -1,6 +1,6 @@
 //! The other end of the control socket: one request, one answer, with a deadline where a node that is well answers at once.
 
-use std::io;
+use std::io::{self, IsTerminal};
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,6 +17,8 @@ use crate::api::ApiError;
 
 /// A node that has not answered by then is stuck.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+/// What takes longer is told on a terminal.
+const SAID_AFTER: Duration = Duration::from_secs(1);
 /// Longest answer, in bytes: a group may have hundreds of thousands of points.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
 
@@ -40,6 +42,29 @@ pub(crate) fn wait<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl S
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let body = serde_json::to_vec(body)?;
     let (ok, bytes) = runtime.block_on(exchange(socket, Method::POST, path, body))?;
+    answered(ok, &bytes)
+}
+
+/// As [`wait`]; on a terminal it says after a moment `what` is done meanwhile.
+pub(crate) fn wait_for<T: DeserializeOwned>(socket: &Path, path: &str, body: &impl Serialize, what: &str) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let body = serde_json::to_vec(body)?;
+    let answer = runtime.block_on(async {
+        let mut exchange = std::pin::pin!(exchange(socket, Method::POST, path, body));
+        if let Ok(answer) = tokio::time::timeout(SAID_AFTER, &mut exchange).await {
+            return answer;
+        }
+        let is_shown = io::stderr().is_terminal();
+        if is_shown {
+            eprint!("{what} ...");
+        }
+        let answer = exchange.await;
+        if is_shown {
+            eprint!("\r\x1b[2K");
+        }
+        answer
+    });
+    let (ok, bytes) = answer?;
     answered(ok, &bytes)
 }
 

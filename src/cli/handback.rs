@@ -27,10 +27,13 @@ pub(crate) struct Wish {
     pub(crate) json: bool,
 }
 
+/// All that may differ is compared, and the receiver reads its journal up to an older point.
+const LOOKS: &str = "comparing the disks with the other site";
+
 /// Failback and rollback.
 pub(crate) fn run(socket: &Path, wish: &Wish) -> anyhow::Result<()> {
     let mut request = HandbackRequest { group: wish.group.clone(), point: wish.point.clone(), ignore_hooks: wish.ignore_hooks };
-    let PlannedHandback { plan, hooks: planned } = client::post(socket, "/v1/handback/plan", &request)?;
+    let PlannedHandback { plan, hooks: planned } = client::wait_for(socket, "/v1/handback/plan", &request, LOOKS)?;
     // The point that was shown is the one that is gone back to, whatever becomes of its name.
     request.point = wish.point.as_ref().map(|_| plan.from.to_string());
     if !wish.json {

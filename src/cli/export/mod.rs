@@ -108,7 +108,7 @@ pub(crate) fn run(socket: &Path, args: ExportArgs) -> anyhow::Result<()> {
         ignore_hooks: false,
         read_only: true,
     };
-    let point: DrillStarted = client::post(socket, "/v1/drill", &request)?;
+    let point: DrillStarted = client::wait_for(socket, "/v1/drill", &request, "reading the journal up to that point")?;
     let gone = Arc::new(AtomicBool::new(false));
     drill::hold(socket, &point, &gone)?;
     interrupt::cancels(&gone)?;
