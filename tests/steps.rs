@@ -47,6 +47,8 @@ const FAILBACK_AT_PRIMARY: Deaths = &[
     (Step::TakeFrame, 12),
     (Step::TakePass, 1),
     (Step::TakeFlushed, 1),
+    // Behind the last pass.
+    (Step::TakeFlushed, 2),
     (Step::TakeHanded, 1),
     (Step::TakeOpened, 1),
 ];

@@ -13,8 +13,9 @@ use proto::{Generation, Message, Name, Point};
 use super::HandbackError;
 use crate::core::SessionError;
 
-/// A primary that says nothing for so long has gone: it answers each pass once that is on its disks.
-pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(120);
+/// A primary that says nothing for so long is stuck: it answers each pass once that is on its disks, which may be slow ones. That it is there at all, the
+/// connection tells.
+pub(crate) const ANSWER_DEADLINE: Duration = Duration::from_secs(1800);
 /// Guests of the activated copy are held up for so long at most; then it goes on, and the handback is given up.
 pub(crate) const HANDOVER_DEADLINE: Duration = Duration::from_secs(60);
 /// No more than this is left for the pass that holds guests up.

@@ -16,8 +16,8 @@ use proto::{BLOCK_BYTES, DirtyMap, Generation, Hashes, Message, Name, Point, Ses
 use super::{Broken, HandbackTarget};
 use crate::gate::Closed;
 
-/// How long the receiver may take to find out what it would give: it may have to walk its journal.
-pub(crate) const READY_DEADLINE: Duration = Duration::from_secs(120);
+/// How long the receiver may take to find out what it would give: it may have to walk a journal of any size. That it is there at all, the connection tells.
+pub(crate) const READY_DEADLINE: Duration = Duration::from_secs(1800);
 /// How long everything written so far may take to be done, and before a rollback to be committed.
 pub(crate) const DRAIN_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -278,8 +278,9 @@ impl Core {
                 let frozen = header.kind == PassKind::Frozen;
                 if frozen {
                     out.push(Action::Step("handing over"));
-                    out.push(Action::Flush);
                 }
+                // After each pass, so that behind the last one, while guests are held up, there is little left to be synced.
+                out.push(Action::Flush);
                 out.push(Action::Send(Message::Applied { pass: header.pass }));
                 if frozen {
                     return Ok(self.last_applied(out));

@@ -93,7 +93,7 @@ fn a_failback_keeps_then_takes_then_lets_guests_in() {
     let kept = Event::Message(Message::Kept { name: "diverged-1".parse().unwrap() });
     assert_eq!(f.on(kept), "Kept(Name(\"diverged-1\")), Record { kept: true }, want, give, TakePass");
     assert_eq!(f.on(pass(0, PassKind::Fuzzy)), "Apply");
-    assert_eq!(f.on(Event::Applied), "applied, TakePass");
+    assert_eq!(f.on(Event::Applied), "Flush, applied, TakePass");
     assert_eq!(f.on(pass(1, PassKind::Frozen)), "Apply");
     assert_eq!(f.on(Event::Applied), "Flush, applied");
     let handed = f.on(Event::Message(Message::Handed { point: point(2, 10), generation: Generation(3) }));
