@@ -1,7 +1,8 @@
 //! When a group's primary was heard from last: a failover while it lives would make a second writer.
 //!
 //! Always holds: the primary counts as alive for [`ALIVE_WITHIN`] after the last packet of its session, unless it took leave. Whether
-//! the session is still open says nothing: a machine that lost its power keeps one until QUIC gives it up.
+//! the session is still open says nothing: a machine that lost its power keeps one until QUIC gives it up. Time in which this node itself stood
+//! still, stopped or behind a disk that hangs, says nothing either, and does not count.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,23 +23,63 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 const _: () = assert!(ALIVE_WITHIN.as_millis() > 2 * proto::transport::KEEP_ALIVE.as_millis() + LOOK_EVERY.as_millis());
 
+/// A look that comes so much later than the one before it says that this node stood still: what was sent meanwhile, nobody has looked at.
+const STOOD_STILL: Duration = Duration::from_secs(2);
+/// What is allowed for a primary to connect again that lost its connection to a node that stood still.
+const CONNECTS_AGAIN_WITHIN: Duration = Duration::from_secs(15);
+
 /// The last sign of life of a group's primary since the node was started.
 #[derive(Debug, Default)]
-pub(crate) struct Heard(Mutex<Option<Instant>>);
+pub(crate) struct Heard(Mutex<Signs>);
 
-impl Heard {
-    fn note(&self) {
-        *self.0.lock() = Some(Instant::now());
+/// See [`Heard`].
+#[derive(Clone, Copy, Debug, Default)]
+struct Signs {
+    /// The last one, or one that is assumed.
+    heard: Option<Instant>,
+    /// When the packets of a session that is open were looked at last.
+    looked: Option<Instant>,
+}
+
+impl Signs {
+    /// Its packets are looked at, and there were new ones or not. One that was alive before this node stood still is given the time to be heard again.
+    fn look(&mut self, now: Instant, is_new: bool) {
+        if is_new || self.was_alive_before(now) {
+            self.heard = Some(now);
+        }
+        self.looked = Some(now);
     }
 
+    /// Its session has ended, without a leave.
+    fn end(&mut self, now: Instant) {
+        if self.was_alive_before(now) {
+            self.heard = Some(now + CONNECTS_AGAIN_WITHIN.saturating_sub(ALIVE_WITHIN));
+        }
+        self.looked = None;
+    }
+
+    /// Whether this node stood still until now, and it was alive before.
+    fn was_alive_before(&self, now: Instant) -> bool {
+        let late = self.looked.filter(|looked| now.saturating_duration_since(*looked) > STOOD_STILL);
+        late.zip(self.heard).is_some_and(|(looked, heard)| looked.saturating_duration_since(heard) < ALIVE_WITHIN)
+    }
+
+    /// While nobody looks, nobody grows older.
+    fn age(&self, now: Instant) -> Option<Duration> {
+        let late = self.looked.filter(|looked| now.saturating_duration_since(*looked) > STOOD_STILL);
+        self.heard.map(|heard| late.unwrap_or(now).saturating_duration_since(heard))
+    }
+}
+
+impl Heard {
     /// It took leave: its guests are off its exports, and what they wrote is committed or known to it.
     pub(crate) fn took_leave(&self) {
-        *self.0.lock() = None;
+        *self.0.lock() = Signs::default();
     }
 
     /// How long ago that was; `None` if there was none, or it took leave.
     pub(crate) fn age(&self) -> Option<Duration> {
-        self.0.lock().map(|at| at.elapsed())
+        self.0.lock().age(Instant::now())
     }
 }
 
@@ -59,25 +100,36 @@ impl Drop for Listening {
     }
 }
 
+/// Nobody looks any more, however it ends.
+struct Looking(Arc<Shared>);
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        self.0.heard.0.lock().looked = None;
+    }
+}
+
 async fn listen(connection: Connection, shared: Arc<Shared>) {
-    shared.heard.note();
+    let looking = Looking(shared);
+    let heard = &looking.0.heard;
+    heard.0.lock().look(Instant::now(), true);
     let mut seen = connection.stats().udp_rx.datagrams;
     loop {
         tokio::select! {
             biased;
             end = connection.closed() => {
                 if is_leave(&end) {
-                    shared.heard.took_leave();
+                    heard.took_leave();
+                } else {
+                    heard.0.lock().end(Instant::now());
                 }
                 return;
             }
             () = tokio::time::sleep(LOOK_EVERY) => {}
         }
         let now = connection.stats().udp_rx.datagrams;
-        if now != seen {
-            seen = now;
-            shared.heard.note();
-        }
+        heard.0.lock().look(Instant::now(), now != seen);
+        seen = now;
     }
 }
 
@@ -86,4 +138,53 @@ pub(crate) fn is_leave(end: &ConnectionError) -> bool {
     let stopping = VarInt::from_u32(CloseCode::Stopping as u32);
     matches!(end, ConnectionError::ApplicationClosed(close)
         if close.error_code == stopping && close.reason == LEAVE_REASON.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    /// Looks without a new packet each quarter of a second, from `from` up to `to`.
+    fn nothing(signs: &mut Signs, from: Instant, to: Instant) {
+        let mut at = from;
+        while at <= to {
+            signs.look(at, false);
+            at += LOOK_EVERY;
+        }
+    }
+
+    #[test]
+    fn silence_counts_and_what_this_node_missed_does_not() {
+        let begin = Instant::now();
+        let mut signs = Signs::default();
+        assert_eq!(signs.age(begin), None);
+        signs.look(begin, true);
+        nothing(&mut signs, begin, begin + 4 * S);
+        assert_eq!(signs.age(begin + 4 * S), Some(4 * S));
+        // It stands still for a minute; who asks first sees no silence of a minute.
+        assert_eq!(signs.age(begin + 64 * S), Some(4 * S));
+        signs.look(begin + 64 * S, false);
+        assert_eq!(signs.age(begin + 64 * S), Some(Duration::ZERO), "it has the time to be heard");
+        nothing(&mut signs, begin + 64 * S, begin + 70 * S);
+        assert_eq!(signs.age(begin + 70 * S), Some(6 * S), "and was not");
+        // Dead already: standing still makes nobody alive.
+        assert_eq!(signs.age(begin + 100 * S), Some(6 * S));
+        signs.look(begin + 100 * S, false);
+        assert!(signs.age(begin + 100 * S) > Some(ALIVE_WITHIN));
+    }
+
+    #[test]
+    fn a_session_that_was_lost_to_a_standstill_may_come_back() {
+        let begin = Instant::now();
+        let mut signs = Signs::default();
+        signs.look(begin, true);
+        let mut lost = signs;
+        lost.end(begin + S);
+        assert_eq!(lost.age(begin + 6 * S), Some(6 * S), "lost in time: its silence counts");
+        signs.end(begin + 30 * S);
+        assert!(signs.age(begin + 44 * S) < Some(ALIVE_WITHIN));
+        assert_eq!(signs.age(begin + 45 * S), Some(ALIVE_WITHIN));
+    }
 }

@@ -248,7 +248,10 @@ impl BlockDevice for FileDevice {
                 Some(direct) => self.write_direct(direct, offset, data).await,
                 None => match self.try_write(offset, &data) {
                     Some(result) => result.map(|()| data),
-                    None => self.file.write_all_at(offset, data).await,
+                    None => {
+                        let _beside = self.gate.beside();
+                        self.file.write_all_at(offset, data).await
+                    }
                 },
             }
         })
