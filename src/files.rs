@@ -9,6 +9,10 @@ use serde::de::DeserializeOwned;
 
 /// Replaces `path` durably, for its owner only. An error leaves what was there.
 pub(crate) fn replace(path: &Path, content: &[u8]) -> io::Result<()> {
+    blockdev::blocking(|| try_replace(path, content))
+}
+
+fn try_replace(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("json.new");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(content)?;

@@ -4,6 +4,7 @@
 //! A stack is a composition of one trait: the primary is `Export(Tap(File))`, an activated copy is
 //! `Export(Tap(Fork(View)))`. This crate knows nothing of epochs, groups or peers; of the wire it knows the frame, whose blocks it reads and writes.
 
+mod blocking;
 mod blocks;
 mod buf;
 mod crash;
@@ -22,6 +23,7 @@ mod switch;
 mod uring;
 mod waits;
 
+pub use blocking::blocking;
 pub use blocks::{apply_frame, read_blocks};
 pub use buf::Buf;
 pub use crash::CrashDevice;

@@ -90,6 +90,8 @@ pub(crate) struct Node {
     hasher: OnceLock<Hasher>,
     usages: BTreeMap<Name, Arc<Usage>>,
     groups: Mutex<BTreeMap<Key, Slot>>,
+    /// Held while a group comes to be.
+    creating: Mutex<()>,
     sessions: AtomicU64,
     /// Counts the groups that were handed back to their primaries.
     handed: watch::Sender<u64>,
@@ -131,6 +133,7 @@ impl Node {
             hasher: OnceLock::new(),
             usages,
             groups: Mutex::new(groups),
+            creating: Mutex::new(()),
             sessions: AtomicU64::new(1),
             handed: watch::Sender::new(0),
         })
@@ -187,18 +190,22 @@ impl Node {
         generation: Generation,
         volumes: Vec<Volume>,
     ) -> Result<Option<Arc<Group>>, Cause> {
-        // Held throughout: creations are rare, and a second hello must find the group or nothing.
-        let mut groups = self.groups.lock();
+        // Creations are rare, and one at a time: a second hello must find the group or nothing. The others look at the list meanwhile.
+        let _alone = self.creating.lock();
         let key = (client.clone(), group.clone());
-        match groups.get(&key) {
-            Some(Slot::Open(group)) => return Ok(Some(Arc::clone(group))),
-            Some(Slot::Broken(cause)) => return Err(Arc::clone(cause)),
-            None => {}
-        }
-        if let Stored::Absent { groups, volume_bytes } = held(&groups, client)
-            && (groups >= self.limits.groups_per_client || total(volume_bytes, &volumes) > self.limits.volume_bytes_per_client)
         {
-            return Ok(None);
+            let groups = self.groups.lock();
+            match groups.get(&key) {
+                Some(Slot::Open(group)) => return Ok(Some(Arc::clone(group))),
+                Some(Slot::Broken(cause)) => return Err(Arc::clone(cause)),
+                None => {}
+            }
+            if let Stored::Absent { groups, volume_bytes } = held(&groups, client)
+                && (groups >= self.limits.groups_per_client
+                    || total(volume_bytes, &volumes) > self.limits.volume_bytes_per_client)
+            {
+                return Ok(None);
+            }
         }
         let block = Superblock {
             group_id: (self.means.group_id)(client, group),
@@ -218,7 +225,7 @@ impl Node {
         let folder = self.store.create_group(client, group, block).map_err(|e| Arc::new(e) as Cause)?;
         let options = options(&self.limits, &usage, group, self.store.disk());
         let group = (self.means.open)(folder, usage, options).map_err(|e| Arc::new(e) as Cause)?;
-        groups.insert(key, Slot::Open(Arc::clone(&group)));
+        self.groups.lock().insert(key, Slot::Open(Arc::clone(&group)));
         Ok(Some(group))
     }
 
@@ -229,23 +236,25 @@ impl Node {
 
     /// Opens a group that was built aside, under its name. Blocks on file I/O.
     pub(crate) fn take_in(&self, client: &Name, group: &Name, building: &Path) -> Result<(), AdoptError> {
-        // Held throughout: a hello must find the group or nothing.
-        let mut groups = self.groups.lock();
+        let _alone = self.creating.lock();
         let key = (client.clone(), group.clone());
-        if groups.contains_key(&key) {
-            return Err(AdoptError::Exists { client: client.clone(), group: group.clone() });
-        }
-        if let Stored::Absent { groups: count, .. } = held(&groups, client)
-            && count >= self.limits.groups_per_client
         {
-            return Err(AdoptError::Limit { client: client.clone() });
+            let groups = self.groups.lock();
+            if groups.contains_key(&key) {
+                return Err(AdoptError::Exists { client: client.clone(), group: group.clone() });
+            }
+            if let Stored::Absent { groups: count, .. } = held(&groups, client)
+                && count >= self.limits.groups_per_client
+            {
+                return Err(AdoptError::Limit { client: client.clone() });
+            }
         }
         let folder = self.store.name_group(building, client, group)?;
         let usage = self.usages.get(client).cloned().unwrap_or_default();
         let options = options(&self.limits, &usage, group, self.store.disk());
         let opened = (self.means.open)(folder, usage, options);
         let group = opened.map_err(|e| AdoptError::Open(Arc::new(e)))?;
-        groups.insert(key, Slot::Open(group));
+        self.groups.lock().insert(key, Slot::Open(group));
         Ok(())
     }
 

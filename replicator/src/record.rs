@@ -107,11 +107,12 @@ impl Stopped {
 pub(crate) struct Record {
     path: PathBuf,
     file: File,
+    /// What holds.
+    stored: Mutex<Recorded>,
     state: Mutex<State>,
 }
 
 struct State {
-    stored: Recorded,
     sequence: u64,
     poisoned: bool,
 }
@@ -189,12 +190,12 @@ impl Record {
                 (0, Recorded::default())
             }
         };
-        Ok(Self { file, state: Mutex::new(State { stored, sequence, poisoned: false }), path })
+        Ok(Self { file, stored: Mutex::new(stored), state: Mutex::new(State { sequence, poisoned: false }), path })
     }
 
     /// What is recorded.
     pub(crate) fn get(&self) -> Recorded {
-        self.state.lock().stored.clone()
+        self.stored.lock().clone()
     }
 
     /// Changes the record durably.
@@ -202,17 +203,22 @@ impl Record {
     /// # Errors
     /// [`RecordError`]; whether the change holds is unknown then, and the record takes no further one.
     pub(crate) fn update(&self, change: impl FnOnce(&mut Recorded)) -> Result<(), RecordError> {
-        // Held throughout: two changes must not overtake each other.
+        blockdev::blocking(|| self.try_update(change))
+    }
+
+    fn try_update(&self, change: impl FnOnce(&mut Recorded)) -> Result<(), RecordError> {
+        // Held throughout: two changes must not overtake each other. What holds is looked at meanwhile.
         let mut state = self.state.lock();
         if state.poisoned {
             return Err(RecordError::Poisoned { path: self.path.clone() });
         }
-        let mut changed = state.stored.clone();
+        let stored = self.get();
+        let mut changed = stored.clone();
         change(&mut changed);
-        if changed == state.stored {
+        if changed == stored {
             return Ok(());
         }
-        let writes = if changed.agrees_with(&state.stored) { 1 } else { 2 };
+        let writes = if changed.agrees_with(&stored) { 1 } else { 2 };
         for _ in 0..writes {
             let sequence = state.sequence + 1;
             if let Err(source) = put(&self.file, &changed, sequence) {
@@ -221,7 +227,7 @@ impl Record {
             }
             state.sequence = sequence;
         }
-        state.stored = changed;
+        *self.stored.lock() = changed;
         Ok(())
     }
 }

@@ -88,7 +88,7 @@ pub(crate) struct Hooks {
     config: HooksConfig,
     node: String,
     spawner: Spawner,
-    record: parking_lot::Mutex<HookRecord>,
+    record: HookRecord,
 }
 
 impl Hooks {
@@ -99,7 +99,7 @@ impl Hooks {
                 tracing::error!(hook = hook.name(), "{} {problem}; it will not be run", path.display());
             }
         }
-        let record = parking_lot::Mutex::new(HookRecord::open(state_dir));
+        let record = HookRecord::open(state_dir);
         Ok(Arc::new(Self { config, node: node.to_owned(), spawner: Spawner::start()?, record }))
     }
 
@@ -157,12 +157,12 @@ impl Hooks {
 
     /// The newest runs, oldest first.
     pub(crate) fn runs(&self) -> Vec<HookRun> {
-        self.record.lock().runs()
+        self.record.runs()
     }
 
     /// The newest run of each hook and group, with the end of its output only.
     pub(crate) fn newest(&self) -> Vec<HookRun> {
-        self.record.lock().newest()
+        self.record.newest()
     }
 
     fn enter(&self, hook: Hook, facts: &Facts) -> Option<HookRun> {
@@ -181,7 +181,7 @@ impl Hooks {
             output: String::new(),
             output_bytes_left_out: 0,
         };
-        Some(self.record.lock().begun(run))
+        Some(self.record.begun(run))
     }
 
     async fn perform(&self, hook: Hook, facts: &Facts, mut run: HookRun) -> Result<HookRun, HookError> {
@@ -192,7 +192,7 @@ impl Hooks {
         run.duration_ms = Some(millis(ended.took));
         run.outcome = ended.outcome;
         (run.output, run.output_bytes_left_out) = ended.output.into_text();
-        self.record.lock().ended(&run);
+        self.record.ended(&run);
         let (took_ms, output_bytes) = (run.duration_ms.unwrap_or_default(), run.output.len() as u64 + run.output_bytes_left_out);
         if run.outcome == HookOutcome::Succeeded {
             tracing::info!(group, hook = hook.name(), took_ms, output_bytes, "hook succeeded");

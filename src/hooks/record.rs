@@ -4,8 +4,9 @@
 //! until the node ends.
 
 use std::collections::VecDeque;
-use std::io;
 use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
 
 use crate::api::{HookOutcome, HookRun};
 use crate::files;
@@ -21,50 +22,55 @@ const STATUS_OUTPUT_CHARS: usize = 400;
 pub(super) struct HookRecord {
     /// `None`: what is there is damaged, and stays as it is.
     path: Option<PathBuf>,
-    runs: VecDeque<HookRun>,
+    runs: Mutex<VecDeque<HookRun>>,
+    /// Held while the file is written; the runs are looked at meanwhile.
+    writing: Mutex<()>,
 }
 
 impl HookRecord {
     pub(super) fn open(state_dir: &Path) -> Self {
         let path = state_dir.join(FILE);
-        let mut record = match files::read_json(&path) {
-            Ok(runs) => Self { path: Some(path), runs },
+        let (path, mut runs) = match files::read_json::<VecDeque<HookRun>>(&path) {
+            Ok(runs) => (Some(path), runs),
             Err(error) => {
                 tracing::error!("{}: {error}: remove it; until then runs of hooks are not recorded", path.display());
-                Self { path: None, runs: VecDeque::new() }
+                (None, VecDeque::new())
             }
         };
-        record.runs.iter_mut().filter(|run| run.outcome == HookOutcome::Running).for_each(|run| {
+        runs.iter_mut().filter(|run| run.outcome == HookOutcome::Running).for_each(|run| {
             run.outcome = HookOutcome::Interrupted;
         });
-        record
+        Self { path, runs: Mutex::new(runs), writing: Mutex::new(()) }
     }
 
-    pub(super) fn begun(&mut self, run: HookRun) -> HookRun {
-        let number = self.runs.back().map_or(1, |last| last.number + 1);
-        let run = HookRun { number, ..run };
-        self.runs.push_back(run.clone());
-        while self.runs.len() > RUNS_MAX {
-            self.runs.pop_front();
-        }
+    pub(super) fn begun(&self, run: HookRun) -> HookRun {
+        let run = {
+            let mut runs = self.runs.lock();
+            let run = HookRun { number: runs.back().map_or(1, |last| last.number + 1), ..run };
+            runs.push_back(run.clone());
+            while runs.len() > RUNS_MAX {
+                runs.pop_front();
+            }
+            run
+        };
         self.keep();
         run
     }
 
-    pub(super) fn ended(&mut self, run: &HookRun) {
-        if let Some(known) = self.runs.iter_mut().find(|known| known.number == run.number) {
+    pub(super) fn ended(&self, run: &HookRun) {
+        if let Some(known) = self.runs.lock().iter_mut().find(|known| known.number == run.number) {
             *known = run.clone();
         }
         self.keep();
     }
 
     pub(super) fn runs(&self) -> Vec<HookRun> {
-        self.runs.iter().cloned().collect()
+        self.runs.lock().iter().cloned().collect()
     }
 
     pub(super) fn newest(&self) -> Vec<HookRun> {
         let mut newest: Vec<HookRun> = Vec::new();
-        for run in self.runs.iter().rev() {
+        for run in self.runs.lock().iter().rev() {
             if !newest.iter().any(|n| n.hook == run.hook && n.client == run.client && n.group == run.group) {
                 let skip = run.output.chars().count().saturating_sub(STATUS_OUTPUT_CHARS);
                 newest.push(HookRun { output: run.output.chars().skip(skip).collect(), ..run.clone() });
@@ -76,7 +82,12 @@ impl HookRecord {
 
     fn keep(&self) {
         let Some(path) = &self.path else { return };
-        let kept = serde_json::to_vec(&self.runs).map_err(io::Error::from).and_then(|text| files::replace(path, &text));
+        let kept = blockdev::blocking(|| {
+            // Whoever writes last writes the newest.
+            let _alone = self.writing.lock();
+            let text = serde_json::to_vec(&*self.runs.lock())?;
+            files::replace(path, &text)
+        });
         if let Err(error) = kept {
             tracing::error!("{}: cannot record a hook: {error}", path.display());
         }

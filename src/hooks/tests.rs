@@ -210,7 +210,7 @@ fn runs_are_kept_across_restarts_and_a_cut_off_one_says_so() {
         output: String::new(),
         output_bytes_left_out: 0,
     };
-    let mut record = HookRecord::open(folder.path());
+    let record = HookRecord::open(folder.path());
     for n in 1..=record::RUNS_MAX as u64 + 3 {
         let begun = record.begun(run.clone());
         assert_eq!(begun.number, n);
@@ -225,7 +225,7 @@ fn runs_are_kept_across_restarts_and_a_cut_off_one_says_so() {
     assert_eq!(again.newest(), runs[runs.len() - 1..]);
     let file = folder.path().join("hooks.json");
     std::fs::write(&file, "{").unwrap();
-    let mut damaged = HookRecord::open(folder.path());
+    let damaged = HookRecord::open(folder.path());
     assert_eq!(damaged.begun(run).number, 1);
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "{", "left as it is");
 }

@@ -142,6 +142,8 @@ pub(crate) struct Summary {
 pub(crate) struct Results {
     path: PathBuf,
     known: Mutex<Result<Vec<Arc<DrillResult>>, ResultsError>>,
+    /// Held while the file is written; what is known is looked at meanwhile.
+    writing: Mutex<()>,
 }
 
 impl Results {
@@ -149,7 +151,7 @@ impl Results {
     pub(crate) fn open(folder: &Path) -> Self {
         let path = folder.join(RESULTS_FILE);
         let read = read(&path).inspect_err(|error| tracing::error!("{error}"));
-        Self { path, known: Mutex::new(read) }
+        Self { path, known: Mutex::new(read), writing: Mutex::new(()) }
     }
 
     pub(crate) fn all(&self) -> Result<Vec<Arc<DrillResult>>, ResultsError> {
@@ -169,15 +171,15 @@ impl Results {
 
     /// Adds one; it is durable when this returns. Blocks on file I/O.
     pub(crate) fn record(&self, disk: &Disk, result: DrillResult) -> Result<(), ResultsError> {
-        let mut known = self.known.lock();
-        let mut all = known.clone()?;
+        let _alone = self.writing.lock();
+        let mut all = self.known.lock().clone()?;
         all.push(Arc::new(cut_to_size(result)));
         all.drain(..all.len().saturating_sub(RESULTS_MAX));
         self.replace(disk, &encode(&all)).map_err(|(what, source)| {
             let source = Arc::new(source);
             ResultsError::Io { path: self.path.clone(), what, source }
         })?;
-        *known = Ok(all);
+        *self.known.lock() = Ok(all);
         Ok(())
     }
 
