@@ -91,6 +91,8 @@ pub(crate) struct CopyLimits {
 
 struct InFlight {
     tag: u64,
+    /// Where to; `None`: to any of them.
+    volume: Option<usize>,
     writes: u64,
 }
 
@@ -166,11 +168,12 @@ pub(crate) struct Ledger {
 pub(crate) struct Ticket<'a> {
     ledger: &'a Ledger,
     tag: u64,
+    volume: Option<usize>,
 }
 
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        self.ledger.release(self.tag);
+        self.ledger.release(self.tag, self.volume);
     }
 }
 
@@ -237,7 +240,7 @@ impl Ledger {
     /// Counts a write in flight and marks its blocks. `now` is called for the first write of an epoch only.
     pub(crate) fn admit(&self, range: Range, now: impl FnOnce() -> Instant) -> Ticket<'_> {
         let mut state = self.state.lock();
-        Ticket { ledger: self, tag: state.admit(range, now) }
+        Ticket { ledger: self, volume: Some(range.volume), tag: state.admit(range, now) }
     }
 
     /// As [`Self::admit`], if the write may be issued without any further step.
@@ -249,7 +252,7 @@ impl Ledger {
         {
             return None;
         }
-        Some(Ticket { ledger: self, tag: state.admit(range, now) })
+        Some(Ticket { ledger: self, volume: Some(range.volume), tag: state.admit(range, now) })
     }
 
     /// What an admitted write of `range` has to do next.
@@ -262,8 +265,9 @@ impl Ledger {
         if frozen.failed.is_some() || !frozen.needs(range) || sabotaged() {
             return Step::Issue;
         }
-        // A straddling write of the old epoch may still be on its way to these very blocks: the copy comes after it.
-        if state.in_flight.iter().any(|w| w.tag <= frozen.tag) {
+        // A straddling write of the old epoch may still be on its way to these very blocks: the copy comes after it. One to another disk is not, and may
+        // take as long as that disk does.
+        if state.in_flight.iter().any(|w| w.tag <= frozen.tag && w.volume.is_none_or(|volume| volume == range.volume)) {
             return Step::Wait;
         }
         let map = &mut frozen.left[range.volume];
@@ -329,11 +333,11 @@ impl Ledger {
         }
     }
 
-    fn release(&self, tag: u64) {
+    fn release(&self, tag: u64, volume: Option<usize>) {
         let mut state = self.state.lock();
         let current = state.tag;
         let mut drained = false;
-        if let Some(at) = state.in_flight.iter().position(|w| w.tag == tag) {
+        if let Some(at) = state.in_flight.iter().position(|w| w.tag == tag && w.volume == volume) {
             let entry = &mut state.in_flight[at];
             entry.writes -= 1;
             if entry.writes == 0 && tag < current {
@@ -567,7 +571,7 @@ fn sabotaged() -> bool {
 
 impl State {
     fn admit(&mut self, range: Range, now: impl FnOnce() -> Instant) -> u64 {
-        let tag = self.count_in_flight();
+        let tag = self.count_in_flight(Some(range.volume));
         self.open[range.volume].mark(range.first, range.count);
         self.watches.mark(&range);
         self.open_first_write.get_or_insert_with(now);
@@ -575,11 +579,11 @@ impl State {
     }
 
     /// Counts a change in flight; returns its tag.
-    fn count_in_flight(&mut self) -> u64 {
+    fn count_in_flight(&mut self, volume: Option<usize>) -> u64 {
         let tag = self.tag;
-        match self.in_flight.back_mut() {
-            Some(entry) if entry.tag == tag => entry.writes += 1,
-            _ => self.in_flight.push_back(InFlight { tag, writes: 1 }),
+        match self.in_flight.iter_mut().rev().take_while(|w| w.tag == tag).find(|w| w.volume == volume) {
+            Some(entry) => entry.writes += 1,
+            None => self.in_flight.push_back(InFlight { tag, volume, writes: 1 }),
         }
         #[cfg(feature = "simulation")]
         crate::sim::set_admitted(tag);

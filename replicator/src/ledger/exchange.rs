@@ -17,7 +17,7 @@ impl Ledger {
     pub(crate) fn admit_all(&self, maps: &[DirtyMap], now: impl FnOnce() -> Instant) -> Ticket<'_> {
         let mut state = self.state.lock();
         let state = &mut *state;
-        let tag = state.count_in_flight();
+        let tag = state.count_in_flight(None);
         for (volume, (open, map)) in state.open.iter_mut().zip(maps).enumerate() {
             open.merge(map);
             state.watches.mark_all(volume, map);
@@ -25,7 +25,7 @@ impl Ledger {
         if maps.iter().any(|map| !map.is_empty()) {
             state.open_first_write.get_or_insert_with(now);
         }
-        Ticket { ledger: self, tag }
+        Ticket { ledger: self, volume: None, tag }
     }
 
     /// Sees to it that a frozen epoch loses nothing by an exchange that was admitted: what it still needs of `maps` it will read from `before`,

@@ -57,3 +57,37 @@ async fn a_log_that_hangs_holds_up_nothing_but_writes_to_new_regions() {
     assert!(log.covers(&Range { volume: 0, first: FAR / BLOCK_BYTES, count: REGION_BLOCKS }));
     assert_eq!(ledger.summary().open_bytes, [3 * BLOCK_BYTES], "it belongs to the next epoch");
 }
+
+/// Would catch a group whose disks wait for the slowest of them, and a copy that is made before a write to the same disk that is older than the cut.
+#[tokio::test]
+async fn a_disk_that_hangs_holds_up_its_own_writes_only() {
+    let below = Arc::new(DelayDevice::new(Arc::new(MemoryDevice::new(SIZE)), Duration::ZERO));
+    let disks: [Arc<dyn BlockDevice>; 2] = [Arc::new(MemoryDevice::new(SIZE)), below.clone()];
+    let file = || LogFile { name: "memory".to_owned(), device: Arc::new(MemoryDevice::new(log_bytes(SIZE))), volume_bytes: SIZE };
+    let (log, _) = DirtyLog::open(vec![file(), file()]).await.unwrap();
+    let known = || Known { suspect: DirtyMap::new(SIZE), dirty: DirtyMap::new(SIZE) };
+    let limits = CopyLimits { memory_bytes: 1 << 20, spill_bytes: 0 };
+    let ledger = Arc::new(Ledger::new(vec![SIZE; 2], limits, vec![known(), known()]));
+    let (log, spill) = (Arc::new(log), Arc::new(MemoryDevice::new(0)));
+    let [quick, slow] = [0, 1].map(|i| Tap::new(disks[i].clone(), ledger.clone(), log.clone(), spill.clone(), i));
+    let block = |byte: u8| Buf::copy_of(&[byte; BLOCK]);
+    quick.write(0, block(1)).await.unwrap();
+    slow.write(0, block(1)).await.unwrap();
+
+    below.hold(Operation::Write);
+    let hangs = slow.write(FAR, block(2));
+    tokio::pin!(hangs);
+    assert!(hangs.as_mut().now_or_never().is_none());
+    ledger.freeze(EpochId(1));
+    quick.write(0, block(3)).now_or_never().expect("its own disk is well").unwrap();
+    let same = slow.write(0, block(4));
+    tokio::pin!(same);
+    assert!(same.as_mut().now_or_never().is_none());
+    let copied: Vec<_> = ledger.take_copied().iter().map(|run| (run.volume, run.extent.start.0)).collect();
+    assert_eq!(copied, [(0, 0)], "of the slow disk nothing is read before what is older than the cut is there");
+
+    below.release();
+    hangs.await.unwrap();
+    same.await.unwrap();
+    assert_eq!(ledger.take_copied().len(), 1);
+}
