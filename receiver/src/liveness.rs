@@ -44,18 +44,24 @@ struct Signs {
 impl Signs {
     /// Its packets are looked at, and there were new ones or not. One that was alive before this node stood still is given the time to be heard again.
     fn look(&mut self, now: Instant, is_new: bool) {
-        if is_new || self.was_alive_before(now) {
-            self.heard = Some(now);
+        self.stood_still(now);
+        if is_new {
+            self.heard = self.heard.max(Some(now));
         }
         self.looked = Some(now);
     }
 
-    /// Its session has ended, without a leave.
+    /// Nobody looks any more: its session has ended, or another one looks.
     fn end(&mut self, now: Instant) {
+        self.stood_still(now);
+        self.looked = None;
+    }
+
+    /// Its connection may be lost to that, at its side or here, now or in a moment.
+    fn stood_still(&mut self, now: Instant) {
         if self.was_alive_before(now) {
             self.heard = Some(now + CONNECTS_AGAIN_WITHIN.saturating_sub(ALIVE_WITHIN));
         }
-        self.looked = None;
     }
 
     /// Whether this node stood still until now, and it was alive before.
@@ -105,7 +111,7 @@ struct Looking(Arc<Shared>);
 
 impl Drop for Looking {
     fn drop(&mut self) {
-        self.0.heard.0.lock().looked = None;
+        self.0.heard.0.lock().end(Instant::now());
     }
 }
 
@@ -120,8 +126,6 @@ async fn listen(connection: Connection, shared: Arc<Shared>) {
             end = connection.closed() => {
                 if is_leave(&end) {
                     heard.took_leave();
-                } else {
-                    heard.0.lock().end(Instant::now());
                 }
                 return;
             }
@@ -167,14 +171,17 @@ mod tests {
         assert_eq!(signs.age(begin + 64 * S), Some(4 * S));
         signs.look(begin + 64 * S, false);
         assert_eq!(signs.age(begin + 64 * S), Some(Duration::ZERO), "it has the time to be heard");
-        nothing(&mut signs, begin + 64 * S, begin + 70 * S);
-        assert_eq!(signs.age(begin + 70 * S), Some(6 * S), "and was not");
+        nothing(&mut signs, begin + 64 * S, begin + 80 * S);
+        assert_eq!(signs.age(begin + 79 * S), Some(ALIVE_WITHIN), "and was not");
         // Dead already: standing still makes nobody alive.
         assert_eq!(signs.age(begin + 100 * S), Some(6 * S));
         signs.look(begin + 100 * S, false);
         assert!(signs.age(begin + 100 * S) > Some(ALIVE_WITHIN));
+        signs.end(begin + 200 * S);
+        assert!(signs.age(begin + 200 * S) > Some(ALIVE_WITHIN));
     }
 
+    /// In whatever order it is found out: looked at before the end is seen, with what was still on its way, or not.
     #[test]
     fn a_session_that_was_lost_to_a_standstill_may_come_back() {
         let begin = Instant::now();
@@ -183,8 +190,12 @@ mod tests {
         let mut lost = signs;
         lost.end(begin + S);
         assert_eq!(lost.age(begin + 6 * S), Some(6 * S), "lost in time: its silence counts");
-        signs.end(begin + 30 * S);
-        assert!(signs.age(begin + 44 * S) < Some(ALIVE_WITHIN));
-        assert_eq!(signs.age(begin + 45 * S), Some(ALIVE_WITHIN));
+        for looks in [&[][..], &[false], &[true], &[true, true]] {
+            let mut signs = signs;
+            looks.iter().for_each(|is_new| signs.look(begin + 30 * S, *is_new));
+            signs.end(begin + 30 * S);
+            assert!(signs.age(begin + 44 * S) < Some(ALIVE_WITHIN), "{looks:?}");
+            assert_eq!(signs.age(begin + 45 * S), Some(ALIVE_WITHIN), "{looks:?}");
+        }
     }
 }

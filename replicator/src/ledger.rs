@@ -137,6 +137,8 @@ struct State {
     committed: Option<Point>,
     open_first_write: Option<Instant>,
     in_flight: VecDeque<InFlight>,
+    /// Writes that were in flight, wait for the dirty log, and will be again.
+    aside: u64,
     frozen: Option<Frozen>,
     building: Option<Changes>,
     sealed: VecDeque<Changes>,
@@ -169,6 +171,16 @@ pub(crate) struct Ticket<'a> {
     ledger: &'a Ledger,
     tag: u64,
     volume: Option<usize>,
+}
+
+/// A write that stepped aside: no capture waits for it, and nothing is quiet as long as it is there.
+pub(crate) struct Aside<'a>(&'a Ledger);
+
+impl Drop for Aside<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().aside -= 1;
+        self.0.changed.notify_waiters();
+    }
 }
 
 impl Drop for Ticket<'_> {
@@ -217,6 +229,7 @@ impl Ledger {
             committed: None,
             open_first_write: None,
             in_flight: VecDeque::new(),
+            aside: 0,
             frozen: None,
             building: None,
             sealed: VecDeque::new(),
@@ -241,6 +254,13 @@ impl Ledger {
     pub(crate) fn admit(&self, range: Range, now: impl FnOnce() -> Instant) -> Ticket<'_> {
         let mut state = self.state.lock();
         Ticket { ledger: self, volume: Some(range.volume), tag: state.admit(range, now) }
+    }
+
+    /// The write is in flight no more, keeps its marks, and has not ended: it is to be admitted again before what is returned is dropped.
+    pub(crate) fn step_aside<'a>(&'a self, ticket: Ticket<'a>) -> Aside<'a> {
+        self.state.lock().aside += 1;
+        drop(ticket);
+        Aside(self)
     }
 
     /// As [`Self::admit`], if the write may be issued without any further step.

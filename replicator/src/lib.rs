@@ -427,16 +427,18 @@ impl Replicator {
     ///
     /// # Errors
     /// [`HandbackError`].
-    pub async fn handback_plan(&self, target: HandbackTarget) -> Result<HandbackPlan, HandbackError> {
-        self.handback.plan(target).await
+    pub fn handback_plan(&self, target: HandbackTarget) -> impl Future<Output = Result<HandbackPlan, HandbackError>> + use<> {
+        let handback = self.handback.clone();
+        async move { handback.plan(target).await }
     }
 
     /// The point that has a name at the receiver; changes nothing.
     ///
     /// # Errors
     /// [`HandbackError`].
-    pub async fn point_named(&self, name: Name) -> Result<Point, HandbackError> {
-        self.handback.resolve(name).await
+    pub fn point_named(&self, name: Name) -> impl Future<Output = Result<Point, HandbackError>> + use<> {
+        let handback = self.handback.clone();
+        async move { handback.resolve(name).await }
     }
 
     /// Begins to take the disks back, or to go back to a point. From here to the end guests may not write.

@@ -76,16 +76,18 @@ impl Tap {
     /// for the capture, but none of them for a sync of the log. The marks stay.
     async fn admit(&self, offset: u64, length: u64) -> io::Result<Ticket<'_>> {
         let range = Range::of_bytes(self.volume, offset, length);
+        let mut aside = None;
         let ticket = loop {
             let ticket = self.ledger.admit(range, Instant::now);
             if sabotaged() || self.log.covers(&range) {
                 break ticket;
             }
-            drop(ticket);
+            aside = Some(self.ledger.step_aside(ticket));
             linger().await;
             self.log.cover(&range).await?;
             linger().await;
         };
+        drop(aside);
         loop {
             let changed = self.ledger.changed().notified();
             tokio::pin!(changed);

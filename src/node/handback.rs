@@ -27,9 +27,9 @@ impl Node {
         }
         let unknown = || RequestError::UnknownName { group: request.group.clone(), given: text.clone() };
         let name = text.parse::<Name>().map_err(|_| unknown())?;
-        let point = self.primaries.read().await.point_named(&request.group, name).await;
-        match point {
-            Some(point) => Ok(HandbackTarget::Rollback(point?)),
+        let asked = self.primaries.read().await.point_named(&request.group, name);
+        match asked {
+            Some(point) => Ok(HandbackTarget::Rollback(point?.await?)),
             None => Err(self.no_primary(&request.group).await),
         }
     }
@@ -41,8 +41,12 @@ impl Node {
             HandbackTarget::Rollback(_) => Transition::Rollback,
             HandbackTarget::Failback => Transition::Failback,
         };
-        match self.primaries.read().await.handback_plan(&request.group, target).await {
-            Some(plan) => plan.map(|plan| PlannedHandback { hooks: self.hooks.planned(transition, None, &plan.group), plan }),
+        let planned = self.primaries.read().await.handback_plan(&request.group, target);
+        match planned {
+            Some(plan) => {
+                let plan = plan?.await?;
+                Ok(PlannedHandback { hooks: self.hooks.planned(transition, None, &plan.group), plan })
+            }
             None => Err(self.no_primary(&request.group).await),
         }
     }

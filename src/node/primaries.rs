@@ -8,7 +8,9 @@ use std::time::Duration;
 use blockdev::nbd::ListenAddr;
 use blockdev::{BlockDevice, FileDevice, FileError, OpenOptions};
 use proto::{Identity, Name, Point};
-use replicator::{GroupSpec, HandbackPlan, HandbackTarget, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec};
+use replicator::{
+    GroupSpec, HandbackError, HandbackPlan, HandbackTarget, PeerSpec, Replicator, ReplicatorError, Tuning, VolumeSpec,
+};
 
 use super::copies::GroupRef;
 use super::exports::{ExportError, Exports};
@@ -154,20 +156,23 @@ impl Primaries {
         Some(status)
     }
 
-    pub(crate) async fn handback_plan(&self, group: &str, target: HandbackTarget) -> Option<Result<HandbackPlan, RequestError>> {
+    /// It may take long, and nobody must wait for it who waits for these.
+    pub(crate) fn handback_plan(
+        &self,
+        group: &str,
+        target: HandbackTarget,
+    ) -> Option<Result<impl Future<Output = Result<HandbackPlan, HandbackError>> + use<>, RequestError>> {
         let replicator = self.replicator(group)?;
-        match self.check_writable(group).and(replicator) {
-            Ok(replicator) => Some(replicator.handback_plan(target).await.map_err(Into::into)),
-            Err(error) => Some(Err(error)),
-        }
+        Some(self.check_writable(group).and(replicator).map(|replicator| replicator.handback_plan(target)))
     }
 
     /// The point that has a name at the receiver of a group.
-    pub(crate) async fn point_named(&self, group: &str, name: Name) -> Option<Result<Point, RequestError>> {
-        match self.replicator(group)? {
-            Ok(replicator) => Some(replicator.point_named(name).await.map_err(Into::into)),
-            Err(error) => Some(Err(error)),
-        }
+    pub(crate) fn point_named(
+        &self,
+        group: &str,
+        name: Name,
+    ) -> Option<Result<impl Future<Output = Result<Point, HandbackError>> + use<>, RequestError>> {
+        Some(self.replicator(group)?.map(|replicator| replicator.point_named(name)))
     }
 
     pub(crate) fn begin_handback(&self, group: &str, target: HandbackTarget) -> Option<Result<HandbackProgress, RequestError>> {

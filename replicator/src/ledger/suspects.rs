@@ -46,9 +46,10 @@ impl Ledger {
         self.flushes_changed();
     }
 
-    /// Whether no write is in flight.
+    /// Whether no write is in flight, or will be again.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.state.lock().in_flight.iter().all(|w| w.writes == 0)
+        let state = self.state.lock();
+        state.aside == 0 && state.in_flight.iter().all(|w| w.writes == 0)
     }
 
     /// Marks the first block of the first volume, so that there is something to send.
@@ -101,6 +102,6 @@ impl Ledger {
     pub(crate) fn settled(&self) -> Option<Vec<DirtyMap>> {
         let state = self.state.lock();
         let quiet = state.building.is_none() && state.sealed.is_empty() && state.suspect.iter().all(DirtyMap::is_empty);
-        (quiet && state.in_flight.iter().all(|w| w.writes == 0)).then(|| state.open.clone())
+        (quiet && state.aside == 0 && state.in_flight.iter().all(|w| w.writes == 0)).then(|| state.open.clone())
     }
 }

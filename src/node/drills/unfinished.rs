@@ -4,7 +4,6 @@
 //! A file that cannot be read or written keeps no drill from running: it is said.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::{Path, PathBuf};
 
 use parking_lot::Mutex;
@@ -19,6 +18,8 @@ const FILE: &str = "drills.json";
 pub(super) struct Unfinished {
     path: PathBuf,
     drills: Mutex<BTreeMap<String, Facts>>,
+    /// Held while the file is written.
+    writing: Mutex<()>,
 }
 
 impl Unfinished {
@@ -28,7 +29,7 @@ impl Unfinished {
             tracing::error!("{}: {error}: hooks after drills of a former run are not run; it is begun anew", path.display());
             BTreeMap::new()
         });
-        Self { path, drills: Mutex::new(drills) }
+        Self { path, drills: Mutex::new(drills), writing: Mutex::new(()) }
     }
 
     /// Those of a former run.
@@ -37,21 +38,25 @@ impl Unfinished {
     }
 
     pub(super) fn begun(&self, name: &str, facts: &Facts) {
-        let mut drills = self.drills.lock();
-        drills.insert(name.to_owned(), facts.clone());
-        self.keep(&drills);
+        self.drills.lock().insert(name.to_owned(), facts.clone());
+        self.keep();
     }
 
     /// To be called once the hook after it is on record.
     pub(super) fn ended(&self, name: &str) {
-        let mut drills = self.drills.lock();
-        if drills.remove(name).is_some() {
-            self.keep(&drills);
+        let was_there = self.drills.lock().remove(name).is_some();
+        if was_there {
+            self.keep();
         }
     }
 
-    fn keep(&self, drills: &BTreeMap<String, Facts>) {
-        let kept = serde_json::to_vec(drills).map_err(io::Error::from).and_then(|text| files::replace(&self.path, &text));
+    fn keep(&self) {
+        let kept = blockdev::blocking(|| {
+            // Whoever writes last writes the newest.
+            let _alone = self.writing.lock();
+            let text = serde_json::to_vec(&*self.drills.lock())?;
+            files::replace(&self.path, &text)
+        });
         if let Err(error) = kept {
             tracing::error!(
                 "{}: cannot record a drill: {error}: free space; if the node is killed, check what its hook prepared",
