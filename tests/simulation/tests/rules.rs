@@ -5,7 +5,7 @@
 use simulation::{Broken, break_rule, has_life, run, run_flapping};
 
 /// Seeds that a test run goes through; `make simulate SEEDS=10000` goes through more.
-const SEEDS: u64 = 100;
+const SEEDS: u64 = 200;
 /// The largest disk of a flapping run, and what a connection carries besides.
 const BYTES_OF_AN_EPOCH: u64 = (128 << 12) + (32 << 10);
 /// Within so many seeds a broken rule must be found.
