@@ -23,7 +23,7 @@ mod switch;
 mod uring;
 mod waits;
 
-pub use blocking::blocking;
+pub use blocking::{blocking, offload};
 pub use blocks::{apply_frame, read_blocks};
 pub use buf::Buf;
 pub use crash::CrashDevice;

@@ -257,13 +257,9 @@ impl ForkDevice {
         let pages = self.own.write().written.take_pages();
         let done = async {
             self.data.flush().await?;
-            for (number, page) in &pages {
-                self.map.write_page(*number, page)?;
-            }
-            if pages.is_empty() { Ok(()) } else { self.map.sync() }
+            self.map.keep(pages).await
         };
-        let result = done.await;
-        result.inspect_err(|_| self.poison())
+        done.await.inspect_err(|_| self.poison())
     }
 
     pub(super) fn poison(&self) {

@@ -427,12 +427,7 @@ impl ForkDevice {
         let pages = self.own.write().take_copied_pages();
         self.data.flush().await?;
         reach(Step::FlattenSynced);
-        for (number, page) in &pages {
-            map.write_page(*number, page)?;
-        }
-        if !pages.is_empty() {
-            map.sync()?;
-        }
+        map.keep(pages).await?;
         reach(Step::FlattenBits);
         Ok(())
     }
@@ -457,19 +452,24 @@ impl ForkDevice {
         let mut touched = self.own.read().touched.clone();
         regions.iter().for_each(|region| touched.mark(*region, 1));
         let numbers = regions.iter().map(|region| region / PAGE_BLOCKS);
-        self.keep_touched(touching.as_ref(), &touched, numbers)?;
+        self.keep_touched(touching.as_ref(), &touched, numbers).await?;
         self.own.write().touched = touched;
         reach(Step::FlattenTouched);
         Ok(())
     }
 
     /// Writes pages of the map of touched regions. After a failure nobody knows what is on disk.
-    fn keep_touched(&self, map: Option<&MapFile>, touched: &DirtyMap, numbers: impl Iterator<Item = u64>) -> io::Result<()> {
+    async fn keep_touched(
+        &self,
+        map: Option<&MapFile>,
+        touched: &DirtyMap,
+        numbers: impl Iterator<Item = u64>,
+    ) -> io::Result<()> {
         self.check_poisoned()?;
         let Some(map) = map else { return Err(io::Error::other("the fork has no map of touched regions: this is a defect")) };
         let numbers: std::collections::BTreeSet<u64> = numbers.collect();
-        let kept = numbers.into_iter().try_for_each(|n| map.write_page(n, &page_of(touched, n))).and_then(|()| map.sync());
-        kept.inspect_err(|_| self.poison())
+        let pages = numbers.into_iter().map(|number| (number, page_of(touched, number))).collect();
+        map.keep(pages).await.inspect_err(|_| self.poison())
     }
 
     /// Forgets the touched regions whose changes are all in the map: those of `known`, or all. Returns what is touched still.
@@ -503,7 +503,7 @@ impl ForkDevice {
         }
         let touched = self.own.read().touched.clone();
         if !forgotten.is_empty() {
-            self.keep_touched(touching.as_ref(), &touched, forgotten.iter().map(|region| region / PAGE_BLOCKS))?;
+            self.keep_touched(touching.as_ref(), &touched, forgotten.iter().map(|region| region / PAGE_BLOCKS)).await?;
         }
         Ok(Some(touched))
     }

@@ -3,16 +3,20 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use blockdev::{BlockDevice, Buf, IoThreads, ZeroMode};
+use parking_lot::Mutex;
 use proptest::prelude::*;
 use proto::units::BLOCK_BYTES;
 use tokio::sync::Semaphore;
 
 use super::map::MapFile;
 use super::own::regions_bytes;
-use super::tests::{Op, SIZE, Scene, another_boot, op, read_all, scene};
+use super::tests::{Op, SIZE, Scene, another_boot, op, read_all, scene, scene_on};
 use super::*;
+use crate::disk::Op as DiskOp;
 
 const BLOCKS: u64 = SIZE.div_ceil(BLOCK_BYTES);
 
@@ -331,4 +335,48 @@ fn what_is_written_to_a_flat_fork_survives_a_kill_without_the_file_of_what_is_no
         assert!(io.block_on(move || async move { read_all(&device).await }).unwrap() == image, "{round}");
     }
     assert!(!recent.exists(), "nor does it begin the file");
+}
+
+/// Would catch a sync of a map on the thread that serves the guests of other disks.
+#[test]
+fn a_map_whose_sync_hangs_holds_up_no_other_disk() {
+    for held in ["root.map", "root.touched", "root.flat"] {
+        let (go_on, waits) = std::sync::mpsc::channel::<()>();
+        let (waits, armed, begun) = (Mutex::new(waits), Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (arm, begin) = (Arc::clone(&armed), Arc::clone(&begun));
+        let disk = Disk::faulty(move |op| match op {
+            DiskOp::Sync(path) if path.ends_with(held) && arm.load(Ordering::SeqCst) => {
+                begin.store(true, Ordering::SeqCst);
+                waits.lock().recv_timeout(Duration::from_secs(30)).map_err(std::io::Error::other)
+            }
+            _ => Ok(()),
+        });
+        let scene = scene_on(disk);
+        let io = IoThreads::new(1).unwrap();
+        let device = scene.open();
+        io.block_on(move || async move {
+            // A block that is only copied, so that the next write has to touch its region.
+            let (touched, flat) = scene.maps();
+            device.begin_copies(touched).await;
+            device.take_over(&device.view().unwrap().for_copying().unwrap(), 0..1).await.unwrap();
+            device.sync_copies(&flat).await.unwrap();
+            device.take_over(&device.view().unwrap().for_copying().unwrap(), 1..2).await.unwrap();
+            armed.store(true, Ordering::SeqCst);
+            let guest = async {
+                device.write(0, Buf::zeroed(BLOCK_BYTES as usize)).await?;
+                device.flush().await?;
+                device.sync_copies(&flat).await
+            };
+            // As another disk's guest on this thread would be.
+            let other = async {
+                while !begun.load(Ordering::SeqCst) {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                go_on.send(()).unwrap();
+            };
+            let (done, ()) = futures_util::future::join(guest, other).await;
+            done.unwrap_or_else(|error| panic!("{held}: {error}"));
+        })
+        .unwrap();
+    }
 }

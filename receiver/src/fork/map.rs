@@ -7,12 +7,14 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use proto::codec::{DecodeError, Reader, check_crc};
 use proto::units::{BlockIndex, blocks_of};
 use proto::{BlockExtent, DirtyMap, EpochId, Generation, Point};
 use rustix::fs::{SeekFrom, seek};
 
+use super::own::Pages;
 use crate::disk::{Disk, DiskFile};
 
 /// First bytes of a map.
@@ -119,7 +121,7 @@ impl MapHeader {
 /// The file of a map.
 #[derive(Debug)]
 pub(crate) struct MapFile {
-    file: DiskFile,
+    file: Arc<DiskFile>,
 }
 
 impl MapFile {
@@ -167,23 +169,32 @@ impl MapFile {
         }
         let mut set = DirtyMap::new(header.size_bytes);
         load(file.file(), &mut set).map_err(io)?;
-        Ok((Self { file }, set))
+        Ok((Self { file: Arc::new(file) }, set))
     }
 
-    /// Writes page `number` as `set` has it now. The data of its blocks must be durable.
-    pub(crate) fn write_page(&self, number: u64, page: &[u8; MAP_PAGE_BYTES]) -> io::Result<()> {
-        self.file.write_all_at(page, MAP_HEADER_BYTES as u64 + number * MAP_PAGE_BYTES as u64)
+    /// Writes pages and syncs them, if there are any. The data of their blocks must be durable. The caller's thread, which has other disks to serve, does not wait.
+    pub(super) async fn keep(&self, pages: Pages) -> io::Result<()> {
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let file = Arc::clone(&self.file);
+        blockdev::offload(move || write(&file, &pages)).await?
+    }
+
+    /// As [`keep`](Self::keep), for a caller who may wait.
+    pub(super) fn keep_waiting(&self, pages: &Pages) -> io::Result<()> {
+        write(&self.file, pages)
     }
 
     /// Takes the blocks of `set` out of a map that has no others, and syncs it. Torn, some of them are still in it.
     pub(crate) fn clear(&self, set: &DirtyMap) -> io::Result<()> {
-        let mut at = 0;
+        let (mut at, mut pages) = (0, Pages::new());
         while let Some(run) = set.next_run(at, u32::MAX) {
             let page = run.start.0 / PAGE_BLOCKS;
-            self.write_page(page, &[0; MAP_PAGE_BYTES])?;
+            pages.push((page, Box::new([0; MAP_PAGE_BYTES])));
             at = (page + 1) * PAGE_BLOCKS;
         }
-        self.sync()
+        self.keep_waiting(&pages)
     }
 
     /// Opens a map, or creates it, whole under its name.
@@ -210,10 +221,13 @@ impl MapFile {
             done => done,
         }
     }
+}
 
-    pub(crate) fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+fn write(file: &DiskFile, pages: &Pages) -> io::Result<()> {
+    for (number, page) in pages {
+        file.write_all_at(&page[..], MAP_HEADER_BYTES as u64 + number * MAP_PAGE_BYTES as u64)?;
     }
+    file.sync_data()
 }
 
 /// The bits of page `number`.
@@ -286,9 +300,7 @@ mod tests {
         }
         let (file, empty) = MapFile::open(&Disk::default(), &path, &header).unwrap();
         assert!(empty.is_empty());
-        for page in [0, 1, (1 << 28) / PAGE_BLOCKS - 1] {
-            file.write_page(page, &page_of(&set, page)).unwrap();
-        }
+        file.keep_waiting(&[0, 1, (1 << 28) / PAGE_BLOCKS - 1].map(|page| (page, page_of(&set, page))).into()).unwrap();
         let (_, found) = MapFile::open(&Disk::default(), &path, &header).unwrap();
         assert_eq!(found.count(), set.count());
         let mut at = 0;

@@ -202,10 +202,7 @@ fn open_volume(
         // What a killed process wrote is made durable before a bit says that it is there.
         shared.disk.open_file(&path).and_then(|raw| raw.sync_data()).map_err(at(&path, "sync the fork's data"))?;
         let mut clear = || {
-            for (number, page) in own.written.take_pages() {
-                map.write_page(number, &page)?;
-            }
-            map.sync()?;
+            map.keep_waiting(&own.written.take_pages())?;
             touched_map.clear(&touched)
         };
         let suspect_bytes = touched.count() * own::REGION_BLOCKS * BLOCK_BYTES;

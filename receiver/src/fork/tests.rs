@@ -24,6 +24,11 @@ pub(super) struct Scene {
 
 /// A group whose base is not empty, so that the view has something to show; no journal is needed for that.
 pub(super) fn scene() -> Scene {
+    scene_on(Disk::default())
+}
+
+/// As [`scene`], on a disk of the caller.
+pub(super) fn scene_on(disk: Disk) -> Scene {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     let point = Point { generation: Generation(1), epoch: EpochId(1) };
@@ -45,7 +50,7 @@ pub(super) fn scene() -> Scene {
     let image: Vec<u8> = (0..SIZE).map(|i| (i / 7) as u8).collect();
     std::fs::write(folder.base(&"root".parse().unwrap()), &image).unwrap();
     crate::base::write_sums(&folder.base(&"root".parse().unwrap()));
-    let options = JournalOptions { segment_bytes_max: 1 << 20, disk: Default::default() };
+    let options = JournalOptions { segment_bytes_max: 1 << 20, disk };
     let group = Group::open(folder, Arc::new(Usage::default()), options).unwrap();
     let fork = ForkInUse { name: "active-2".parse().unwrap(), point };
     Scene { _dir: dir, group, fork, image }
