@@ -67,7 +67,7 @@ pub enum PrimaryStatus {
         /// One line.
         error: String,
     },
-    /// Its disks are those of a copy that is not there yet.
+    /// Its disks do not answer, or are those of a copy that is not there yet.
     Waiting {
         /// The group.
         group: Name,

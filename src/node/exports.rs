@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -40,6 +39,8 @@ pub(crate) enum ExportError {
     Mixed { address: String },
     #[error("cannot start threads for drills: {0}")]
     Threads(std::io::Error),
+    #[error("{address} is not served any more: the node is stopping")]
+    Stopping { address: String },
     #[error("{}: cannot make the folder of the socket: {source}: make it, or choose another path", path.display())]
     Folder { path: PathBuf, source: std::io::Error },
 }
@@ -49,9 +50,6 @@ pub(crate) struct Exports {
     io: IoThreads,
     /// Made for the first drill.
     yielding: OnceLock<IoThreads>,
-    /// Set at the end of the start. Until then clients wait: a guest that comes back while its node starts must not find an address
-    /// without its disk.
-    open: AtomicBool,
     servers: Mutex<BTreeMap<String, Served>>,
     /// Why a group's disks are not offered, by group.
     failed: Mutex<BTreeMap<String, String>>,
@@ -69,17 +67,31 @@ struct Served {
     /// Of drills, on threads that yield.
     yields: bool,
     disks: Vec<ExportedDisk>,
+    /// Disks of groups that are being started. Until they are there clients wait: a guest that comes back while its node starts must not
+    /// find an address without its disk.
+    expected: usize,
 }
 
 impl Exports {
     pub(crate) fn new(io: IoThreads) -> Self {
-        Self { io, yielding: OnceLock::new(), open: AtomicBool::new(false), servers: Mutex::default(), failed: Mutex::default() }
+        Self { io, yielding: OnceLock::new(), servers: Mutex::default(), failed: Mutex::default() }
     }
 
-    /// Serves what was added so far, and from now on whatever is added.
-    pub(crate) async fn open(&self) {
-        self.open.store(true, Ordering::SeqCst);
-        self.servers.lock().await.values().for_each(|served| served.server.open());
+    /// Clients of `address` wait until [`arrived`](Self::arrived) was called as often, or somebody adds disks of another group there.
+    pub(crate) async fn expect(&self, address: &ListenAddr) {
+        if let Some(served) = self.servers.lock().await.get_mut(&address.to_string()) {
+            served.expected += 1;
+        }
+    }
+
+    /// An expected disk is there, or will not come. With the last one the address is served, if it has any.
+    pub(crate) async fn arrived(&self, address: &ListenAddr) {
+        if let Some(served) = self.servers.lock().await.get_mut(&address.to_string()) {
+            served.expected = served.expected.saturating_sub(1);
+            if served.expected == 0 && !served.disks.is_empty() {
+                served.server.open();
+            }
+        }
     }
 
     /// Makes sure that a server listens on `address`; its clients wait until disks are added. Returns the address with the port that
@@ -132,7 +144,7 @@ impl Exports {
         }
         let server = NbdServer::bind(address, ServerOptions { tls, held: true, ..ServerOptions::default() }, io)?;
         let bound = server.address().clone();
-        servers.insert(bound.to_string(), Served { server, yields, disks: Vec::new() });
+        servers.insert(bound.to_string(), Served { server, yields, disks: Vec::new(), expected: 0 });
         Ok(bound)
     }
 
@@ -168,15 +180,34 @@ impl Exports {
         Offered { addresses, failed: self.failed.lock().await.clone() }
     }
 
-    /// Offers `disks` of `group` on `address`, all or none.
+    /// Offers `disks` of `group` on `address`, all or none, and serves them. While the node stops nothing is served any more: the next start does.
     pub(crate) async fn add(
         &self,
         address: &ListenAddr,
         group: &str,
         disks: Vec<(Name, Arc<dyn BlockDevice>)>,
     ) -> Result<(), ExportError> {
+        match self.add_expected(address, group, disks).await {
+            Err(ExportError::Stopping { .. }) => return Ok(()),
+            added => added?,
+        }
+        if let Some(served) = self.servers.lock().await.get(&address.to_string()) {
+            served.server.open();
+        }
+        Ok(())
+    }
+
+    /// As [`add`](Self::add); they are served when all that are expected there have [`arrived`](Self::arrived).
+    pub(crate) async fn add_expected(
+        &self,
+        address: &ListenAddr,
+        group: &str,
+        disks: Vec<(Name, Arc<dyn BlockDevice>)>,
+    ) -> Result<(), ExportError> {
         let mut servers = self.servers.lock().await;
-        let Some(served) = servers.get_mut(&address.to_string()) else { return Ok(()) };
+        let Some(served) = servers.get_mut(&address.to_string()) else {
+            return Err(ExportError::Stopping { address: address.to_string() });
+        };
         let mut added = Vec::new();
         for (name, device) in disks {
             let export = Export { description: format!("{group}/{name}"), ..Export::new(name.as_str(), device) };
@@ -190,9 +221,6 @@ impl Exports {
             added.push(ExportedDisk { name: name.to_string(), group: group.to_owned() });
         }
         served.disks.append(&mut added);
-        if self.open.load(Ordering::SeqCst) {
-            served.server.open();
-        }
         self.failed.lock().await.remove(group);
         Ok(())
     }
@@ -210,10 +238,11 @@ impl Exports {
         }
     }
 
-    /// Stops servers that offer nothing.
+    /// Stops servers that offer nothing, and of which nothing is expected.
     pub(crate) async fn prune(&self) {
         let mut servers = self.servers.lock().await;
-        let (idle, busy) = std::mem::take(&mut *servers).into_iter().partition(|(_, served)| served.disks.is_empty());
+        let (idle, busy) =
+            std::mem::take(&mut *servers).into_iter().partition(|(_, served)| served.disks.is_empty() && served.expected == 0);
         *servers = busy;
         stop(idle).await;
     }

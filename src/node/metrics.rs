@@ -31,7 +31,7 @@ pub(crate) const METRICS: &[(&str, &str, &str)] = &[
     (
         "twinsite_primary_up",
         "gauge",
-        "1 if the group runs at its primary, 0 if it could not be started, or waits for the copy that it is to replicate",
+        "1 if the group runs at its primary, 0 if it could not be started, or waits for its disks, or for the copy that it is to replicate",
     ),
     (
         "twinsite_primary_streaming",

@@ -27,7 +27,7 @@ use anyhow::{Context, bail};
 use blockdev::IoThreads;
 use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Mutex, RwLock, watch};
+use tokio::sync::{Mutex, Notify, RwLock, watch};
 
 use self::adopt::Adoptions;
 use self::copies::Copies;
@@ -35,7 +35,7 @@ use self::drills::Drills;
 pub(crate) use self::drills::{environment as drill_environment, report as drill_report};
 use self::exports::Exports;
 pub(crate) use self::failover::RequestError;
-use self::primaries::Primaries;
+use self::primaries::{Primaries, Starting};
 use self::record::ExportRecord;
 use crate::api::{HookRuns, NodeId, NodeStatus, Points, ReceiverStatus, Verification};
 use crate::config::{Config, DRILL_SPACE_MAX_DEFAULT};
@@ -46,6 +46,8 @@ use crate::key;
 const REPLICATION_NICE: i32 = 10;
 /// Threads of the runtime: network, control socket, journals.
 const RUNTIME_THREADS: usize = 2;
+/// How long groups may take to start before the node is ready without them.
+const START_WITHIN: Duration = Duration::from_secs(20);
 /// How long the runtime's last tasks may take once everything is shut down.
 const RUNTIME_STOP: Duration = Duration::from_secs(2);
 
@@ -54,7 +56,7 @@ pub(crate) struct Node {
     pub(crate) id: NodeId,
     listen: Option<String>,
     started: Instant,
-    exports: Exports,
+    exports: Arc<Exports>,
     primaries: RwLock<Primaries>,
     copies: Option<Result<Copies, String>>,
     record: Mutex<ExportRecord>,
@@ -143,6 +145,39 @@ impl Node {
         tasks
     }
 
+    /// Takes in the groups that were not there when the node was ready, until it stops. Returns those that are not there by then.
+    /// Says so if nothing is left to run for.
+    async fn take_in(
+        self: Arc<Self>,
+        mut starting: Starting,
+        nothing_left: Arc<Notify>,
+        mut quitting: watch::Receiver<bool>,
+    ) -> Starting {
+        loop {
+            let arrived = tokio::select! {
+                // An error means that the sender is gone: stop as well.
+                _ = quitting.wait_for(|quit| *quit) => return starting,
+                arrived = starting.next() => arrived,
+            };
+            let Some(arrived) = arrived else { return starting };
+            self.primaries.write().await.arrive(arrived);
+            if !self.runs().await {
+                nothing_left.notify_one();
+            }
+            let node = Arc::clone(&self);
+            tokio::spawn(async move {
+                // A failover binds its address before it offers anything there.
+                let _record = node.record.lock().await;
+                node.exports.prune().await;
+            });
+        }
+    }
+
+    /// Whether there is anything to run for.
+    async fn runs(&self) -> bool {
+        matches!(self.copies, Some(Ok(_))) || self.primaries.read().await.running() > 0
+    }
+
     fn receiving(&self) -> Result<&Copies, RequestError> {
         match &self.copies {
             Some(Ok(copies)) => Ok(copies),
@@ -209,7 +244,10 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
             tracing::debug!(%error, "a thread of guests keeps its slice of time");
         }
     });
-    let exports = Exports::new(io.clone());
+    let exports = Arc::new(Exports::new(io.clone()));
+    let begun = tokio::time::Instant::now();
+    // Guests are waiting: their disks go first.
+    let (mut primaries, mut starting) = Primaries::begin(&config.groups, &config.node.state_dir, &identity, &exports).await;
     let copies = match &config.receiver {
         None => None,
         Some(receiver) => Some(Copies::start(receiver, identity.clone()).await.map_err(|error| error.to_string())),
@@ -218,14 +256,20 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         tracing::error!("receiver not started: {error}; the other roles go on");
     }
     let drill_space_max_bytes = config.receiver.as_ref().map_or(DRILL_SPACE_MAX_DEFAULT, |r| r.drill_space_max_bytes);
-    let primaries = Primaries::start(&config.groups, &config.node.state_dir, &identity, &exports).await;
-    exports.prune().await;
-    exports.open().await;
-    let running = primaries.running() + usize::from(matches!(copies, Some(Ok(_))));
-    if running == 0 {
-        exports.shutdown().await;
-        bail!("nothing could be started: see the lines above");
+    let arriving = async {
+        while let Some(arrived) = starting.next().await {
+            primaries.arrive(arrived);
+        }
+    };
+    let told_to_stop = tokio::select! {
+        _ = tokio::time::timeout_at(begun + START_WITHIN, arriving) => false,
+        _ = terminate.recv() => true,
+        _ = interrupt.recv() => true,
+    };
+    for group in primaries.starting() {
+        tracing::error!(%group, "group not started after {} s: {}; the others go on", begun.elapsed().as_secs(), primaries::STARTING);
     }
+    exports.prune().await;
     let node = Arc::new(Node {
         id: NodeId { name: config.node.name.clone(), key: identity.fingerprint() },
         listen: config.receiver.as_ref().map(|r| r.listen.to_string()),
@@ -239,6 +283,14 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         adoptions: Adoptions::default(),
         state_dir: config.node.state_dir.clone(),
     });
+    if !node.runs().await {
+        node.exports.shutdown().await;
+        bail!("nothing could be started: see the lines above");
+    }
+    // Ends what is not waited for: the drills of the schedule, whose scripts run on the runtime's threads for blocking work, and groups that come late.
+    let (quit, quitting) = watch::channel(false);
+    let nothing_left = Arc::new(Notify::new());
+    let late = tokio::spawn(node.clone().take_in(starting, nothing_left.clone(), quitting.clone()));
     node.export_active().await;
     node.finish_drills();
     let handbacks = tokio::spawn(node.clone().follow_handbacks());
@@ -246,8 +298,6 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     let onward = node.follow_onward().await;
 
     let (stop, stopping) = watch::channel(false);
-    // Ends the drills of the schedule, whose scripts run on the runtime's threads for blocking work.
-    let (quit, quitting) = watch::channel(false);
     let schedule = tokio::spawn(drills::run_schedule(Arc::clone(&node), config.drills, quitting));
     let control = tokio::spawn(serve_control(listener, node.clone(), stopping));
     let metrics = match config.node.metrics {
@@ -261,13 +311,16 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         },
     };
     let fenced = tokio::spawn(fenced::watch(node.clone()));
-    notify::notify("READY=1");
-    println!("ready");
-    tracing::info!(name = node.id.name, key = %node.id.key, control = %config.node.control.display(), "ready");
-
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let mut for_nothing = false;
+    if !told_to_stop {
+        notify::notify("READY=1");
+        println!("ready");
+        tracing::info!(name = node.id.name, key = %node.id.key, control = %config.node.control.display(), "ready");
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            () = nothing_left.notified() => for_nothing = true,
+        }
     }
     notify::notify("STOPPING=1");
     tracing::info!("stopping; a second signal stops at once");
@@ -279,6 +332,13 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         node.exports.shutdown().await;
         // They hold their groups.
         end(onward).await;
+        match late.await {
+            Ok(mut late) => {
+                let mut primaries = node.primaries.write().await;
+                late.arrived().into_iter().for_each(|arrived| primaries.arrive(arrived));
+            }
+            Err(error) => tracing::error!("groups that came late are not stopped in order: {error}"),
+        }
         node.primaries.write().await.shutdown(config.node.stop_timeout).await;
         // A script that does not listen is killed after a while.
         let _ = schedule.await;
@@ -302,6 +362,9 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
     fenced.abort();
     if let Some(metrics) = metrics {
         metrics.abort();
+    }
+    if for_nothing {
+        bail!("nothing could be started: see the lines above");
     }
     Ok(())
 }

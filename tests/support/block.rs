@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::Signal;
+
 use super::{Process, eventually, run, sparse};
 
 /// Tools that [`Disk`] uses, with their Debian packages.
@@ -37,6 +39,26 @@ impl Disk {
         let device = run("losetup", &["--find", "--show", disk.file.to_str().expect("UTF-8")]);
         disk.device = Some(device.trim().to_owned());
         disk
+    }
+
+    /// What `nbdfuse` shows: a file whose disk can stand still.
+    pub(crate) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// From now on nothing that is asked of the file is answered, not even to open it.
+    pub(crate) fn stand_still(&self) {
+        self.fuse.signal(Signal::STOP);
+    }
+
+    /// Ends [`stand_still`](Self::stand_still).
+    pub(crate) fn go_on(&self) {
+        self.fuse.signal(Signal::CONT);
+    }
+
+    /// From now on whatever is asked of the file fails.
+    pub(crate) fn lose(&mut self) {
+        self.fuse.kill();
     }
 
     /// `/dev/loopN`.
@@ -81,6 +103,7 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
+        self.go_on();
         self.unmount();
         let silent = |program: &str, args: &[&str]| {
             let _ = Command::new(program).args(args).stdout(Stdio::null()).stderr(Stdio::null()).status();
