@@ -221,12 +221,24 @@ pub struct ActiveStatus {
 pub struct ExportStatus {
     /// `unix:…` or `tcp:…`.
     pub address: String,
+    /// Whether its clients have to use TLS.
+    #[serde(default)]
+    pub tls: bool,
     /// What it offers.
     pub disks: Vec<ExportedDisk>,
     /// Clients now.
     pub connections: Vec<ConnectionStatus>,
     /// Clients at most.
     pub connections_max: u64,
+}
+
+impl ExportStatus {
+    /// What NBD clients call its disk `disk`.
+    #[must_use]
+    pub fn uri(&self, disk: &str) -> String {
+        let uri = nbd_uri(&self.address, disk);
+        if self.tls { uri.replacen("nbd://", "nbds://", 1) } else { uri }
+    }
 }
 
 /// A disk on an NBD server.
@@ -437,7 +449,7 @@ pub enum Refused {
     ThirdSite,
 }
 
-/// What NBD clients call the disk `disk` at `address` (`unix:…` or `tcp:…`).
+/// What NBD clients call the disk `disk` at `address` (`unix:…` or `tcp:…`) without TLS.
 #[must_use]
 pub fn nbd_uri(address: &str, disk: &str) -> String {
     match address.split_once(':') {
@@ -455,6 +467,14 @@ mod tests {
     fn an_export_is_named_as_clients_name_it() {
         assert_eq!(nbd_uri("unix:/run/a.sock", "root"), "nbd+unix:///root?socket=/run/a.sock");
         assert_eq!(nbd_uri("tcp:127.0.0.1:10809", "root"), "nbd://127.0.0.1:10809/root");
+        let at = |address: &str| ExportStatus {
+            address: address.to_owned(),
+            tls: true,
+            disks: Vec::new(),
+            connections: Vec::new(),
+            connections_max: 64,
+        };
+        assert_eq!(at("tcp:127.0.0.1:10809").uri("root"), "nbds://127.0.0.1:10809/root");
     }
 }
 

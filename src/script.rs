@@ -10,6 +10,7 @@
 use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -64,6 +65,40 @@ pub(crate) struct Script {
 pub(crate) struct User {
     pub(crate) uid: u32,
     pub(crate) gid: u32,
+}
+
+impl User {
+    /// Of /etc/passwd.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        let text = std::fs::read_to_string("/etc/passwd").ok()?;
+        text.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            match fields.as_slice() {
+                [found, _, uid, gid, ..] if *found == name => Some(Self { uid: uid.parse().ok()?, gid: gid.parse().ok()? }),
+                _ => None,
+            }
+        })
+    }
+}
+
+/// Why a file cannot be run; the path goes before it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unfit {
+    #[error("is not there: {0}")]
+    Missing(io::Error),
+    #[error("is not a file: name an executable script")]
+    NotAFile,
+    #[error("is not executable: run chmod +x on it")]
+    NotExecutable,
+}
+
+/// Whether a file can be run, as far as a look at it tells.
+pub(crate) fn check(path: &Path) -> Result<(), Unfit> {
+    let found = std::fs::metadata(path).map_err(Unfit::Missing)?;
+    if !found.is_file() {
+        return Err(Unfit::NotAFile);
+    }
+    if found.permissions().mode() & 0o111 == 0 { Err(Unfit::NotExecutable) } else { Ok(()) }
 }
 
 /// How it ended.

@@ -214,7 +214,7 @@ fn check_names_what_is_damaged() {
     assert!(said.contains("belongs to a running node"), "{said}");
     pair.receiver.stop();
     let good = pair.receiver.cli(&["check", &store]);
-    assert!(good.starts_with("primary/db: good: ") && good.contains(" points, "), "{good}");
+    assert!(good.starts_with("primary/db: good: ") && good.contains(" frames, "), "{good}");
 
     let segment = pair.store.join("primary/db/journal/0000000001.seg");
     let mut bytes = std::fs::read(&segment).unwrap();

@@ -31,6 +31,11 @@ fn receiver_with_client() -> String {
     receiver(&format!("[[receiver.client]]\nname = \"a\"\nkey = \"{KEY_A}\"\ngroups = [\"db\"]\n"))
 }
 
+fn many_disks(count: usize) -> String {
+    let one = |n| format!("[[group.disk]]\nname = \"d{n}\"\npath = \"{n}.raw\"\nexport = \"unix:{n}.sock\"\n");
+    (0..count).map(one).collect()
+}
+
 /// A group that replicates a copy, on line 12.
 fn onward(copy: &str) -> String {
     let group = format!("[[group]]\nname = \"db\"\npeer = \"127.0.0.1:7447\"\npeer_key = \"{KEY_B}\"\ncopy = \"{copy}\"\n");
@@ -41,6 +46,28 @@ fn onward(copy: &str) -> String {
 fn a_copy_goes_onward_in_place_of_disks() {
     let (code, said) = check(&onward("a/db"));
     assert_eq!((code, said.as_str()), (0, "t.toml: valid: 1 group, 0 disks, receiver on 0.0.0.0:7447 with 1 client\n"));
+}
+
+/// What is not there may come to be until the node runs, so it is no mistake of the file.
+#[test]
+fn what_a_file_names_and_is_not_there_is_a_warning() {
+    let drill = "[[drill]]\ngroup = \"db\"\nrun = \"/etc\"\nevery = \"1d\"\nuser = \"nobody-of-that-name\"\n";
+    let disk = "[[group.disk]]\nname = \"b\"\npath = \"/dev\"\nexport = \"tcp:127.0.0.1:10809\"\ntls = { cert = \"c.crt\", key = \"/dev/null\" }\n";
+    let hooks = "[hooks]\npre_failover = \"none.sh\"\n";
+    let (code, said) = check(&(receiver("") + drill + &group("") + disk + hooks));
+    assert_eq!(code, 0, "{said}");
+    for expected in [
+        "WARNING: [receiver] has no [[receiver.client]]: nobody may send a copy to it\n",
+        "WARNING: group db: disk root: a.raw: No such file or directory",
+        "WARNING: group db: disk b: /dev is neither a raw image nor a block device\n",
+        "WARNING: group db: disk b: tls: c.crt: No such file or directory",
+        "WARNING: drill of db: /etc is not a file: name an executable script\n",
+        "WARNING: drill of db: there is no user 'nobody-of-that-name'\n",
+        "WARNING: hook pre_failover: none.sh is missing",
+    ] {
+        assert!(said.contains(expected), "expected: {expected}\nsaid:     {said}");
+    }
+    assert_eq!(said.matches("WARNING").count(), 7, "{said}");
 }
 
 #[test]
@@ -54,7 +81,9 @@ fn a_full_file_is_valid() {
             "interval = \"10ms\"\nfreeze_budget = \"64MiB\"\nspill_limit = \"1GiB\"\nepochs_in_flight = 4\ncodec = \"raw\"\ndurability = \"flush-sync\"\nmax_lag = \"5s\"\nscrub_interval = \"7d\"\nrate_limit = \"20 Mbit/s\"\n[[group.rate_schedule]]\nfrom = \"22:00\"\nto = \"06:00\"\nlimit = \"none\""
         )
     );
-    assert_eq!(check(&text), (0, "t.toml: valid: 1 group, 1 disk, receiver on 0.0.0.0:7447 with 1 client\n".to_owned()));
+    let (code, said) = check(&text);
+    assert_eq!(code, 0, "{said}");
+    assert!(said.starts_with("t.toml: valid: 1 group, 1 disk, receiver on 0.0.0.0:7447 with 1 client\n"), "{said}");
 }
 
 #[test]
@@ -148,6 +177,23 @@ fn every_mistake_is_one_line() {
         (
             "[[drill]]\ngroup = \"db\"\nrun = \"s.sh\"\nevery = \"1d\"\n".to_owned(),
             "t.toml:1: [[drill]] needs a [receiver]: drills are done where the copies are; move it to that node's configuration",
+        ),
+        (
+            receiver_with_client() + "[[drill]]\ngroup = \"gamma/db\"\nrun = \"s.sh\"\nevery = \"1d\"\n",
+            "t.toml:9: group = \"gamma/db\": is of a client that is not known here: the names of [[receiver.client]] are a",
+        ),
+        (
+            receiver_with_client() + "[[drill]]\ngroup = \"web\"\nrun = \"s.sh\"\nevery = \"1d\"\n",
+            "t.toml:9: group = \"web\": is a group that its client may not send: add it to groups of that [[receiver.client]]",
+        ),
+        (group(&many_disks(64)), "t.toml:262: [[group]] 'db' has more than 64 disks: make two groups of it"),
+        (
+            receiver("retention = \"7d\"\n"),
+            "t.toml:4: retention = \"7d\": is a string, not a list: write a list such as [\"all for 10m\", \"1h for 3d\"]",
+        ),
+        (
+            "[node]\nmetrics = \"9547\"\n".to_owned() + &receiver(""),
+            "t.toml:2: metrics = \"9547\": is not a local address: write an IP address and a port, for example \"127.0.0.1:9547\"",
         ),
         (
             group("copy = \"a/db\""),
@@ -255,7 +301,7 @@ fn every_mistake_is_one_line() {
         ),
         (
             "node = 1\n".to_owned() + &receiver(""),
-            "t.toml:1: node = 1: is a whole number, not a section: write […] on a line of its own",
+            "t.toml:1: node = 1: is a whole number, not a section: write its keys on lines below […], or { key = value, … }",
         ),
         (
             "[node]\nlog = \"loud\"\n".to_owned() + &receiver(""),

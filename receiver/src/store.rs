@@ -41,6 +41,12 @@ pub enum StoreError {
         /// Who, as far as the lock file says.
         pid: String,
     },
+    /// No store is there.
+    #[error("{}: no store is there: name the folder that `store` in [receiver] names", path.display())]
+    Missing {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A file or folder operation failed.
     #[error("{}: cannot {what}: {source}", path.display())]
     Io {
@@ -128,7 +134,10 @@ impl Store {
     /// [`StoreError`].
     pub fn lock_existing(root: &Path) -> Result<Self, StoreError> {
         let lock = root.join(LOCK_FILE);
-        std::fs::metadata(&lock).map_err(at(root, "find a store there"))?;
+        match std::fs::metadata(&lock) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StoreError::Missing { path: root.to_owned() }),
+            found => found.map_err(at(&lock, "look at the store's lock"))?,
+        };
         Self::lock(Disk::default(), root)
     }
 

@@ -23,7 +23,7 @@ pub(crate) fn run(store: &Path, json: bool) -> anyhow::Result<()> {
     if !report.is_clean() {
         let found: u64 = report.groups.iter().map(|g| g.findings.len() as u64 + g.findings_left_out).sum();
         bail!(
-            "{}: {}: nothing was changed; keep the store as it is and make a new copy elsewhere",
+            "{}: {}: nothing was changed; `twinsite verify` at the primary has blocks of the newest point sent again; of a file that is refused as a whole keep the store as it is and make a new copy elsewhere",
             store.display(),
             findings(found)
         );
@@ -42,7 +42,13 @@ fn print(report: &Report, paint: Paint) {
     for group in &report.groups {
         let found = group.findings.len() as u64 + group.findings_left_out;
         let verdict = if found == 0 { paint.good("good") } else { paint.bad(&findings(found)) };
-        println!("{}: {verdict}: {} points, {} frames, {} read", group.group, group.points, group.frames, bytes(group.bytes));
+        println!(
+            "{}: {verdict}: {}, {}, {} read",
+            group.group,
+            human::count(group.points as usize, "point"),
+            human::count(group.frames as usize, "frame"),
+            bytes(group.bytes)
+        );
         for disk in &group.unchecked {
             println!("  the base of disk {disk} has no checksums yet and was not read: the node makes them when it runs");
         }

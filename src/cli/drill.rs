@@ -45,9 +45,9 @@ pub(crate) struct DrillArgs {
     #[arg(long, value_name = "SCRIPT")]
     run: Option<PathBuf>,
     /// End the script after this time
-    #[arg(long, value_name = "TIME", value_parser = units::duration_argument, requires = "run", default_value = "10min")]
+    #[arg(long, value_name = "TIME", value_parser = units::timeout_argument, requires = "run", default_value = "10min")]
     timeout: Duration,
-    /// The drill's name (default: drill-1, drill-2, …)
+    /// The drill's name, drill- is put before it (default: drill-1, drill-2, …)
     #[arg(long)]
     name: Option<String>,
     /// What its writes may take (default: drill_space_max of the configuration)
@@ -142,8 +142,8 @@ fn begin(socket: &Path, args: DrillArgs) -> anyhow::Result<()> {
         Ok::<_, Usage>(address.to_string())
     });
     let script = args.run.map(|path| here.join(path));
-    if let Some(script) = script.as_ref().filter(|script| !script.is_file()) {
-        return Err(Usage(format!("--run {}: no such file: name an executable script", script.display())).into());
+    if let Some(script) = &script {
+        script::check(script).map_err(|problem| Usage(format!("--run {} {problem}", script.display())))?;
     }
     let request = DrillRequest {
         group: args.group.unwrap_or_default(),

@@ -1,6 +1,7 @@
 //! `twinsite failover`: says what it will do, asks, does it.
 
 use std::io::{IsTerminal, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -128,6 +129,8 @@ fn describe(plan: &FailoverPlan, export: Option<&str>) {
         let at = export.map_or_else(String::new, |export| format!(" It will be served at {export}."));
         println!("Group {name} is active already, from point {}.{at}", active.point);
         println!("Its present clients, if any, will be disconnected. Bytes to move: 0.");
+        hooks::planned(&plan.hooks).for_each(|line| println!("{line}"));
+        open_to_all(export);
         return;
     }
     println!("Failover of group {name}:");
@@ -152,6 +155,17 @@ fn describe(plan: &FailoverPlan, export: Option<&str>) {
         println!("  WARNING     the primary is alive and may still be serving this disk: stop it first");
     } else if plan.refusal.is_some() {
         println!("  WARNING     the third site is the server of what went onward from here: guests here could not write");
+    }
+    open_to_all(export);
+}
+
+/// Says so if others than this machine's reach the address: it has neither TLS nor password.
+pub(super) fn open_to_all(export: Option<&str>) {
+    let ip = export.and_then(|export| export.strip_prefix("tcp:")).and_then(|at| at.parse::<SocketAddr>().ok());
+    if ip.is_some_and(|at| !at.ip().is_loopback()) {
+        println!(
+            "  WARNING     anyone who reaches that address can read and write the disks, it has no TLS: use unix:, or loopback"
+        );
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::bail;
 use replicator::HandbackPlan;
 
-use super::failover::confirmed;
+use super::failover::{confirmed, open_to_all};
 use super::human::{self, bytes, ms};
 use super::{Usage, client, hooks};
 use crate::api::{FailoverDone, FailoverPlan, HandbackProgress, HandbackRequest, PlannedHandback, SwitchoverRequest, nbd_uri};
@@ -173,6 +173,7 @@ pub(crate) fn switchover(socket: &Path, wish: &Switchover) -> anyhow::Result<()>
         }
         hooks::planned(&plan.hooks).for_each(|line| println!("{line}"));
         println!("  to move     what the primary has not committed yet");
+        open_to_all(Some(&export));
     }
     if !wish.yes && !confirmed()? {
         println!("Nothing was changed.");

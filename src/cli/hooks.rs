@@ -38,7 +38,7 @@ pub(super) fn planned(hooks: &[PlannedHook]) -> impl Iterator<Item = String> {
 pub(crate) fn line(run: &HookRun) -> String {
     let client = run.client.as_ref().map_or_else(String::new, |client| format!("{client}/"));
     let took = match (&run.outcome, run.duration_ms) {
-        (HookOutcome::TimedOut { .. }, _) | (_, None) => String::new(),
+        (HookOutcome::TimedOut { .. } | HookOutcome::Refused { .. }, _) | (_, None) => String::new(),
         (_, Some(took)) => format!(" after {}", human::ms(took)),
     };
     let ago = human::ms(human::age_ms(run.started_unix_us));

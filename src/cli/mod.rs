@@ -4,6 +4,7 @@
 mod adopt;
 mod check;
 pub(crate) mod client;
+mod config_check;
 pub(crate) mod drill;
 mod export;
 pub(crate) mod failover;
@@ -456,7 +457,7 @@ pub(crate) struct DemoArgs {
     #[arg(long, default_value_t = 15, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     pub(crate) seconds: u64,
     /// Epoch interval
-    #[arg(long, default_value = "1s", value_parser = units::duration_argument)]
+    #[arg(long, default_value = "1s", value_parser = units::interval_argument)]
     pub(crate) interval: Duration,
     /// Writes a second, all writers together
     #[arg(long, default_value_t = 2000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
@@ -500,7 +501,7 @@ pub(crate) fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let told = format!("{error:#}");
+            let told = with_causes(&error);
             // Of our own errors only those of a configuration have several lines; what a peer sent has one.
             let lines: Vec<&str> = if error.is::<ConfigErrors>() { told.lines().collect() } else { vec![&told] };
             lines.into_iter().for_each(|line| eprintln!("{}", human::sanitised(line)));
@@ -515,6 +516,15 @@ pub(crate) fn main() -> ExitCode {
             })
         }
     }
+}
+
+/// An error and what caused it, each said once: most of ours name their cause themselves.
+fn with_causes(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match told.as_str() {
+        "" => cause,
+        _ if told.contains(&cause) => told,
+        _ => format!("{told}: {cause}"),
+    })
 }
 
 /// The reader of our output went away (`| head`): no failure of ours.
@@ -586,12 +596,8 @@ fn run(file: Option<&Path>, check: bool, with_parent: bool) -> anyhow::Result<()
     let file = file.unwrap_or(Path::new(CONFIG_DEFAULT));
     let config = Config::load_to_run(file)?;
     if check {
-        for (hook, path) in config.hooks.all() {
-            // As the disks' paths, it may come to be there until the node runs.
-            if let Err(problem) = crate::hooks::check(path) {
-                eprintln!("WARNING: hook {}: {} {problem}", hook.name(), path.display());
-            }
-        }
+        // What is not there yet may come to be until the node runs.
+        config_check::warnings(&config).iter().for_each(|line| eprintln!("WARNING: {}", human::sanitised(line)));
         let disks: usize = config.groups.iter().map(|g| g.disks.len()).sum();
         let receiver = match &config.receiver {
             Some(receiver) => format!("receiver on {} with {}", receiver.listen, human::count(receiver.clients.len(), "client")),

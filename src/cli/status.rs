@@ -11,9 +11,7 @@ use replicator::{Durability, GroupStatus, LinkState, QueueStatus, ScrubStatus};
 use super::drill::{verdict, what};
 use super::human::{self, Paint, bit_rate, bytes, ms};
 use super::{client, hooks};
-use crate::api::{
-    CopyState, CopyStatus, ExportStatus, HookOutcome, NodeStatus, OnwardState, OnwardStatus, PrimaryStatus, nbd_uri,
-};
+use crate::api::{CopyState, CopyStatus, ExportStatus, HookOutcome, NodeStatus, OnwardState, OnwardStatus, PrimaryStatus};
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const BAR_WIDTH: usize = 30;
@@ -439,7 +437,7 @@ fn disk(out: &mut Lines, name: &str, size_bytes: u64, group: &str, exports: &[Ex
     let at = exports.iter().find(|e| e.disks.iter().any(|d| d.name == name && d.group == group));
     let at = at.map_or_else(String::new, |export| {
         let clients = export.connections.iter().filter(|c| c.export == name).count();
-        format!("  {}  {} of {} clients", nbd_uri(&export.address, name), clients, export.connections_max)
+        format!("  {}  {} of {} clients", export.uri(name), clients, export.connections_max)
     });
     out.pair("disk", &format!("{name}  {}{at}", bytes(size_bytes)));
 }

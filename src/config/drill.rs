@@ -5,20 +5,20 @@ use std::time::Duration;
 use proto::Name;
 
 use super::error::{ConfigError, Problem};
-use super::parse::{Context, path};
+use super::parse::{Context, Copies, check_sent, path};
 use super::reader::{Found, Reader, Section, text};
 use super::{DRILL_TIMEOUT_DEFAULT, DrillConfig, DrillTime, units};
 
 const EVERY_MIN: Duration = Duration::from_secs(60);
 const EVERY_MAX: Duration = Duration::from_secs(365 * 86_400);
-const TIMEOUT_MIN: Duration = Duration::from_secs(1);
-const TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+pub(super) const TIMEOUT_MIN: Duration = Duration::from_secs(1);
+pub(super) const TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
 
 pub(super) fn drill<'d>(
     reader: &mut Reader<'d>,
     mut section: Section<'d>,
     context: &Context,
-    has_receiver: bool,
+    copies: Copies<'_>,
 ) -> Option<DrillConfig> {
     let s = &mut section;
     let group = reader.need(s, "group", "\"db\"", text("\"db\"", selector));
@@ -39,13 +39,23 @@ pub(super) fn drill<'d>(
     let user = reader.get(s, "user", text("\"drills\"", |t| Ok(t.parse::<Name>()?)));
     let space = reader.get(s, "space_max", text("\"10GiB\"", units::size));
     let time = time(reader, s, every, at);
-    if !has_receiver {
+    if copies.is_none() {
         let place = reader.place(section.at);
         reader.errors.push(ConfigError::DrillWithoutCopies { place });
     }
+    // Without clients nobody sends anything, which is told as such.
+    if let (Some(Some(receiver)), Some(found)) = (copies, &group)
+        && !receiver.clients.is_empty()
+    {
+        let (client, name) = &found.value;
+        check_sent(reader, found, receiver, (client.as_ref(), name));
+    }
     reader.finish(section);
     Some(DrillConfig {
-        group: group?.value,
+        group: match group?.value {
+            (Some(client), group) => format!("{client}/{group}"),
+            (None, group) => group.to_string(),
+        },
         run: run?.value,
         time: time?,
         timeout: timeout.map_or(DRILL_TIMEOUT_DEFAULT, |found| found.value),
@@ -79,11 +89,7 @@ fn time<'d>(
 }
 
 /// `GROUP` or `CLIENT/GROUP`.
-fn selector(given: &str) -> Result<String, Problem> {
+fn selector(given: &str) -> Result<(Option<Name>, Name), Problem> {
     let (client, group) = given.split_once('/').map_or((None, given), |(client, group)| (Some(client), group));
-    if let Some(client) = client {
-        client.parse::<Name>()?;
-    }
-    group.parse::<Name>()?;
-    Ok(given.to_owned())
+    Ok((client.map(str::parse).transpose()?, group.parse()?))
 }

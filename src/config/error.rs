@@ -87,6 +87,9 @@ pub enum Problem {
     /// No local address.
     #[error("is not a local address: write an IP address and a port, for example \"0.0.0.0:7447\"")]
     Listen,
+    /// No local address, of metrics.
+    #[error("is not a local address: write an IP address and a port, for example \"127.0.0.1:9547\"")]
+    Metrics,
     /// No export address.
     #[error("is not an export address: write \"unix:/path/to/socket\" or \"tcp:127.0.0.1:10809\"")]
     Export,
@@ -211,6 +214,16 @@ pub enum ConfigError {
         /// The group.
         table: String,
     },
+    /// More disks than are cut together.
+    #[error("{place}: {table} has more than {most} disks: make two groups of it")]
+    TooManyDisks {
+        /// Where the first is that is too many.
+        place: Place,
+        /// The group.
+        table: String,
+        /// The limit.
+        most: usize,
+    },
     /// A value that makes no sense.
     #[error("{place}: {key} = {value}: {problem}")]
     Value {
@@ -247,6 +260,7 @@ impl ConfigError {
             | Self::UnknownKey { place, .. }
             | Self::Missing { place, .. }
             | Self::NoDisk { place, .. }
+            | Self::TooManyDisks { place, .. }
             | Self::DrillWithoutCopies { place }
             | Self::Value { place, .. } => place.line,
         }

@@ -206,6 +206,9 @@ impl Config {
     pub fn load(file: &Path) -> Result<Self, ConfigErrors> {
         let failed = |source| ConfigErrors(vec![ConfigError::Read { file: file.to_path_buf(), source }]);
         let found = std::fs::metadata(file).map_err(failed)?;
+        if found.is_dir() {
+            return Err(failed(std::io::ErrorKind::IsADirectory.into()));
+        }
         if !found.is_file() || found.len() > FILE_BYTES_MAX {
             return Err(failed(std::io::Error::other("not a regular file of at most 4 MiB")));
         }

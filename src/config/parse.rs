@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockdev::nbd::ListenAddr;
+use proto::units::GROUP_VOLUMES_MAX;
 use proto::{Codec, Name};
 use replicator::{
     Durability, INTERVAL_MAX, INTERVAL_MIN, MAX_LAG_MAX, MAX_LAG_MIN, RateSchedule, RateWindow, SCRUB_INTERVAL_MAX,
@@ -76,7 +77,7 @@ pub(super) fn parse(file: &Path, source: &str) -> Result<Config, ConfigErrors> {
     let section = reader.section(&mut root, "node", "[node]");
     let node = node(&mut reader, section, &context);
     let receiver = reader.section(&mut root, "receiver", "[receiver]").map(|s| receiver(&mut reader, s, &mut context));
-    let copies = receiver.as_ref().map(Option::as_ref);
+    let copies: Copies<'_> = receiver.as_ref().map(Option::as_ref);
     let groups: Vec<_> = reader
         .sections(&mut root, "group", "[[group]]")
         .into_iter()
@@ -85,7 +86,7 @@ pub(super) fn parse(file: &Path, source: &str) -> Result<Config, ConfigErrors> {
     let drills: Vec<_> = reader
         .sections(&mut root, "drill", "[[drill]]")
         .into_iter()
-        .map(|s| drill::drill(&mut reader, s, &context, receiver.is_some()))
+        .map(|s| drill::drill(&mut reader, s, &context, copies))
         .collect();
     let section = reader.section(&mut root, "hooks", "[hooks]");
     let hooks = section.map(|s| super::hooks::hooks(&mut reader, s, &mut context)).unwrap_or_default();
@@ -135,7 +136,7 @@ fn node_keys<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &Co
     {
         reader.wrong(found, problem);
     }
-    if let Some(found) = reader.get(s, "metrics", text("\"127.0.0.1:9547\"", listen)) {
+    if let Some(found) = reader.get(s, "metrics", text("\"127.0.0.1:9547\"", metrics)) {
         node.metrics = Some(found.value);
     }
     if let Some(found) = reader.get(s, "io_threads", number((1, 64), ("1", "64"))) {
@@ -178,7 +179,7 @@ fn receiver<'d>(reader: &mut Reader<'d>, mut section: Section<'d>, context: &mut
 
 /// `retention`, if it is there.
 fn retention<'d>(reader: &mut Reader<'d>, section: &mut Section<'d>) -> Option<receiver::Ladder> {
-    let rungs = reader.get(section, "retention", list(units::rung))?;
+    let rungs = reader.get(section, "retention", list("a list such as [\"all for 10m\", \"1h for 3d\"]", units::rung))?;
     match receiver::Ladder::new(rungs.value.clone()) {
         Ok(ladder) => Some(ladder),
         Err(error) => {
@@ -204,7 +205,7 @@ fn client<'d>(
     if let Some(key) = &key {
         seen.once(reader, format!("key {}", key.value), key, "each machine has one key and one [[receiver.client]]");
     }
-    let groups = reader.get(s, "groups", list(|t| Ok(t.parse::<Name>()?)));
+    let groups = reader.get(s, "groups", list("a list such as [\"db\", \"web\"]", |t| Ok(t.parse::<Name>()?)));
     if let Some(found) = &groups
         && found.value.is_empty()
     {
@@ -250,12 +251,14 @@ fn client_group<'d>(
     Some((name?.value, space?.value))
 }
 
-/// `copies` is the `[receiver]`, if there is one; the inner `None` stands for one with errors of its own.
+/// The `[receiver]`, if there is one; the inner `None` stands for one with errors of its own.
+pub(super) type Copies<'c> = Option<Option<&'c ReceiverConfig>>;
+
 fn group<'d>(
     reader: &mut Reader<'d>,
     mut section: Section<'d>,
     context: &mut Context,
-    copies: Option<Option<&ReceiverConfig>>,
+    copies: Copies<'_>,
 ) -> Option<GroupConfig> {
     section.title = titled("[[group]]", &section);
     let s = &mut section;
@@ -315,6 +318,10 @@ fn group<'d>(
         let place = reader.place(section.at);
         reader.errors.push(ConfigError::NoDisk { place, table: title.clone() });
     }
+    if let Some(more) = disks.get(GROUP_VOLUMES_MAX) {
+        let place = reader.place(more.at);
+        reader.errors.push(ConfigError::TooManyDisks { place, table: title, most: GROUP_VOLUMES_MAX });
+    }
     let owner = reader.line(section.at);
     let disks: Vec<_> = disks.into_iter().map(|section| disk(reader, section, context, owner)).collect();
     reader.finish(section);
@@ -354,21 +361,29 @@ fn copy(given: &str) -> Result<CopyConfig, Problem> {
     Ok(CopyConfig { client: name(client)?, group: name(group)? })
 }
 
-fn check_copy(reader: &mut Reader<'_>, found: &Found<CopyConfig>, copies: Option<Option<&ReceiverConfig>>, has_disks: bool) {
+fn check_copy(reader: &mut Reader<'_>, found: &Found<CopyConfig>, copies: Copies<'_>, has_disks: bool) {
     if has_disks {
         reader.wrong(found, Problem::CopyAndDisks);
     }
     let Some(receiver) = copies else { return reader.wrong(found, Problem::CopyWithoutReceiver) };
-    let Some(receiver) = receiver else { return };
-    match receiver.clients.iter().find(|client| client.name == found.value.client) {
-        None => {
-            let known = receiver.clients.iter().map(|client| client.name.to_string()).collect();
-            reader.wrong(found, Problem::CopyClient { known });
-        }
-        Some(client) if client.groups.as_ref().is_some_and(|groups| !groups.contains(&found.value.group)) => {
-            reader.wrong(found, Problem::CopyGroup);
-        }
-        Some(_) => {}
+    if let Some(receiver) = receiver {
+        check_sent(reader, found, receiver, (Some(&found.value.client), &found.value.group));
+    }
+}
+
+/// Refuses a copy that no client, or not this one, may send.
+pub(super) fn check_sent<T>(
+    reader: &mut Reader<'_>,
+    found: &Found<T>,
+    receiver: &ReceiverConfig,
+    (client, group): (Option<&Name>, &Name),
+) {
+    let mut of_client = receiver.clients.iter().filter(|known| client.is_none_or(|client| *client == known.name)).peekable();
+    if of_client.peek().is_none() {
+        let known = receiver.clients.iter().map(|client| client.name.to_string()).collect();
+        reader.wrong(found, Problem::CopyClient { known });
+    } else if !of_client.any(|client| client.groups.as_ref().is_none_or(|groups| groups.contains(group))) {
+        reader.wrong(found, Problem::CopyGroup);
     }
 }
 
@@ -469,6 +484,10 @@ fn socket_path(path: &Path) -> Result<(), Problem> {
 
 fn listen(given: &str) -> Result<SocketAddr, Problem> {
     given.parse().map_err(|_| Problem::Listen)
+}
+
+fn metrics(given: &str) -> Result<SocketAddr, Problem> {
+    given.parse().map_err(|_| Problem::Metrics)
 }
 
 fn peer(given: &str) -> Result<String, Problem> {

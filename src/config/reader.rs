@@ -118,7 +118,7 @@ impl<'d> Reader<'d> {
             }
             other => {
                 let found = Found { value: (), at: value.span().start, key, text: self.raw(value.span()) };
-                self.wrong(&found, wrong_type(other, "a section", "[…] on a line of its own"));
+                self.wrong(&found, wrong_type(other, "a section", "its keys on lines below […], or { key = value, … }"));
                 None
             }
         }
@@ -228,8 +228,10 @@ pub(super) fn number<'d>(
 }
 
 /// A list of strings, each handed to `parse`.
-pub(super) fn list<'d, T>(parse: impl Fn(&str) -> Result<T, Problem>) -> impl FnOnce(&DeValue<'d>) -> Result<Vec<T>, Problem> {
-    let example = "a list such as [\"db\", \"web\"]";
+pub(super) fn list<'d, T>(
+    example: &'static str,
+    parse: impl Fn(&str) -> Result<T, Problem>,
+) -> impl FnOnce(&DeValue<'d>) -> Result<Vec<T>, Problem> {
     move |value| {
         let Some(entries) = value.as_array() else { return Err(wrong_type(value, "a list", example)) };
         entries

@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use jiff::civil::Time;
 
+use replicator::{INTERVAL_MAX, INTERVAL_MIN};
+
+use super::drill::{TIMEOUT_MAX, TIMEOUT_MIN};
 use super::error::Problem;
 
 const SIZES: &[(&str, u64)] = &[
@@ -91,6 +94,21 @@ pub(crate) fn time_of_day(text: &str) -> Result<Time, Problem> {
 /// For clap.
 pub(crate) fn duration_argument(text: &str) -> Result<Duration, Problem> {
     duration(text)
+}
+
+/// As [`duration_argument`], of an epoch.
+pub(crate) fn interval_argument(text: &str) -> Result<Duration, Problem> {
+    within(text, INTERVAL_MIN..=INTERVAL_MAX, Problem::Range { min: "10ms", max: "1d" })
+}
+
+/// As [`duration_argument`], of a drill's script.
+pub(crate) fn timeout_argument(text: &str) -> Result<Duration, Problem> {
+    within(text, TIMEOUT_MIN..=TIMEOUT_MAX, Problem::Range { min: "1s", max: "1d" })
+}
+
+fn within(text: &str, limits: std::ops::RangeInclusive<Duration>, problem: Problem) -> Result<Duration, Problem> {
+    let given = duration(text)?;
+    if limits.contains(&given) { Ok(given) } else { Err(problem) }
 }
 
 /// For clap.

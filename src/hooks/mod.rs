@@ -96,7 +96,7 @@ impl Hooks {
     pub(crate) fn open(config: HooksConfig, node: &str, state_dir: &Path) -> std::io::Result<Arc<Self>> {
         for (hook, path) in config.all() {
             if let Err(problem) = check(path) {
-                tracing::error!(hook = hook.name(), "{} {problem}; it will not be run", path.display());
+                tracing::error!(hook = hook.name(), "{} {problem}; until then what it belongs to is refused", path.display());
             }
         }
         let record = HookRecord::open(state_dir);

@@ -26,7 +26,7 @@ pub(crate) enum AdoptRefused {
     Stopping,
     #[error("no image was adopted for group '{given}' since this node was started")]
     Never { given: String },
-    #[error("'{given}' does not say whose group it is: write CLIENT/GROUP, with one of {}", known.join(", "))]
+    #[error("'{given}' is no group of a client here: write CLIENT/GROUP, with one of {}", known.join(", "))]
     Client { given: String, known: Vec<String> },
     #[error(
         "client '{client}' may not send a group '{group}': add it to groups in its [[receiver.client]], and restart the node"

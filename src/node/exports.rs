@@ -66,6 +66,7 @@ struct Served {
     server: NbdServer,
     /// Of drills, on threads that yield.
     yields: bool,
+    tls: bool,
     disks: Vec<ExportedDisk>,
     /// Disks of groups that are being started. Until they are there clients wait: a guest that comes back while its node starts must not
     /// find an address without its disk.
@@ -140,11 +141,12 @@ impl Exports {
             && tls.is_none()
             && !ip.ip().is_loopback()
         {
-            tracing::warn!(%address, "anyone who reaches this address can read and write its disks: set tls with client_ca");
+            tracing::warn!(%address, "anyone who reaches this address can read and write its disks: use a unix socket, or loopback, or for a [[group.disk]] tls with client_ca");
         }
+        let has_tls = tls.is_some();
         let server = NbdServer::bind(address, ServerOptions { tls, held: true, ..ServerOptions::default() }, io)?;
         let bound = server.address().clone();
-        servers.insert(bound.to_string(), Served { server, yields, disks: Vec::new(), expected: 0 });
+        servers.insert(bound.to_string(), Served { server, yields, tls: has_tls, disks: Vec::new(), expected: 0 });
         Ok(bound)
     }
 
@@ -254,6 +256,7 @@ impl Exports {
             .iter()
             .map(|(address, served)| ExportStatus {
                 address: address.clone(),
+                tls: served.tls,
                 disks: served.disks.clone(),
                 connections: served.server.connections().into_iter().map(connection).collect(),
                 connections_max: served.server.connection_limit().limit,

@@ -67,7 +67,7 @@ pub(crate) enum RequestError {
     Record(#[from] RecordError),
     #[error("{0}: nothing was changed; --ignore-hooks goes on nevertheless")]
     Hook(HookError),
-    #[error("group '{group}' is a copy here: run verify on the node that has its disk")]
+    #[error("group '{group}' is a copy here: run this at its primary, on the node that has its disks")]
     CopyOnly { group: String },
     #[error("group '{given}' is none of this node's: {}", known_primaries(known))]
     UnknownPrimary { given: String, known: Vec<String> },
@@ -158,6 +158,9 @@ impl Node {
         });
         let third_site = self.third_site(&group).await.filter(|_| status.active.is_none());
         let refusal = refusal.or_else(|| third_site.map(|error| error.to_string()));
+        if let (Some(active), Transition::Switchover) = (&status.active, transition) {
+            return Err(RequestError::AlreadyActive { group: group.to_string(), point: active.point });
+        }
         let hooks = self.hooks.planned(transition, Some(&group.client), &group.group);
         Ok(FailoverPlan {
             client: group.client,

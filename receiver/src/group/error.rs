@@ -30,7 +30,7 @@ pub enum GroupError {
         group: Name,
     },
     /// No such point.
-    #[error("group '{group}' has no point {point}: see `twinsite points {group}`")]
+    #[error("group '{group}' has no point {point}: see `twinsite points {group}` at the receiver")]
     NoPoint {
         /// The group.
         group: Name,

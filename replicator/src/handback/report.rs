@@ -38,7 +38,9 @@ pub enum HandbackError {
         group: Name,
     },
     /// It cannot be rolled back now.
-    #[error("group {group}: a rollback needs a copy that is followed: wait until `twinsite status` says streaming")]
+    #[error(
+        "group {group}: a rollback needs a copy that follows: wait until `twinsite status` says streaming; a group that is fenced has `twinsite failback` instead"
+    )]
     NotStreaming {
         /// The group.
         group: Name,

@@ -30,6 +30,7 @@ async fn one(node: Arc<Node>, drill: DrillConfig, mut quit: watch::Receiver<bool
     let began = Timestamp::now();
     // Of what it had no result to keep: tried again no sooner than a failed one would be.
     let mut tried = None;
+    let mut told_missing = false;
     loop {
         let last = node.last_of(&drill).await.max(tried);
         let wait = match due(&drill.time, last, began, &Zoned::now()) {
@@ -39,7 +40,14 @@ async fn one(node: Arc<Node>, drill: DrillConfig, mut quit: watch::Receiver<bool
                 node.scheduled(&drill, &quit).await;
                 Duration::ZERO
             }
-            Some(_) => AGAIN,
+            Some(_) => {
+                if !std::mem::replace(&mut told_missing, true)
+                    && let Err(error) = node.found(&drill).await
+                {
+                    tracing::warn!(script = %drill.run.display(), "scheduled drill: it waits for its group: {error}");
+                }
+                AGAIN
+            }
             None => SLEEP_MAX,
         };
         tokio::select! {
@@ -86,10 +94,13 @@ impl Node {
         Timestamp::from_microsecond(i64::try_from(last.began_unix_us).ok()?).ok()
     }
 
+    async fn found(&self, drill: &DrillConfig) -> Result<GroupRef, RequestError> {
+        self.receiving()?.find(&drill.group).await
+    }
+
     /// Whether there is a copy to try, and it is not the server itself.
     async fn ready(&self, drill: &DrillConfig) -> bool {
-        let Ok(copies) = self.receiving() else { return false };
-        let Ok(group) = copies.find(&drill.group).await else { return false };
+        let (Ok(copies), Ok(group)) = (self.receiving(), self.found(drill).await) else { return false };
         let groups = copies.status(&self.exports.offered().await, &[]).await;
         let found = groups.into_iter().find(|g| g.client == group.client && g.group == group.group);
         found.is_some_and(|g| g.committed.is_some() && matches!(g.state, CopyState::Following | CopyState::Waiting))
@@ -146,7 +157,8 @@ impl Node {
         drill: &DrillConfig,
         script: &str,
     ) -> Result<(DrillStarted, Option<User>), RequestError> {
-        let user = drill.user.as_deref().map(|name| user(name).ok_or_else(|| DrillRefused::NoUser { user: name.to_owned() }));
+        let user =
+            drill.user.as_deref().map(|name| User::named(name).ok_or_else(|| DrillRefused::NoUser { user: name.to_owned() }));
         let user = user.transpose()?;
         let request = DrillRequest {
             group: drill.group.clone(),
@@ -232,18 +244,6 @@ pub(crate) fn environment(drill: &DrillStarted, timeout: Duration) -> Vec<(Strin
     all
 }
 
-/// A user of /etc/passwd, by name.
-fn user(name: &str) -> Option<User> {
-    let text = std::fs::read_to_string("/etc/passwd").ok()?;
-    text.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
-        match fields.as_slice() {
-            [found, _, uid, gid, ..] if *found == name => Some(User { uid: uid.parse().ok()?, gid: gid.parse().ok()? }),
-            _ => None,
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use jiff::tz::TimeZone;
@@ -289,8 +289,8 @@ mod tests {
 
     #[test]
     fn a_user_is_found_by_name() {
-        assert_eq!(user("root"), Some(User { uid: 0, gid: 0 }));
-        assert_eq!(user("nobody-of-that-name"), None);
+        assert_eq!(User::named("root"), Some(User { uid: 0, gid: 0 }));
+        assert_eq!(User::named("nobody-of-that-name"), None);
     }
 
     /// Would catch a disk whose name makes no variable of a shell.
