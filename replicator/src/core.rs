@@ -73,6 +73,23 @@ pub(crate) struct Load {
     pub(crate) flush_waits: bool,
 }
 
+/// Which commits at the receiver are ours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ours {
+    /// The session whose commit the receiver last told us of, and the one that may have committed since. A commit of neither is of another machine with our key.
+    pub(crate) sessions: [SessionToken; 2],
+    /// The commit that it told us of. All of it was taken into account then; if the first of the two has committed more, it is not ours.
+    pub(crate) before: Option<Point>,
+}
+
+impl Ours {
+    fn has(&self, writer: SessionToken, committed: Option<Point>) -> bool {
+        let [told, since] = self.sessions;
+        let is_told = writer == told && (self.before.is_none() || self.before == committed);
+        writer != SessionToken::default() && (writer == since || is_told)
+    }
+}
+
 /// What to do, in order.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -81,7 +98,7 @@ pub(crate) enum Action {
     /// Send on the control stream.
     Send(Message),
     /// Record these durably before anything that follows; `forget_cleared` if the copy is of another history.
-    Record { generation: Generation, sessions: [SessionToken; 2], forget_cleared: bool },
+    Record { generation: Generation, ours: Ours, forget_cleared: bool },
     /// Everything up to this point is committed.
     Committed(Point),
     /// The receiver has so many frames of this epoch.
@@ -236,8 +253,8 @@ pub(crate) struct Core {
     suspended: Option<Box<Streaming>>,
     attempt: u32,
     generation: Generation,
-    /// The sessions that are durably recorded: a commit of neither is not ours.
-    sessions: [SessionToken; 2],
+    /// Durably recorded.
+    ours: Ours,
     /// Newest commit this run of the process knows of.
     committed: Option<Point>,
     /// Newest epoch sealed in the last session.
@@ -245,9 +262,9 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(config: CoreConfig, generation: Generation, sessions: [SessionToken; 2], now: Instant) -> Self {
+    pub(crate) fn new(config: CoreConfig, generation: Generation, ours: Ours, now: Instant) -> Self {
         let phase = Phase::Waiting { until: now, refused: false };
-        Self { config, phase, suspended: None, attempt: 0, generation, sessions, committed: None, sealed: None }
+        Self { config, phase, suspended: None, attempt: 0, generation, ours, committed: None, sealed: None }
     }
 
     /// Does nothing from here on, until it begins again. Whoever calls this ends what is under way.
@@ -255,14 +272,14 @@ impl Core {
         (self.phase, self.suspended) = (Phase::Fenced, None);
     }
 
-    /// Begins again, after a handback or in vain: in this generation, with a receiver whose newest commit is of one of these sessions.
-    pub(crate) fn begin(&mut self, now: Instant, generation: Generation, sessions: [SessionToken; 2]) {
-        *self = Self::new(self.config.clone(), generation, sessions, now);
+    /// Begins again, after a handback or in vain: in this generation, with a receiver whose newest commit is one of these.
+    pub(crate) fn begin(&mut self, now: Instant, generation: Generation, ours: Ours) {
+        *self = Self::new(self.config.clone(), generation, ours, now);
     }
 
     /// The record that an action asked for is durable.
-    pub(crate) fn recorded(&mut self, sessions: [SessionToken; 2]) {
-        self.sessions = sessions;
+    pub(crate) fn recorded(&mut self, ours: Ours) {
+        self.ours = ours;
     }
 
     /// What is under way, connected or not.
@@ -426,7 +443,7 @@ impl Core {
     /// The newest commit, if it can be believed to be of a session of ours: it lies between what we know to be committed and what we sealed
     /// last.
     fn known(&self, welcome: &Welcome, least: Option<Point>) -> Option<Point> {
-        let ours = welcome.writer != SessionToken::default() && self.sessions.contains(&welcome.writer);
+        let ours = self.ours.has(welcome.writer, welcome.committed);
         let most = self.sealed.or(self.committed.map(|p| p.epoch));
         welcome.committed.filter(|t| {
             ours && least.is_none_or(|least| t.generation == least.generation && *t >= least)
@@ -481,7 +498,8 @@ impl Core {
             out.extend(theirs.filter(|point| point.epoch == EpochId(0)).map(|_| Action::MarkFirst));
         }
         // Whoever wrote last is known from here on: what is suspect because of it is so durably.
-        out.push(Action::Record { generation, sessions: [writer, session], forget_cleared: known.is_none() });
+        let ours = Ours { sessions: [writer, session], before: theirs };
+        out.push(Action::Record { generation, ours, forget_cleared: known.is_none() });
         out.push(Action::Compare);
         self.committed = known;
         self.sealed = None;

@@ -121,6 +121,12 @@ impl Volume {
         self.set.get((region / 64) as usize).is_some_and(|w| w.load(Ordering::Acquire) & (1 << (region % 64)) != 0)
     }
 
+    fn set_bit(&self, region: u64) {
+        if let Some(word) = self.set.get((region / 64) as usize) {
+            word.fetch_or(1 << (region % 64), Ordering::Release);
+        }
+    }
+
     fn touch(&self, region: u64) {
         if let Some(word) = self.touched.get((region / 64) as usize) {
             let bit = 1 << (region % 64);
@@ -435,6 +441,10 @@ impl DirtyLog {
             let turn = {
                 let mut state = self.state.lock();
                 if state.failed.is_some() {
+                    // Nothing of them was cleared in the files, and nothing can be set there any more: writes there may go on.
+                    for (volume, regions) in self.volumes.iter().zip(unset) {
+                        regions.iter().for_each(|region| volume.set_bit(*region));
+                    }
                     return Ok(());
                 }
                 self.begin(&mut state)

@@ -141,6 +141,7 @@ impl<'a> Parts<'a> {
         let why = match self.gate.closed() {
             Some(Closed::Drained) => "the other site is about to take over",
             Some(Closed::Handback) => "its disks are being given back",
+            Some(Closed::Stopping) => "the node is stopping",
             None | Some(Closed::Fenced) => return Ok(()),
         };
         if in_any_case { Ok(()) } else { Err(ExchangeError::Held { group: self.group.clone(), why }) }

@@ -16,6 +16,8 @@ pub(crate) enum Closed {
     Drained = 2,
     /// The disks are being given back, or rolled back.
     Handback = 3,
+    /// The node stops, and has saved what it knows: a change that is made behind that would be forgotten.
+    Stopping = 4,
 }
 
 /// See the module.
@@ -36,8 +38,17 @@ impl Gate {
             0 => None,
             1 => Some(Closed::Fenced),
             2 => Some(Closed::Drained),
-            _ => Some(Closed::Handback),
+            3 => Some(Closed::Handback),
+            _ => Some(Closed::Stopping),
         }
+    }
+
+    /// As [`check`](Self::check); whoever comes while the node stops gets no answer. Its client connects again once the node is back, and repeats what was not answered.
+    pub(crate) async fn pass(&self) -> io::Result<()> {
+        if self.closed() == Some(Closed::Stopping) {
+            std::future::pending::<()>().await;
+        }
+        self.check()
     }
 
     /// # Errors
@@ -48,6 +59,7 @@ impl Gate {
             Some(Closed::Fenced) => "the group was failed over: only the other site may write",
             Some(Closed::Drained) => "the group is being switched over to the other site",
             Some(Closed::Handback) => "the disk is being given back by the other site",
+            Some(Closed::Stopping) => "the node is stopping",
         };
         Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, why))
     }

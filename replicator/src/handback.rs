@@ -75,7 +75,7 @@ impl Handback {
         }
         let ready = core.ready().copied().ok_or_else(|| HandbackError::Stopping { group: group.clone() })?;
         let is_failback = target == HandbackTarget::Failback;
-        let own_bytes = if is_failback { self.shared.ledger.marked().iter().map(DirtyMap::bytes).sum() } else { 0 };
+        let own_bytes = if is_failback { core.own_bytes() } else { 0 };
         Ok(HandbackPlan {
             group,
             generation: ready.generation,
@@ -121,6 +121,7 @@ impl Handback {
             repeats: recorded.is_some(),
             kept,
             gate: self.shared.gate.closed(),
+            cleared: self.record.get().cleared,
         }
     }
 

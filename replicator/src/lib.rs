@@ -328,7 +328,7 @@ impl Replicator {
             freeze_budget_bytes: tuning.freeze_budget_bytes,
             epochs_in_flight: tuning.epochs_in_flight,
         };
-        let mut core = Core::new(config, recorded.generation, recorded.sessions, Instant::now());
+        let mut core = Core::new(config, recorded.generation, recorded.ours(), Instant::now());
         if let Some(Stopped::Handback { .. }) = recorded.stopped {
             // The disks are neither the one nor the other: nothing is replicated until the handback is repeated.
             core.park();

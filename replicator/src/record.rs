@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use proto::{Generation, Point, SessionToken};
 use serde::{Deserialize, Serialize};
 
+use crate::core::Ours;
 use crate::gate::Closed;
 
 const FILE: &str = "group.record";
@@ -52,10 +53,12 @@ pub enum RecordError {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Recorded {
     pub(crate) generation: Generation,
-    /// The session whose commit the receiver last told us of, and the one that may have committed since. If a commit is of neither, another
-    /// machine with our key wrote.
+    /// See [`Ours`].
     #[serde(default)]
     pub(crate) sessions: [SessionToken; 2],
+    /// See [`Ours`]; unknown in the record of an older node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) before: Option<Point>,
     /// Regions that were clean at this point, or earlier ones, are not marked in the dirty log any more.
     #[serde(default)]
     pub(crate) cleared: Option<Point>,
@@ -85,6 +88,20 @@ pub(crate) enum Stopped {
 }
 
 impl Recorded {
+    pub(crate) fn ours(&self) -> Ours {
+        Ours { sessions: self.sessions, before: self.before }
+    }
+
+    pub(crate) fn set_ours(&mut self, ours: Ours) {
+        (self.sessions, self.before) = (ours.sessions, ours.before);
+    }
+
+    /// All that is there was brought by this conversation.
+    pub(crate) fn handed(&mut self, generation: Generation, token: SessionToken) {
+        self.set_ours(Ours { sessions: [token, token], before: None });
+        (self.generation, self.cleared, self.stopped) = (generation, None, None);
+    }
+
     /// Whether both say the same of who may write.
     pub(crate) fn agrees_with(&self, other: &Self) -> bool {
         (self.generation, self.stopped) == (other.generation, other.stopped)
@@ -252,7 +269,7 @@ mod tests {
         let record = open().unwrap();
         record.update(|r| r.generation = Generation(7)).unwrap();
         let cleared = Some(Point { generation: Generation(1 << 48), epoch: proto::EpochId(u64::MAX) });
-        record.update(|r| (r.sessions, r.cleared) = ([SessionToken([255; 16]); 2], cleared)).unwrap();
+        record.update(|r| (r.sessions, r.before, r.cleared) = ([SessionToken([255; 16]); 2], cleared, cleared)).unwrap();
         let stopped = Some(Stopped::Handback { token: SessionToken([255; 16]), kept: false, to: cleared });
         record.update(|r| (r.generation, r.stopped) = (Generation(1 << 48), stopped)).unwrap();
         assert_eq!(open().unwrap().get().stopped, stopped);

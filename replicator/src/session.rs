@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use crate::capture::{CaptureError, Pass};
 use crate::compare::Compare;
 use crate::compress::Compressor;
-use crate::core::{Action, Core, Event, Load, SessionError};
+use crate::core::{Action, Core, Event, Load, Ours, SessionError};
 use crate::gate::Closed;
 use crate::ledger::FlushRefused;
 use crate::link::{self, ControlError, Link, LinkError, read_message};
@@ -138,7 +138,7 @@ pub(crate) enum Order {
     /// End what is under way and do nothing more; answer when that is done.
     Park(oneshot::Sender<()>),
     /// Begin again.
-    Begin { generation: Generation, sessions: [SessionToken; 2] },
+    Begin { generation: Generation, ours: Ours },
 }
 
 impl Driver {
@@ -278,9 +278,9 @@ impl Driver {
                 // Whoever asked may be gone.
                 let _ = done.send(());
             }
-            Order::Begin { generation, sessions } => {
+            Order::Begin { generation, ours } => {
                 self.shared.ledger.accept_flushes();
-                self.core.begin(Instant::now(), generation, sessions);
+                self.core.begin(Instant::now(), generation, ours);
                 self.outbox.close();
                 self.outbox = new_outbox(&self.shared);
             }
@@ -421,12 +421,13 @@ impl Driver {
                 self.connecting = Some(tokio::spawn(async move { link.connect().await }));
             }
             Action::Send(message) => self.send(&message).await?,
-            Action::Record { generation, sessions, forget_cleared } => {
+            Action::Record { generation, ours, forget_cleared } => {
                 self.record.update(|record| {
-                    (record.generation, record.sessions) = (generation, sessions);
+                    record.generation = generation;
+                    record.set_ours(ours);
                     record.cleared = record.cleared.filter(|_| !forget_cleared);
                 })?;
-                self.core.recorded(sessions);
+                self.core.recorded(ours);
                 self.admitted()?;
             }
             Action::Committed(point) => {

@@ -286,6 +286,7 @@ impl Shared {
                     Closed::Fenced => "fenced",
                     Closed::Drained => "drained",
                     Closed::Handback => "handback",
+                    Closed::Stopping => "stopping",
                 }
                 .to_owned()
             }),

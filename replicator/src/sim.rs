@@ -235,7 +235,7 @@ impl Primary {
             epochs_in_flight: config.epochs_in_flight,
         };
         let recorded = record.lock().newest.clone();
-        let mut core = Core::new(core_config.clone(), recorded.generation, recorded.sessions, now);
+        let mut core = Core::new(core_config.clone(), recorded.generation, recorded.ours(), now);
         if let Some(why) = recorded.stopped.and_then(|stopped| stopped.holds_up(false)) {
             gate.close(why);
         }
@@ -510,7 +510,7 @@ impl Primary {
             record.lock().change(|r| r.cleared = r.cleared.max(point));
             Ok(())
         };
-        finish(upkeep::save(&self.log, &self.ledger, &self.disks.volumes, cleared)).map_err(|e| e.to_string())
+        finish(upkeep::save(&self.log, &self.ledger, (&self.disks.volumes, &self.gate), cleared)).map_err(|e| e.to_string())
     }
 
     fn spawn(&mut self, owner: Owner, future: impl Future<Output = Done> + 'static) {
@@ -589,12 +589,13 @@ impl Primary {
         match action {
             Action::Connect => self.outputs.push_back(Output::Connect),
             Action::Send(message) => self.outputs.push_back(Output::Control(message.encode())),
-            Action::Record { generation, sessions, forget_cleared } => {
+            Action::Record { generation, ours, forget_cleared } => {
                 self.record.lock().change(|record| {
-                    (record.generation, record.sessions) = (generation, sessions);
+                    record.generation = generation;
+                    record.set_ours(ours);
                     record.cleared = record.cleared.filter(|_| !forget_cleared);
                 });
-                self.core.recorded(sessions);
+                self.core.recorded(ours);
                 self.admitted();
             }
             Action::Committed(point) => {

@@ -13,7 +13,7 @@ use proto::BlockExtent;
 use proto::units::BLOCK_BYTES;
 
 use crate::dirtylog::DirtyLog;
-use crate::gate::Gate;
+use crate::gate::{Closed, Gate};
 use crate::ledger::{CopiedRun, Copy, Ledger, Place, Range, Step, Ticket};
 use crate::pace::Pace;
 use crate::spec::Durability;
@@ -58,8 +58,20 @@ impl Tap {
     }
 
     /// Asked once a change is admitted.
-    fn check_gate(&self) -> io::Result<()> {
-        self.gate.as_ref().map_or(Ok(()), |gate| gate.check())
+    async fn pass_gate(&self) -> io::Result<()> {
+        match &self.gate {
+            Some(gate) => gate.pass().await,
+            None => Ok(()),
+        }
+    }
+
+    /// As [`pass_gate`](Self::pass_gate), for who may not wait; `None` if it would have to.
+    fn check_gate(&self) -> Option<io::Result<()>> {
+        match &self.gate {
+            Some(gate) if gate.closed() == Some(Closed::Stopping) => None,
+            Some(gate) => Some(gate.check()),
+            None => Some(Ok(())),
+        }
     }
 
     /// Waits until a change of `bytes` may be admitted. Nothing waits for a write that waits here.
@@ -200,9 +212,9 @@ impl BlockDevice for Tap {
                 return Ok(data);
             }
             self.keep_pace(data.len() as u64).await;
-            self.check_gate()?;
+            self.pass_gate().await?;
             let _ticket = self.admit(offset, data.len() as u64).await?;
-            self.check_gate()?;
+            self.pass_gate().await?;
             self.device.write(offset, data).await
         })
     }
@@ -229,9 +241,9 @@ impl BlockDevice for Tap {
             }
             // However long: zeroes travel as an extent.
             self.keep_pace(BLOCK_BYTES).await;
-            self.check_gate()?;
+            self.pass_gate().await?;
             let _ticket = self.admit(offset, length).await?;
-            self.check_gate()?;
+            self.pass_gate().await?;
             self.device.write_zeroes(offset, length, mode).await
         })
     }
@@ -262,12 +274,12 @@ impl BlockDevice for Tap {
             return None;
         }
         // A write that may not be made leaves no mark if that is known before it is admitted.
-        if let Err(error) = self.check_gate() {
+        if let Err(error) = self.check_gate()? {
             return Some(Err(error));
         }
         let range = Range::of_bytes(self.volume, offset, data.len() as u64);
         let _ticket = self.ledger.try_admit(range, Instant::now)?;
-        if let Err(error) = self.check_gate() {
+        if let Err(error) = self.check_gate()? {
             return Some(Err(error));
         }
         if !self.log.covers(&range) {

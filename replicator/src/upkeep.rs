@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::dirtylog::{DirtyLog, DirtyLogError};
+use crate::gate::{Closed, Gate};
 use crate::ledger::Ledger;
 use crate::record::{Record, RecordError};
 use crate::shared::Shared;
@@ -76,7 +77,7 @@ impl Upkeep {
         let (shared, record, devices) = (self.shared.clone(), self.record.clone(), self.devices.clone());
         let saved = thread.call(move || async move {
             let cleared = |point| record.update(|r| r.cleared = r.cleared.max(point));
-            save(&shared.log, &shared.ledger, &devices, cleared).await
+            save(&shared.log, &shared.ledger, (&devices, &shared.gate), cleared).await
         });
         match saved.await {
             Ok(Ok(())) => {}
@@ -96,6 +97,10 @@ pub(crate) async fn forget_clean(
     devices: &[Arc<dyn BlockDevice>],
     cleared: impl FnOnce(Option<Point>) -> Result<(), RecordError>,
 ) -> Result<(), UpkeepError> {
+    // What is forgotten in memory alone would be asked of the log again, which grants nothing any more.
+    if log.failure().is_some() {
+        return Ok(());
+    }
     let (mut unset, mut point) = (Vec::new(), None);
     for volume in 0..log.volume_count() {
         let mut of_volume = Vec::new();
@@ -125,12 +130,16 @@ pub(crate) async fn forget_clean(
 pub(crate) async fn save(
     log: &DirtyLog,
     ledger: &Ledger,
-    devices: &[Arc<dyn BlockDevice>],
+    (devices, gate): (&[Arc<dyn BlockDevice>], &Gate),
     cleared: impl Fn(Option<Point>) -> Result<(), RecordError>,
 ) -> Result<(), UpkeepError> {
     // Twice: the first time tells which regions were written since the last.
     for _ in 0..2 {
         forget_clean(log, ledger, devices, &cleared).await?;
+    }
+    // A client whose disk hung outlives the end of its server. What was admitted before the gate was closed keeps the maps from being settled.
+    if gate.closed().is_none() {
+        gate.close(Closed::Stopping);
     }
     let Some(maps) = ledger.settled() else { return Ok(()) };
     // The maps say what differs from the disks as they are now; so these must not lose anything any more.

@@ -145,9 +145,10 @@ impl Connection {
                 self.publish();
                 polled
             });
-            match select(serving, std::pin::pin!(stop)).await {
-                Either::Left((result, _)) => result,
-                Either::Right(((), _)) => self.finish().await,
+            // The stop first: what a client sent while its disk hung is not begun once the server has ended.
+            match select(std::pin::pin!(stop), serving).await {
+                Either::Left(((), _)) => self.finish().await,
+                Either::Right((result, _)) => result,
             }
         };
         // A client that does not take the last bytes is not waited for.

@@ -59,10 +59,11 @@ impl Fixture {
         assert!(matches!(self.on(connected)[..], [Action::Send(Message::Hello(_))]));
         let mut actions = self.on(welcome(1, committed, writer));
         assert_eq!(actions.pop(), Some(Action::Compare));
-        let Some(Action::Record { generation, sessions, .. }) = actions.pop() else { panic!("recorded at every session") };
-        assert_eq!((generation, sessions), (Generation(1), [token(writer), token(self.drawn)]));
+        let Some(Action::Record { generation, ours, .. }) = actions.pop() else { panic!("recorded at every session") };
+        let wanted = Ours { sessions: [token(writer), token(self.drawn)], before: committed };
+        assert_eq!((generation, ours), (Generation(1), wanted));
         if self.records {
-            self.core.recorded(sessions);
+            self.core.recorded(ours);
         }
         assert_eq!(self.tick(10), [], "nothing is cut while it compares");
         assert_eq!(self.on(Event::Compared), []);
@@ -308,6 +309,21 @@ fn another_history_at_the_receiver_means_that_everything_is_compared() {
 #[test]
 fn after_a_restart_the_record_decides() {
     let sessions = [token(1), token(2)];
+    for (theirs, writer, before, known) in [
+        // The first of the two had committed this when the second began, and may have committed no more since.
+        (point(1, 7), 1, Some(point(1, 7)), true),
+        (point(1, 8), 1, Some(point(1, 7)), false),
+        (point(1, 6), 1, Some(point(1, 7)), false),
+        (point(1, 9), 2, Some(point(1, 7)), true),
+        (point(1, 9), 3, Some(point(1, 7)), false),
+    ] {
+        let mut f = Fixture::new();
+        f.core.recorded(Ours { sessions, before });
+        f.drawn = 2;
+        let actions = f.greet_after(Some(theirs), writer);
+        let wanted = if known { vec![Action::Committed(theirs), Action::Merge] } else { vec![Action::Merge, Action::SuspectAll] };
+        assert_eq!(actions, wanted, "{theirs} by {writer}, before {before:?}");
+    }
     for (theirs, writer, cleared, known) in [
         (point(1, 7), 1, None, true),
         (point(1, 7), 2, Some(point(1, 7)), true),
@@ -317,7 +333,7 @@ fn after_a_restart_the_record_decides() {
         (point(1, 7), 0, None, false),
     ] {
         let mut f = Fixture::new();
-        f.core.recorded(sessions);
+        f.core.recorded(Ours { sessions, before: None });
         (f.drawn, f.cleared) = (2, cleared);
         let actions = f.greet_after(Some(theirs), writer);
         let wanted = if known { vec![Action::Committed(theirs), Action::Merge] } else { vec![Action::Merge, Action::SuspectAll] };

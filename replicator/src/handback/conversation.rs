@@ -1,5 +1,6 @@
 //! Performs what the core of a handback decides, on a connection to the receiver.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,7 @@ use super::talk::{Broken, Talk};
 use crate::capture::CaptureError;
 use crate::compare::Compare;
 use crate::gate::Closed;
+use crate::ledger::Ledger;
 use crate::link::{ControlError, read_message};
 use crate::outbox::{Item, Outbox};
 use crate::record::Stopped;
@@ -26,6 +28,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// The comparison of what was marked with the receiver's newest point, on the capture thread.
 struct Comparing {
+    /// What differs is marked there.
+    ledger: Arc<Ledger>,
     queue: Outbox,
     number: u64,
     /// Never full: as many answers as questions may be asked at once.
@@ -108,8 +112,8 @@ impl<'a> Conversation<'a> {
                 biased;
                 compared = compared => match compared {
                     Compared::Done(result) => {
-                        self.comparing = None;
-                        return result.map(|()| Event::Compared(self.of.shared.ledger.marked())).map_err(Broken::from);
+                        let marked = self.comparing.take().map(|comparing| comparing.ledger.marked());
+                        return result.map(|()| Event::Compared(marked.unwrap_or_default())).map_err(Broken::from);
                     }
                     Compared::Asks(Some(Item::Query(query))) => talk.say(&Message::HashQuery(query)).await?,
                     Compared::Asks(_) => return Err(CaptureError::Stopped.into()),
@@ -157,7 +161,7 @@ impl<'a> Conversation<'a> {
             }
             Action::Unpark => {
                 let recorded = self.of.record.get();
-                self.order(Order::Begin { generation: recorded.generation, sessions: recorded.sessions }).await?;
+                self.order(Order::Begin { generation: recorded.generation, ours: recorded.ours() }).await?;
             }
             Action::Connect => {
                 self.connect().await?;
@@ -168,6 +172,7 @@ impl<'a> Conversation<'a> {
                     talk.say(&message).await?;
                 }
             }
+            Action::SuspectAll => shared.ledger.suspect_all(),
             Action::Compare => self.compare(),
             Action::Answer(hashes) => {
                 let taken = self.comparing.as_ref().map(|comparing| comparing.answers.try_send(hashes));
@@ -206,8 +211,7 @@ impl<'a> Conversation<'a> {
                 let token = self.core.wish().token;
                 reach(Step::TakeHanded);
                 self.of.record.update(|record| {
-                    (record.generation, record.sessions, record.cleared, record.stopped) =
-                        (generation, [token, token], None, None);
+                    record.handed(generation, token);
                 })?;
                 reach(Step::TakeRecorded);
                 match compares {
@@ -263,21 +267,30 @@ impl<'a> Conversation<'a> {
         Ok(())
     }
 
-    /// Begins to find out exactly which of the marked blocks differ from the receiver's newest point; they stay marked.
+    /// Begins to find out exactly which of the marked blocks differ from the receiver's newest point; they stay marked. Whoever only plans, while guests may
+    /// write, leaves all marks as they are: one whose write is still under way must not go because the block is as it was.
     fn compare(&mut self) {
         let queue = Outbox::new(0);
         let number = queue.attach();
         let (finished, done) = oneshot::channel();
         let (sender, answers) = mpsc::channel(proto::hashes::QUERIES_IN_FLIGHT_MAX);
         let (shared, devices, asked) = (self.of.shared.clone(), self.of.scanners.clone(), queue.clone());
-        shared.ledger.suspect_marks();
+        // In this order: one that was let in before the gate was closed is in flight.
+        let is_still = shared.gate.closed().is_some() && shared.ledger.is_quiet();
+        let ledger = match self.core.wish().plans && !is_still {
+            true => Arc::new(shared.ledger.to_look_at()),
+            false => {
+                shared.ledger.suspect_marks();
+                shared.ledger.clone()
+            }
+        };
+        let looked_at = ledger.clone();
         self.of.capture.spawn(move || async move {
-            let compare =
-                Compare { ledger: &shared.ledger, devices: &devices, queue: &asked, answers, counters: &shared.compared };
+            let compare = Compare { ledger: &looked_at, devices: &devices, queue: &asked, answers, counters: &shared.compared };
             // Whoever waits may be gone: then nobody needs the result.
             let _ = finished.send(compare.run().await);
         });
-        self.comparing = Some(Comparing { queue, number, answers: sender, done });
+        self.comparing = Some(Comparing { ledger, queue, number, answers: sender, done });
     }
 }
 

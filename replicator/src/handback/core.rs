@@ -67,6 +67,8 @@ pub(crate) enum Action {
     Connect,
     /// Send a message.
     Send(Message),
+    /// Nothing is known of the copy: all blocks are suspect.
+    SuspectAll,
     /// Find out which marked blocks differ; answer with [`Event::Compared`].
     Compare,
     /// Hand this answer to the comparison.
@@ -142,6 +144,8 @@ pub(crate) struct Wish {
     pub(crate) kept: bool,
     /// What holds guests up.
     pub(crate) gate: Option<Closed>,
+    /// Regions that were clean at this point, or earlier ones, are not marked any more.
+    pub(crate) cleared: Option<Point>,
 }
 
 /// See the module.
@@ -153,11 +157,12 @@ pub(crate) struct Core {
     parked: bool,
     handed: Option<(Point, Generation)>,
     found_ended: bool,
+    own_bytes: u64,
 }
 
 impl Core {
     pub(crate) fn new(wish: Wish) -> Self {
-        Self { wish, state: State::Beginning, ready: None, parked: false, handed: None, found_ended: false }
+        Self { wish, state: State::Beginning, ready: None, parked: false, handed: None, found_ended: false, own_bytes: 0 }
     }
 
     pub(crate) fn wish(&self) -> &Wish {
@@ -177,6 +182,11 @@ impl Core {
     /// Whether an earlier conversation had come to its end, whatever this one asked for.
     pub(crate) fn found_ended(&self) -> bool {
         self.found_ended
+    }
+
+    /// Bytes of blocks that differ from the receiver's newest point, once they were compared.
+    pub(crate) fn own_bytes(&self) -> u64 {
+        self.own_bytes
     }
 
     pub(crate) fn is_done(&self) -> bool {
@@ -329,16 +339,23 @@ impl Core {
             out.push(Action::End);
             return State::Done;
         }
-        out.extend([Action::Step("comparing what was marked here"), Action::Compare]);
+        // A store that was put back to an earlier point lacks what was forgotten here since.
+        if self.wish.cleared > Some(ready.newest) {
+            out.extend([Action::SuspectAll, Action::Step("comparing all blocks: the receiver is older than what is known here")]);
+        } else {
+            out.push(Action::Step("comparing what was marked here"));
+        }
+        out.push(Action::Compare);
         State::Comparing
     }
 
     fn compared(&mut self, own: Vec<DirtyMap>, out: &mut Vec<Action>) -> State {
+        let own_bytes = own.iter().map(DirtyMap::bytes).sum::<u64>();
+        self.own_bytes = own_bytes;
         if self.wish.plans {
             out.push(Action::End);
             return State::Done;
         }
-        let own_bytes = own.iter().map(DirtyMap::bytes).sum::<u64>();
         out.push(Action::Total(self.ready.map_or(0, |ready| ready.give_bytes) + own_bytes));
         // From here on the disks are in between, and a node that starts must know so.
         out.push(Action::Record { kept: self.wish.kept });

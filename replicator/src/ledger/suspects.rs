@@ -6,6 +6,7 @@
 use proto::{BlockExtent, DirtyMap, Point};
 
 use super::Ledger;
+use crate::dirtylog::Known;
 
 impl Ledger {
     /// Everything is suspect: the copy is of another history.
@@ -26,6 +27,17 @@ impl Ledger {
         for (suspect, (open, size)) in state.suspect.iter_mut().zip(state.open.iter_mut().zip(&self.sizes)) {
             suspect.merge(&std::mem::replace(open, DirtyMap::new(*size)));
         }
+    }
+
+    /// A ledger of its own in which all that is marked or suspect here is suspect: for who only looks, while guests may write.
+    pub(crate) fn to_look_at(&self) -> Ledger {
+        let state = self.state.lock();
+        let known = state.suspect.iter().zip(&state.open).zip(&self.sizes).map(|((suspect, open), size)| {
+            let mut all = suspect.clone();
+            all.merge(open);
+            Known { suspect: all, dirty: DirtyMap::new(*size) }
+        });
+        Ledger::new(self.sizes.clone(), self.limits, known.collect())
     }
 
     /// What is marked and in no epoch.

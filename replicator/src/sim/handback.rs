@@ -85,17 +85,19 @@ impl Primary {
             Some(_) => return Err("it does not follow"),
         }
         let (token, kept) = recorded.unwrap_or((token, false));
+        let newest = self.record.lock().newest.clone();
         let wish = Wish {
             target: to.map_or(HandbackTarget::Failback, HandbackTarget::Rollback),
             plans: false,
             named: None,
             group: self.group.clone(),
-            generation: self.record.lock().newest.generation,
+            generation: newest.generation,
             volumes: self.hellos.clone(),
             token,
             repeats: recorded.is_some(),
             kept,
             gate: self.gate.closed(),
+            cleared: newest.cleared,
         };
         self.handing = Some(Box::new(Handing {
             core: Core::new(wish),
@@ -380,7 +382,7 @@ impl Primary {
             (Action::Unpark, _) => {
                 let recorded = self.record.lock().newest.clone();
                 self.ledger.accept_flushes();
-                self.core.begin(now, recorded.generation, recorded.sessions);
+                self.core.begin(now, recorded.generation, recorded.ours());
                 self.outbox.close();
                 self.outbox = Outbox::with_limit(self.limit_bytes);
             }
@@ -397,8 +399,7 @@ impl Primary {
             }
             (Action::Handed { point, generation, compares }, _) => {
                 self.record.lock().change(|record| {
-                    (record.generation, record.sessions, record.cleared, record.stopped) =
-                        (generation, [token, token], None, None);
+                    record.handed(generation, token);
                 });
                 match compares {
                     true => self.ledger.suspect_marks(),
@@ -416,6 +417,7 @@ impl Primary {
                 handing.line = true;
                 self.outputs.push_back(Output::Connect);
             }
+            (Action::SuspectAll, _) => self.ledger.suspect_all(),
             (Action::Compare, Some(handing)) => {
                 let queue = Outbox::with_limit(1);
                 let (sender, answers) = mpsc::channel(proto::hashes::QUERIES_IN_FLIGHT_MAX);

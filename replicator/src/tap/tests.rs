@@ -10,6 +10,7 @@ use proto::{DirtyMap, EpochId};
 use super::*;
 use crate::dirtylog::{Known, LogFile, log_bytes};
 use crate::ledger::CopyLimits;
+use crate::upkeep;
 
 /// Two parts of the disk that the log enters separately.
 const SIZE: u64 = 16 * REGION_BYTES;
@@ -96,4 +97,90 @@ async fn a_disk_that_hangs_holds_up_its_own_writes_only() {
     hangs.await.unwrap();
     same.await.unwrap();
     assert_eq!(ledger.take_copied().len(), 1);
+}
+
+/// A group of one disk that is behind a gate, and what is below its log.
+struct Gated {
+    log_disk: Arc<dyn BlockDevice>,
+    disk: Arc<DelayDevice>,
+    devices: [Arc<dyn BlockDevice>; 1],
+    log: Arc<DirtyLog>,
+    ledger: Arc<Ledger>,
+    gate: Arc<Gate>,
+    tap: Tap,
+}
+
+impl Gated {
+    async fn new() -> Self {
+        let log_disk: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(log_bytes(SIZE)));
+        let disk = Arc::new(DelayDevice::new(Arc::new(MemoryDevice::new(SIZE)), Duration::ZERO));
+        let devices: [Arc<dyn BlockDevice>; 1] = [disk.clone()];
+        let (log, _) = DirtyLog::open(vec![Self::file(&log_disk)]).await.unwrap();
+        let known = Known { suspect: DirtyMap::new(SIZE), dirty: DirtyMap::new(SIZE) };
+        let limits = CopyLimits { memory_bytes: 1 << 20, spill_bytes: 0 };
+        let (log, ledger) = (Arc::new(log), Arc::new(Ledger::new(vec![SIZE], limits, vec![known])));
+        let gate: Arc<Gate> = Arc::default();
+        let tap = Tap::new(disk.clone(), ledger.clone(), log.clone(), Arc::new(MemoryDevice::new(0)), 0).with_gate(gate.clone());
+        Self { log_disk, disk, devices, log, ledger, gate, tap }
+    }
+
+    fn file(disk: &Arc<dyn BlockDevice>) -> LogFile {
+        LogFile { name: "memory".to_owned(), device: disk.clone(), volume_bytes: SIZE }
+    }
+
+    async fn stop(&self) {
+        upkeep::save(&self.log, &self.ledger, (&self.devices, &self.gate), |_| Ok(())).await.unwrap();
+    }
+
+    /// What the next start knows.
+    async fn next_start(&self) -> Known {
+        DirtyLog::open(vec![Self::file(&self.log_disk)]).await.unwrap().1.remove(0)
+    }
+}
+
+/// Would catch a client that outlives its server, because its disk hung, and writes behind the maps that an orderly stop has saved: the next start would
+/// believe them, and forget what was written.
+#[tokio::test]
+async fn nothing_is_written_behind_the_maps_of_an_orderly_stop() {
+    let group = Gated::new().await;
+    let put = |offset: u64, byte: u8| group.tap.write(offset, Buf::copy_of(&[byte; BLOCK]));
+    put(0, 1).await.unwrap();
+    group.stop().await;
+    assert!(put(BLOCK_BYTES, 2).now_or_never().is_none(), "it is not answered: its client repeats it when the node is back");
+    assert!(group.tap.try_write(BLOCK_BYTES, &[2; BLOCK]).is_none());
+    assert!(group.tap.trim(0, BLOCK_BYTES).now_or_never().is_none());
+    assert!(*group.disk.read(0, Buf::zeroed(2 * BLOCK)).await.unwrap() == [[1; BLOCK], [0; BLOCK]].concat());
+    let known = group.next_start().await;
+    assert_eq!((known.suspect.count(), known.dirty.count()), (0, 1), "the maps were saved, exactly");
+}
+
+/// Would catch maps that are saved while a write that was let in before is still on its way to the disk.
+#[tokio::test]
+async fn a_stop_while_a_disk_hangs_saves_no_maps() {
+    let group = Gated::new().await;
+    group.disk.hold(Operation::Write);
+    let hangs = group.tap.write(FAR, Buf::copy_of(&[2; BLOCK]));
+    tokio::pin!(hangs);
+    assert!(hangs.as_mut().now_or_never().is_none());
+    group.stop().await;
+    group.disk.release();
+    hangs.await.unwrap();
+    assert!(group.next_start().await.suspect.contains(FAR / BLOCK_BYTES), "its region is compared");
+}
+
+/// Would catch a look at what differs, while guests may write, that takes away the mark of a write on its way: the block still is as the copy has it.
+#[tokio::test]
+async fn who_only_looks_changes_no_marks() {
+    let group = Gated::new().await;
+    group.disk.hold(Operation::Write);
+    let write = group.tap.write(0, Buf::copy_of(&[2; BLOCK]));
+    tokio::pin!(write);
+    assert!(write.as_mut().now_or_never().is_none());
+    let look = group.ledger.to_look_at();
+    assert_eq!(look.suspect_bytes(), BLOCK_BYTES, "it is looked at");
+    look.settle(0, &[look.suspect_run(0, 0).unwrap()], false);
+    assert_eq!((look.suspect_bytes(), look.marked()[0].count()), (0, 0), "and found to be the same");
+    group.disk.release();
+    write.await.unwrap();
+    assert!(group.ledger.marked()[0].contains(0));
 }

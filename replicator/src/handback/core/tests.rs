@@ -24,6 +24,7 @@ fn wish(target: HandbackTarget) -> Wish {
         repeats: false,
         kept: false,
         gate: Some(Closed::Fenced),
+        cleared: Some(point(1, 9)),
     }
 }
 
@@ -100,6 +101,18 @@ fn a_failback_keeps_then_takes_then_lets_guests_in() {
     assert!(handed.starts_with("Handed {") && handed.contains("compares: false"), "{handed}");
     assert!(handed.ends_with("End, OpenGate, Unpark"), "{handed}");
     assert!(f.core.is_done() && f.core.handed() == Some((point(2, 10), Generation(3))));
+}
+
+/// Would catch regions that were forgotten at a point that the receiver, put back to an earlier one, does not have: what was written there is in no map.
+#[test]
+fn a_receiver_that_is_older_than_what_was_forgotten_is_compared_with_all() {
+    for plans in [false, true] {
+        let mut f = Fixture::new(Wish { plans, cleared: Some(point(1, 10)), ..wish(HandbackTarget::Failback) });
+        f.on(Event::Begin);
+        f.on(Event::Settled);
+        f.on(Event::Connected);
+        assert_eq!(f.on(ready()), "SuspectAll, Compare", "plans {plans}");
+    }
 }
 
 #[test]
