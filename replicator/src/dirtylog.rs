@@ -429,6 +429,13 @@ impl DirtyLog {
         }
     }
 
+    /// Takes [`unset`](Self::unset) back, of regions by volume whose bits are in the files still.
+    pub(crate) fn set_again(&self, unset: &[Vec<u64>]) {
+        for (volume, regions) in self.volumes.iter().zip(unset) {
+            regions.iter().for_each(|region| volume.set_bit(*region));
+        }
+    }
+
     /// Clears in the files the bits that were unset and not set again. What made their regions clean must be recorded durably.
     ///
     /// # Errors
@@ -442,9 +449,7 @@ impl DirtyLog {
                 let mut state = self.state.lock();
                 if state.failed.is_some() {
                     // Nothing of them was cleared in the files, and nothing can be set there any more: writes there may go on.
-                    for (volume, regions) in self.volumes.iter().zip(unset) {
-                        regions.iter().for_each(|region| volume.set_bit(*region));
-                    }
+                    self.set_again(unset);
                     return Ok(());
                 }
                 self.begin(&mut state)

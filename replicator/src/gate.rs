@@ -4,7 +4,7 @@
 //! therefore asks after it was admitted: one that was admitted before the gate was closed is waited for, a later one finds it closed.
 
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// Why it is closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,36 +16,49 @@ pub(crate) enum Closed {
     Drained = 2,
     /// The disks are being given back, or rolled back.
     Handback = 3,
-    /// The node stops, and has saved what it knows: a change that is made behind that would be forgotten.
+    /// The node stops, and saves what it knows: a change that is made behind that would be forgotten.
     Stopping = 4,
 }
 
 /// See the module.
 #[derive(Debug, Default)]
-pub(crate) struct Gate(AtomicU8);
+pub(crate) struct Gate {
+    why: AtomicU8,
+    /// For good.
+    stopping: AtomicBool,
+}
 
 impl Gate {
     pub(crate) fn close(&self, why: Closed) {
-        self.0.store(why as u8, Ordering::SeqCst);
+        self.why.store(why as u8, Ordering::SeqCst);
+    }
+
+    /// Closes it for good: the node stops.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
     }
 
     pub(crate) fn open(&self) {
-        self.0.store(0, Ordering::SeqCst);
+        self.why.store(0, Ordering::SeqCst);
     }
 
     pub(crate) fn closed(&self) -> Option<Closed> {
-        match self.0.load(Ordering::SeqCst) {
+        match self.why.load(Ordering::SeqCst) {
+            _ if self.is_stopping() => Some(Closed::Stopping),
             0 => None,
             1 => Some(Closed::Fenced),
             2 => Some(Closed::Drained),
-            3 => Some(Closed::Handback),
-            _ => Some(Closed::Stopping),
+            _ => Some(Closed::Handback),
         }
     }
 
     /// As [`check`](Self::check); whoever comes while the node stops gets no answer. Its client connects again once the node is back, and repeats what was not answered.
     pub(crate) async fn pass(&self) -> io::Result<()> {
-        if self.closed() == Some(Closed::Stopping) {
+        if self.is_stopping() {
             std::future::pending::<()>().await;
         }
         self.check()

@@ -121,7 +121,7 @@ impl Handback {
             repeats: recorded.is_some(),
             kept,
             gate: self.shared.gate.closed(),
-            cleared: self.record.get().cleared,
+            cleared: self.record.get().cleared.max(self.shared.ledger.summary().committed),
         }
     }
 

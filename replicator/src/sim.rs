@@ -510,7 +510,10 @@ impl Primary {
             record.lock().change(|r| r.cleared = r.cleared.max(point));
             Ok(())
         };
-        finish(upkeep::save(&self.log, &self.ledger, (&self.disks.volumes, &self.gate), cleared)).map_err(|e| e.to_string())
+        finish(upkeep::save(&self.log, &self.ledger, (&self.disks.volumes, &self.gate), cleared, || {
+            self.handback_token().is_some()
+        }))
+        .map_err(|e| e.to_string())
     }
 
     fn spawn(&mut self, owner: Owner, future: impl Future<Output = Done> + 'static) {

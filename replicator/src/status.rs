@@ -182,7 +182,7 @@ pub struct GroupStatus {
     pub epochs_in_flight: u64,
     /// Epoch interval in ms.
     pub interval_ms: u64,
-    /// Why guests may not write, in a word: `fenced`, `drained`, `handback`.
+    /// Why guests may not write, in a word: `fenced`, `drained`, `handback`, `stopping`.
     #[serde(default)]
     pub writes_refused: Option<String>,
     /// The handback that runs.

@@ -13,7 +13,7 @@ use proto::BlockExtent;
 use proto::units::BLOCK_BYTES;
 
 use crate::dirtylog::DirtyLog;
-use crate::gate::{Closed, Gate};
+use crate::gate::Gate;
 use crate::ledger::{CopiedRun, Copy, Ledger, Place, Range, Step, Ticket};
 use crate::pace::Pace;
 use crate::spec::Durability;
@@ -68,7 +68,7 @@ impl Tap {
     /// As [`pass_gate`](Self::pass_gate), for who may not wait; `None` if it would have to.
     fn check_gate(&self) -> Option<io::Result<()>> {
         match &self.gate {
-            Some(gate) if gate.closed() == Some(Closed::Stopping) => None,
+            Some(gate) if gate.is_stopping() => None,
             Some(gate) => Some(gate.check()),
             None => Some(Ok(())),
         }

@@ -9,9 +9,9 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::dirtylog::{DirtyLog, DirtyLogError};
-use crate::gate::{Closed, Gate};
+use crate::gate::Gate;
 use crate::ledger::Ledger;
-use crate::record::{Record, RecordError};
+use crate::record::{Record, RecordError, Stopped};
 use crate::shared::Shared;
 
 /// How often; a region must have been written neither between the last two times nor since, so its bit goes after one to two of these. The disks
@@ -77,7 +77,9 @@ impl Upkeep {
         let (shared, record, devices) = (self.shared.clone(), self.record.clone(), self.devices.clone());
         let saved = thread.call(move || async move {
             let cleared = |point| record.update(|r| r.cleared = r.cleared.max(point));
-            save(&shared.log, &shared.ledger, (&devices, &shared.gate), cleared).await
+            // A handback goes on until the process ends, and what it brings is in the maps only once it is on its way.
+            let hands_over = || matches!(record.get().stopped, Some(Stopped::Handback { .. }));
+            save(&shared.log, &shared.ledger, (&devices, &shared.gate), cleared, hands_over).await
         });
         match saved.await {
             Ok(Ok(())) => {}
@@ -117,31 +119,39 @@ pub(crate) async fn forget_clean(
     if unset.iter().all(Vec::is_empty) {
         return Ok(());
     }
-    for (volume, device) in devices.iter().enumerate().filter(|(volume, _)| !unset[*volume].is_empty()) {
-        device.flush().await.map_err(|source| UpkeepError::Flush { volume, source })?;
-    }
-    // A small file is synced here; the capture waits for it, the guest does not.
-    cleared(point)?;
+    let kept = async {
+        for (volume, device) in devices.iter().enumerate().filter(|(volume, _)| !unset[*volume].is_empty()) {
+            device.flush().await.map_err(|source| UpkeepError::Flush { volume, source })?;
+        }
+        // A small file is synced here; the capture waits for it, the guest does not.
+        Ok(cleared(point)?)
+    };
+    // They stay marked, in memory as in the files.
+    kept.await.inspect_err(|_: &UpkeepError| log.set_again(&unset))?;
     log.write_unset(&unset).await?;
     Ok(())
 }
 
-/// What a clean stop leaves: marks of dirty regions only, and the exact maps.
+/// What a clean stop leaves: marks of dirty regions only, and the exact maps. `hands_over`, asked once the gate is closed: the disks are being given back.
 pub(crate) async fn save(
     log: &DirtyLog,
     ledger: &Ledger,
     (devices, gate): (&[Arc<dyn BlockDevice>], &Gate),
     cleared: impl Fn(Option<Point>) -> Result<(), RecordError>,
+    hands_over: impl Fn() -> bool,
 ) -> Result<(), UpkeepError> {
     // Twice: the first time tells which regions were written since the last.
     for _ in 0..2 {
         forget_clean(log, ledger, devices, &cleared).await?;
     }
     // A client whose disk hung outlives the end of its server. What was admitted before the gate was closed keeps the maps from being settled.
-    if gate.closed().is_none() {
-        gate.close(Closed::Stopping);
+    gate.stop();
+    if hands_over() {
+        return Ok(());
     }
     let Some(maps) = ledger.settled() else { return Ok(()) };
+    // They are of this commit: with a receiver that is older they say too little.
+    cleared(ledger.summary().committed)?;
     // The maps say what differs from the disks as they are now; so these must not lose anything any more.
     for (volume, device) in devices.iter().enumerate() {
         device.flush().await.map_err(|source| UpkeepError::Flush { volume, source })?;

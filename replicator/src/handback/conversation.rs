@@ -43,6 +43,8 @@ pub(super) struct Conversation<'a> {
     core: &'a mut Core,
     talk: Option<Talk>,
     comparing: Option<Comparing>,
+    /// Whether all blocks are looked at.
+    suspects_all: bool,
     /// Whether a pass is to come.
     takes: bool,
     /// The pass that arrives, behind its header.
@@ -51,7 +53,7 @@ pub(super) struct Conversation<'a> {
 
 impl<'a> Conversation<'a> {
     pub(super) fn new(of: &'a Handback, core: &'a mut Core) -> Self {
-        Self { of, core, talk: None, comparing: None, takes: false, pass: None }
+        Self { of, core, talk: None, comparing: None, suspects_all: false, takes: false, pass: None }
     }
 
     /// Runs to the end.
@@ -172,6 +174,7 @@ impl<'a> Conversation<'a> {
                     talk.say(&message).await?;
                 }
             }
+            Action::SuspectAll if self.core.wish().plans => self.suspects_all = true,
             Action::SuspectAll => shared.ledger.suspect_all(),
             Action::Compare => self.compare(),
             Action::Answer(hashes) => {
@@ -185,6 +188,10 @@ impl<'a> Conversation<'a> {
                 let (token, to) = (self.core.wish().token, self.core.wish().target.point());
                 self.of.record.update(|record| record.stopped = Some(Stopped::Handback { token, kept, to }))?;
                 reach(if kept { Step::TakeKeptRecorded } else { Step::TakeBegun });
+                // Whoever saves the maps closes the gate first, and then looks whether this is recorded.
+                if shared.gate.is_stopping() {
+                    return Err(Broken::Stopping);
+                }
             }
             Action::SendOwn(own) => {
                 let (Some(talk), Some(ready)) = (&self.talk, self.core.ready()) else { return Ok(None) };
@@ -277,8 +284,14 @@ impl<'a> Conversation<'a> {
         let (shared, devices, asked) = (self.of.shared.clone(), self.of.scanners.clone(), queue.clone());
         // In this order: one that was let in before the gate was closed is in flight.
         let is_still = shared.gate.closed().is_some() && shared.ledger.is_quiet();
-        let ledger = match self.core.wish().plans && !is_still {
-            true => Arc::new(shared.ledger.to_look_at()),
+        let ledger = match self.core.wish().plans && (self.suspects_all || !is_still) {
+            true => {
+                let ledger = shared.ledger.to_look_at();
+                if self.suspects_all {
+                    ledger.suspect_all();
+                }
+                Arc::new(ledger)
+            }
             false => {
                 shared.ledger.suspect_marks();
                 shared.ledger.clone()

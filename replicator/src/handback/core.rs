@@ -144,7 +144,7 @@ pub(crate) struct Wish {
     pub(crate) kept: bool,
     /// What holds guests up.
     pub(crate) gate: Option<Closed>,
-    /// Regions that were clean at this point, or earlier ones, are not marked any more.
+    /// What was written up to this point is not marked any more.
     pub(crate) cleared: Option<Point>,
 }
 

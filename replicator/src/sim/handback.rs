@@ -97,7 +97,7 @@ impl Primary {
             repeats: recorded.is_some(),
             kept,
             gate: self.gate.closed(),
-            cleared: newest.cleared,
+            cleared: newest.cleared.max(self.ledger.summary().committed),
         };
         self.handing = Some(Box::new(Handing {
             core: Core::new(wish),
@@ -118,7 +118,7 @@ impl Primary {
         Ok(())
     }
 
-    fn handback_token(&self) -> Option<(SessionToken, bool)> {
+    pub(super) fn handback_token(&self) -> Option<(SessionToken, bool)> {
         match self.record.lock().newest.stopped {
             Some(Stopped::Handback { token, kept, .. }) => Some((token, kept)),
             _ => None,

@@ -5,11 +5,12 @@ use std::time::Duration;
 use blockdev::{DelayDevice, MemoryDevice, Operation};
 use futures_util::FutureExt;
 use proto::region::{REGION_BLOCKS, REGION_BYTES};
-use proto::{DirtyMap, EpochId};
+use proto::{DirtyMap, EpochId, Generation, Point};
 
 use super::*;
 use crate::dirtylog::{Known, LogFile, log_bytes};
 use crate::ledger::CopyLimits;
+use crate::record::RecordError;
 use crate::upkeep;
 
 /// Two parts of the disk that the log enters separately.
@@ -129,7 +130,11 @@ impl Gated {
     }
 
     async fn stop(&self) {
-        upkeep::save(&self.log, &self.ledger, (&self.devices, &self.gate), |_| Ok(())).await.unwrap();
+        self.stop_while(false).await;
+    }
+
+    async fn stop_while(&self, hands_over: bool) {
+        upkeep::save(&self.log, &self.ledger, (&self.devices, &self.gate), |_| Ok(()), || hands_over).await.unwrap();
     }
 
     /// What the next start knows.
@@ -166,6 +171,33 @@ async fn a_stop_while_a_disk_hangs_saves_no_maps() {
     group.disk.release();
     hangs.await.unwrap();
     assert!(group.next_start().await.suspect.contains(FAR / BLOCK_BYTES), "its region is compared");
+}
+
+/// Would catch maps that are saved while disks are given back: what comes behind them would be in none.
+#[tokio::test]
+async fn a_stop_while_disks_are_given_back_saves_no_maps() {
+    let group = Gated::new().await;
+    group.tap.write(0, Buf::copy_of(&[1; BLOCK])).await.unwrap();
+    group.stop_while(true).await;
+    let known = group.next_start().await;
+    assert!(known.suspect.contains(0) && known.dirty.is_empty(), "its region is compared");
+}
+
+/// Would catch a region that is forgotten in memory when what has to come before could not be done: a write to it would ask a disk that fails for what is there.
+#[tokio::test]
+async fn upkeep_that_fails_forgets_nothing() {
+    let group = Gated::new().await;
+    group.ledger.committed(Point { generation: Generation(1), epoch: EpochId(1) });
+    let of_first = Range { volume: 0, first: 0, count: 1 };
+    assert!(group.log.covers(&of_first));
+    // The first time tells which regions were written since the last.
+    let fails = |_| Err(RecordError::Poisoned { path: "group.record".into() });
+    let _ = upkeep::forget_clean(&group.log, &group.ledger, &group.devices, fails).await;
+    upkeep::forget_clean(&group.log, &group.ledger, &group.devices, fails).await.unwrap_err();
+    assert!(group.log.covers(&of_first));
+    upkeep::forget_clean(&group.log, &group.ledger, &group.devices, |_| Ok(())).await.unwrap();
+    upkeep::forget_clean(&group.log, &group.ledger, &group.devices, |_| Ok(())).await.unwrap();
+    assert!(!group.log.covers(&of_first), "it is clean and idle");
 }
 
 /// Would catch a look at what differs, while guests may write, that takes away the mark of a write on its way: the block still is as the copy has it.
