@@ -63,7 +63,7 @@ fn what_a_file_names_and_is_not_there_is_a_warning() {
         "WARNING: group db: disk b: tls: c.crt: No such file or directory",
         "WARNING: drill of db: /etc is not a file: name an executable script\n",
         "WARNING: drill of db: there is no user 'nobody-of-that-name'\n",
-        "WARNING: hook pre_failover: none.sh is missing",
+        "WARNING: hook pre-failover: none.sh is missing",
     ] {
         assert!(said.contains(expected), "expected: {expected}\nsaid:     {said}");
     }
