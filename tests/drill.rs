@@ -215,11 +215,17 @@ fn scripts_that_pass_fail_hang_and_print_megabytes() {
     let none = folder.path().join("no-mode");
     std::fs::write(&none, "").expect("a file");
     let refused = pair.receiver.ask(&["drill", "db", "--run", path(&none)]);
-    assert!(!refused.status.success() && text(&refused).contains("cannot be run"), "{}", text(&refused));
+    assert!(refused.status.code() == Some(2) && text(&refused).contains("is not executable: run chmod +x"), "{}", text(&refused));
+    let (passed, said) = run("no-shell.sh", "", &[]);
+    assert!(passed, "{said}");
+    let lost = folder.path().join("no-shell.sh");
+    std::fs::write(&lost, "#!/nonexistent/shell\n").expect("a script without a shell");
+    let failed = pair.receiver.ask(&["drill", "db", "--run", path(&lost)]);
+    assert!(failed.status.code() == Some(1) && text(&failed).contains("cannot be run"), "{}", text(&failed));
 
     let results = pair.receiver.json(&["drill", "results", "db"]);
     let outcomes: Vec<&str> = results["results"].as_array().unwrap().iter().map(|r| r["outcome"].as_str().unwrap()).collect();
-    assert_eq!(outcomes, ["passed", "failed", "timed-out", "passed", "killed", "not-run"]);
+    assert_eq!(outcomes, ["passed", "failed", "timed-out", "passed", "killed", "passed", "not-run"]);
     let printed = pair.receiver.cli(&["drill", "results", "db", "--output"]);
     println!("{}", printed.lines().filter(|l| l.len() < 200).collect::<Vec<_>>().join("\n"));
     assert!(printed.contains("    no boot loader"));

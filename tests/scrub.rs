@@ -251,7 +251,7 @@ fn a_verify_that_cannot_be_says_so() {
         assert!(output.status.code() == Some(1) && told.contains(words) && told.trim_end().lines().count() == 1, "{told}");
     };
     refused(&pair.primary, "web", "group 'web' is none of this node's: its groups are db");
-    refused(&pair.receiver, "db", "group 'db' is a copy here: run verify on the node that has its disk");
+    refused(&pair.receiver, "db", "group 'db' is a copy here: run this at its primary, on the node that has its disks");
     pair.receiver.kill();
     eventually("the primary notices", COMMIT_WITHIN, || (pair.primary.primary("db")["state"] == "connecting").then_some(()));
     refused(&pair.primary, "db", "group db: its receiver is not connected");
