@@ -16,7 +16,7 @@ pub(crate) enum Closed {
     Drained = 2,
     /// The disks are being given back, or rolled back.
     Handback = 3,
-    /// The node stops, and saves what it knows: a change that is made behind that would be forgotten.
+    /// The node stops, and saves what it knows: a change that is made behind that would be forgotten. See [`Gate::stop`].
     Stopping = 4,
 }
 

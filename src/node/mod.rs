@@ -145,8 +145,8 @@ impl Node {
         tasks
     }
 
-    /// Takes in the groups that were not there when the node was ready, until it stops. Returns those that are not there by then.
-    /// Says so if nothing is left to run for.
+    /// Takes in the groups that were not there when the node was ready, until it stops; says so if nothing is left to run for. Returns those
+    /// that are not there by then.
     async fn take_in(
         self: Arc<Self>,
         mut starting: Starting,
@@ -266,7 +266,7 @@ async fn serve(config: Config, identity: proto::Identity) -> anyhow::Result<()> 
         _ = terminate.recv() => true,
         _ = interrupt.recv() => true,
     };
-    for group in primaries.starting() {
+    for group in primaries.starting().filter(|_| !told_to_stop) {
         tracing::error!(%group, "group not started after {} s: {}; the others go on", begun.elapsed().as_secs(), primaries::STARTING);
     }
     exports.prune().await;

@@ -89,7 +89,8 @@ impl Starting {
 
     /// Those that are there already.
     pub(crate) fn arrived(&mut self) -> Vec<Arrived> {
-        std::iter::from_fn(|| self.tasks.try_join_next()).filter_map(Result::ok).collect()
+        let given_up = |error| tracing::error!("a group's start was given up: {error}");
+        std::iter::from_fn(|| self.tasks.try_join_next()).filter_map(|joined| joined.map_err(given_up).ok()).collect()
     }
 }
 
